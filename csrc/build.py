@@ -1,0 +1,113 @@
+"""Compile the C core: the one list of sources and flags, used by setup.py, by the tests and by hand (python csrc/build.py --help)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CFLAGS = "-std=gnu11 -O3 -g -fPIC -ffp-contract=off -fvisibility=hidden -D_GNU_SOURCE -Wall -Wextra".split()
+LDFLAGS = "-shared -Wl,-soname,libhfreduce.so -Wl,-z,defs".split()
+LIBS = "-lpthread -ldl -lm".split()
+SANITIZERS = {
+    "": [],
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1".split(),
+    "thread": "-fsanitize=thread -fno-omit-frame-pointer -O1".split(),
+}
+
+
+def sources() -> list[Path]:
+    """Every C file of the core, in a stable order."""
+    return sorted(p for p in HERE.glob("*/*.c") if p.parent.name != "nccl") + sorted(HERE.glob("*.c"))
+
+
+def flags_for(source: Path, machine: str) -> list[str]:
+    """Flags that one file needs beside the common ones: SIMD instances are named simd/*_<level>.c."""
+    if machine not in ("x86_64", "AMD64"):
+        return []
+    if source.stem.endswith("_avx2"):
+        return "-mavx2 -mf16c -mfma".split()
+    if source.stem.endswith("_avx512"):
+        return "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mf16c -mfma -mprefer-vector-width=512".split()
+    return []
+
+
+def compile_objects(out: Path, files: list[Path], *, sanitize: str = "", werror: bool = False, cc: str | None = None, extra: list[str] | None = None) -> list[Path]:
+    """Compile what is older than its sources or any header; return the objects. Raises SystemExit with the compiler's output on failure."""
+    cc = cc or os.environ.get("CC", "gcc")
+    out.mkdir(parents=True, exist_ok=True)
+    newest_header = max((p.stat().st_mtime for p in HERE.rglob("*.[hi]*")), default=0.0)
+    newest_header = max(newest_header, Path(__file__).stat().st_mtime)
+    machine = os.uname().machine
+    jobs, objects = [], []
+    for source in files:
+        relative = source.relative_to(HERE) if source.is_relative_to(HERE) else Path(source.name)
+        obj = out / ("_".join(relative.with_suffix(".o").parts))
+        objects.append(obj)
+        if obj.exists() and obj.stat().st_mtime > max(source.stat().st_mtime, newest_header):
+            continue
+        command = shlex.split(cc) + CFLAGS + flags_for(source, machine) + SANITIZERS[sanitize] + (["-Werror"] if werror else [])
+        jobs.append(command + ["-I", str(HERE)] + (extra or []) + ["-c", str(source), "-o", str(obj)])
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for command, done in zip(jobs, pool.map(lambda c: subprocess.run(c, capture_output=True, text=True), jobs)):
+            if done.returncode:
+                raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+            if done.stderr:
+                sys.stderr.write(done.stderr)
+    return objects
+
+
+def build_library(out: Path, *, sanitize: str = "", werror: bool = False, cc: str | None = None) -> Path:
+    """Build libhfreduce.so in `out` and return its path."""
+    objects = compile_objects(out / "obj", sources(), sanitize=sanitize, werror=werror, cc=cc)
+    target = out / "libhfreduce.so"
+    if not target.exists() or any(o.stat().st_mtime >= target.stat().st_mtime for o in objects):
+        link = shlex.split(cc or os.environ.get("CC", "gcc")) + LDFLAGS + SANITIZERS[sanitize]
+        if sanitize:  # the runtime is not linked into shared objects: the program brings it
+            link = [f for f in link if f != "-Wl,-z,defs"]
+        done = subprocess.run(link + ["-o", str(target)] + [str(o) for o in objects] + LIBS, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
+    return target
+
+
+def build_program(out: Path, source: Path, *, sanitize: str = "", werror: bool = False, cc: str | None = None) -> Path:
+    """Build one C test or tool, linked with the core's objects (private functions included), and return its path.
+
+    A file x.c beside it whose header x.h it includes is compiled in too.
+    """
+    objects = compile_objects(out / "obj", sources(), sanitize=sanitize, werror=werror, cc=cc)
+    beside = [source.parent / f"{name}.c" for name in re.findall(r'#include "(\w+)\.h"', source.read_text())]
+    files = [source] + [helper for helper in beside if helper.exists()]
+    includes = ["-I", str(source.parent), "-I", str(HERE / "include")]
+    mine = compile_objects(out / "obj", files, sanitize=sanitize, werror=werror, cc=cc, extra=includes)
+    target = out / source.stem
+    link = shlex.split(cc or os.environ.get("CC", "gcc")) + SANITIZERS[sanitize] + ["-o", str(target)]
+    done = subprocess.run(link + [str(o) for o in mine + objects] + LIBS, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "c", help="where objects and results go")
+    parser.add_argument("--sanitize", choices=sorted(SANITIZERS), default="", help="build under a sanitizer")
+    parser.add_argument("--werror", action="store_true", help="warnings are errors")
+    parser.add_argument("--cc", help="compiler (default: $CC, else gcc)")
+    parser.add_argument("programs", nargs="*", type=Path, help="C tests to build beside the library")
+    args = parser.parse_args()
+    out = args.out / (args.sanitize or "plain")
+    print(build_library(out, sanitize=args.sanitize, werror=args.werror, cc=args.cc))
+    for source in args.programs:
+        print(build_program(out, source.resolve(), sanitize=args.sanitize, werror=args.werror, cc=args.cc))
+
+
+if __name__ == "__main__":
+    main()

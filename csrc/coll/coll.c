@@ -1,0 +1,125 @@
+/* Which planner, and what they share. */
+#include "coll.h"
+
+hfreduceResult_t hfr_add_dsends(struct hfr_plan *p, int t, int skip) {
+  const struct hfr_layout *l = p->layout;
+  for (int c = 0; c < 2; c++) {
+    int child = p->pos[t].child[c];
+    if (child < 0 || child == skip) continue;
+    HFR_ADD(s, p, ROLE_DSEND, HFR_STAGE_SEND, hfr_tree_iters(p->nchunks, t), "tree down");
+    s->peer = hfr_rank_at(l, child, l->local);
+    s->vc = (uint8_t)t;
+    s->tree = (uint8_t)t;
+  }
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- agreement between nodes */
+
+hfreduceResult_t hfr_plan_agree(struct hfr_plan *p) {
+  const struct hfr_layout *l = p->layout;
+  if (l->nnodes == 1) return hfreduceSuccess;
+  if (l->local == 0) {
+    const struct hfr_tree_pos *t = &p->pos[0];
+    for (int c = 0; c < 2; c++) {
+      if (t->child[c] < 0) continue;
+      HFR_ADD(s, p, ROLE_VUPRECV, HFR_STAGE_RECV, 1, "agree up");
+      s->peer = hfr_rank_at(l, t->child[c], 0);
+      s->vc = HFR_VC_VERIFY;
+    }
+    if (t->parent >= 0) {
+      HFR_ADD(up, p, ROLE_VUPSEND, HFR_STAGE_SEND, 1, "agree up");
+      HFR_ADD(down, p, ROLE_VDOWN, HFR_STAGE_RECV, 1, "agree down");
+      up->peer = down->peer = hfr_rank_at(l, t->parent, 0);
+      up->vc = down->vc = HFR_VC_VERIFY;
+    }
+    for (int c = 0; c < 2; c++) {
+      if (t->child[c] < 0) continue;
+      HFR_ADD(s, p, ROLE_VDSEND, HFR_STAGE_SEND, 1, "agree down");
+      s->peer = hfr_rank_at(l, t->child[c], 0);
+      s->vc = HFR_VC_VERIFY;
+    }
+    HFR_ADD(pub, p, ROLE_VPUB, HFR_STAGE_NOP, 1, "agree");
+    pub->ctr = HFR_CTR_VER;
+  } else {
+    HFR_ADD(w, p, ROLE_VWAIT, HFR_STAGE_NOP, 1, "agree");
+    (void)w;
+  }
+  return hfreduceSuccess;
+}
+
+int hfr_step_agree(const struct hfr_plan *p, int stage, struct hfr_step *s) {
+  switch (p->stage[stage].role) {
+    case ROLE_VUPRECV: return 1;
+    case ROLE_VUPSEND: /* this node and all below it are of one mind */
+      hfr_after_role(p, s, ROLE_VUPRECV, 1);
+      hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_START, 1);
+      return 1;
+    case ROLE_VDOWN: hfr_after_role(p, s, ROLE_VUPSEND, 1); return 1;
+    case ROLE_VDSEND:
+    case ROLE_VPUB:
+      hfr_after_role(p, s, ROLE_VUPRECV, 1);
+      hfr_after_role(p, s, ROLE_VDOWN, 1);
+      hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_START, 1);
+      return 1;
+    case ROLE_VWAIT: hfr_after_peers(s, HFR_ONE, 0, HFR_CTR_VER, 1); return 1;
+    default: return 0;
+  }
+}
+
+static void step_agree_only(const struct hfr_plan *p, int stage, int64_t i, struct hfr_step *s) {
+  (void)i;
+  hfr_step_agree(p, stage, s);
+}
+
+/* ---------------------------------------------------------------- one rank */
+
+static void step_alone(const struct hfr_plan *p, int stage, int64_t i, struct hfr_step *s) {
+  (void)i, (void)stage;
+  s->nparts = 1;
+  s->bytes = p->call.count * p->esize;
+  s->dst = hfr_user(HFR_RECV, 0);
+}
+
+static void part_alone(const struct hfr_plan *p, int stage, int64_t i, int j, struct hfr_part *part) {
+  (void)stage, (void)i, (void)j;
+  *part = (struct hfr_part){hfr_user(HFR_SEND, 0), hfr_user(HFR_RECV, 0), p->call.count * p->esize};
+}
+
+static hfreduceResult_t plan_alone(struct hfr_plan *p) {
+  p->algo = "copy";
+  p->step = step_alone;
+  p->part = part_alone;
+  if (!p->call.count) return hfreduceSuccess;
+  HFR_ADD(s, p, ROLE_COPY, HFR_STAGE_COPY, 1, "copy");
+  s->premul = (uint8_t)p->call.premul;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *layout, const struct hfr_geometry *geometry, const struct hfr_call *call) {
+  p->layout = layout;
+  p->geometry = *geometry;
+  p->call = *call;
+  p->esize = hfr_dtype_size(call->dtype);
+  if (layout->nnodes > 1) hfr_dtree(layout->nnodes, layout->node, p->pos);
+  int uneven = call->sendcounts != NULL;
+  if (call->coll == HFR_P2P || uneven) return hfr_plan_exchange(p);
+  if (call->coll == HFR_BARRIER || !call->count) {
+    p->algo = "agree";
+    p->step = step_agree_only;
+    return hfr_plan_agree(p);
+  }
+  if (layout->nranks == 1) return plan_alone(p);
+  /* Partial sums of narrow floats travel between nodes in their own type: scale before they are rounded, or fp16 overflows where the average would not. */
+  p->avg_pre = call->op == hfreduceAvg && layout->nnodes > 1 &&
+               (call->dtype == hfreduceFloat16 || call->dtype == hfreduceFloat8e4m3 || call->dtype == hfreduceFloat8e5m2);
+  p->direct = layout->max_local == 1 && !call->premul && !p->avg_pre;
+  switch (call->coll) {
+    case HFR_ALL_REDUCE: return hfr_plan_all_reduce(p);
+    case HFR_REDUCE: return hfr_plan_reduce(p);
+    case HFR_BROADCAST: return hfr_plan_broadcast(p);
+    case HFR_ALL_GATHER: return hfr_plan_all_gather(p);
+    case HFR_REDUCE_SCATTER: return hfr_plan_reduce_scatter(p);
+    default: return hfr_plan_exchange(p);
+  }
+}

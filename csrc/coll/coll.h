@@ -1,0 +1,73 @@
+/* Planners: one file a collective, all pure. */
+#ifndef HFR_COLL_COLL_H_
+#define HFR_COLL_COLL_H_
+#include "../engine/plan.h"
+
+/* Plan a call for this rank. `plan` comes zeroed but for `stage` and `cap` (reused memory). The call must have been checked. SystemError when out of memory. */
+hfreduceResult_t hfr_plan_build(struct hfr_plan *plan, const struct hfr_layout *layout, const struct hfr_geometry *geometry, const struct hfr_call *call);
+
+/* Below: for planners only. Roles of stages; a planner uses those that it needs. */
+enum hfr_role {
+  ROLE_IN,       /* user -> IN slot, published */
+  ROLE_RED,      /* IN slots -> my share in my RES slot */
+  ROLE_OUT,      /* slots -> user, published */
+  ROLE_UP,       /* local sources and children -> partial sum; two, one a tree */
+  ROLE_UPSEND,   /* partial -> parent; two */
+  ROLE_XSEND,    /* to or from a root that is not the tree's: extra hop; two */
+  ROLE_XRECV,
+  ROLE_DOWN,     /* result from the parent; two */
+  ROLE_DSEND,    /* result -> children; up to four, `tree` and arg = child */
+  ROLE_PUB,      /* publish RED */
+  ROLE_NSEND,    /* to a rank of another node; arg = rank or node */
+  ROLE_NRECV,
+  ROLE_GSEND,    /* second exchange of the direct algorithm */
+  ROLE_GRECV,
+  ROLE_PARTIAL,  /* node's sum of a remote rank's block */
+  ROLE_COPY,
+  ROLE_VUPRECV,  /* agreement between nodes (agree.c) */
+  ROLE_VUPSEND,
+  ROLE_VDOWN,
+  ROLE_VDSEND,
+  ROLE_VPUB,
+  ROLE_VWAIT,
+  ROLE_COUNT
+};
+_Static_assert(ROLE_COUNT <= HFR_MAX_ROLES, "roles fit the plan");
+
+hfreduceResult_t hfr_plan_all_reduce(struct hfr_plan *plan);
+hfreduceResult_t hfr_plan_reduce(struct hfr_plan *plan);
+hfreduceResult_t hfr_plan_broadcast(struct hfr_plan *plan);
+hfreduceResult_t hfr_plan_all_gather(struct hfr_plan *plan);
+hfreduceResult_t hfr_plan_reduce_scatter(struct hfr_plan *plan);
+hfreduceResult_t hfr_plan_exchange(struct hfr_plan *plan); /* all_to_all, gather, scatter, send/recv */
+
+/* Stages by which all nodes agree that all ranks make this call: a gather up and a release down tree 0, no payload. For operations whose data does not by itself
+   bring every rank in touch with every other: rooted ones, barriers, and count 0. */
+hfreduceResult_t hfr_plan_agree(struct hfr_plan *plan);
+/* Handles the stages of hfr_plan_agree; 1 if `stage` is one. */
+int hfr_step_agree(const struct hfr_plan *plan, int stage, struct hfr_step *step);
+
+#define HFR_ADD(var, plan, role, kind, niter, name)                                      \
+  struct hfr_stage *var = hfr_plan_add(plan, role, kind, niter, name);                   \
+  if (!var) return hfr_fail(hfreduceSystemError, "out of memory for a plan of %d stages", (plan)->nstages)
+
+/* Iterations of tree t out of n chunks: chunk k belongs to tree k % 2. */
+static inline int64_t hfr_tree_iters(int64_t n, int t) { return (n - t + 1) / 2; }
+/* The stage of `role` on tree t, or -1. */
+static inline int hfr_tree_stage(const struct hfr_plan *p, int role, int t) {
+  for (int s = p->first[role]; s < p->first[role] + p->count[role]; s++)
+    if (p->stage[s].tree == t) return s;
+  return -1;
+}
+/* Slice of chunk k that lane `lane` carries: offset in the chunk and length, in elements. */
+static inline size_t hfr_lane_slice(const struct hfr_plan *p, int64_t k, int lane, size_t *off) {
+  return hfr_split(hfr_chunk_len(p, p->call.count, k), p->layout->lanes, lane, p->esize, off);
+}
+/* Cut `count` elements in chunks of `elems`. */
+static inline void hfr_cut(struct hfr_plan *p, size_t elems) {
+  p->elems = elems ? elems : 1;
+  p->nchunks = (int64_t)((p->call.count + p->elems - 1) / p->elems);
+}
+/* Stages that hand a tree's result to the children, but for the node `skip` (-1: none). */
+hfreduceResult_t hfr_add_dsends(struct hfr_plan *plan, int t, int skip);
+#endif

@@ -1,0 +1,72 @@
+/* What is made of messages alone: send/recv, all_to_all (even and uneven), gather, scatter. Between local ranks they go through rings, else over the network. */
+#include "coll.h"
+
+/* Largest message to or from a peer. */
+static size_t message_bytes(const struct hfr_plan *p, int peer) {
+  const struct hfr_layout *l = p->layout;
+  size_t bytes = l->node_of[peer] == l->node ? p->geometry.ring_slot : p->geometry.chunk;
+  return bytes / p->esize * p->esize;
+}
+
+/* What goes to (sending) or comes from `peer`: bytes, and where it starts in the user's buffer. */
+static size_t extent(const struct hfr_plan *p, int sending, int peer, size_t *off) {
+  const struct hfr_call *c = &p->call;
+  if (c->sendcounts) {
+    *off = (sending ? c->senddispls : c->recvdispls)[peer] * p->esize;
+    return (sending ? c->sendcounts : c->recvcounts)[peer] * p->esize;
+  }
+  int many = c->coll == HFR_ALL_TO_ALL || (c->coll == HFR_GATHER && !sending) || (c->coll == HFR_SCATTER && sending);
+  *off = many ? (size_t)peer * c->count * p->esize : 0;
+  return c->count * p->esize;
+}
+
+static void step_exchange(const struct hfr_plan *p, int stage, int64_t i, struct hfr_step *s) {
+  const struct hfr_stage *st = &p->stage[stage];
+  if (hfr_step_agree(p, stage, s)) return;
+  s->nparts = 1;
+  if (st->role == ROLE_COPY) return;
+  size_t off, whole = extent(p, st->role == ROLE_NSEND, st->peer, &off), unit = message_bytes(p, st->peer), at = (size_t)i * unit;
+  s->bytes = whole - at < unit ? whole - at : unit;
+  s->src = hfr_user(HFR_SEND, off + at);
+  s->dst = hfr_user(HFR_RECV, off + at);
+}
+
+static void part_exchange(const struct hfr_plan *p, int stage, int64_t i, int j, struct hfr_part *part) {
+  size_t from, to, bytes = extent(p, 1, p->layout->rank, &from);
+  (void)stage, (void)i, (void)j;
+  extent(p, 0, p->layout->rank, &to);
+  *part = (struct hfr_part){hfr_user(HFR_SEND, from), hfr_user(HFR_RECV, to), bytes};
+}
+
+/* An empty message is sent too: that is how the other side knows. */
+static hfreduceResult_t add_message_stage(struct hfr_plan *p, int sending, int peer, const char *name) {
+  size_t off, bytes = extent(p, sending, peer, &off), unit = message_bytes(p, peer);
+  HFR_ADD(s, p, sending ? ROLE_NSEND : ROLE_NRECV, sending ? HFR_STAGE_SEND : HFR_STAGE_RECV, bytes ? (int64_t)((bytes + unit - 1) / unit) : 1, name);
+  s->peer = peer;
+  s->vc = p->call.coll == HFR_P2P ? HFR_VC_P2P : HFR_VC_A;
+  return hfreduceSuccess;
+}
+
+static hfreduceResult_t add_self_copy(struct hfr_plan *p) {
+  HFR_ADD(copy, p, ROLE_COPY, HFR_STAGE_COPY, 1, "copy-out");
+  (void)copy;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_plan_exchange(struct hfr_plan *p) {
+  const struct hfr_layout *l = p->layout;
+  const struct hfr_call *c = &p->call;
+  int me = l->rank, n = l->nranks, root = c->root;
+  p->algo = "messages";
+  p->step = step_exchange;
+  p->part = part_exchange;
+  if (c->coll == HFR_P2P) return add_message_stage(p, !c->receiving, root, c->receiving ? "recv" : "send");
+  int all = c->coll == HFR_ALL_TO_ALL;
+  int sends_to_all = all || (c->coll == HFR_SCATTER && me == root), receives_from_all = all || (c->coll == HFR_GATHER && me == root);
+  for (int d = 1; sends_to_all && d < n; d++) HFR_TRY(add_message_stage(p, 1, (me + d) % n, "send")); /* neighbours first: the load spreads */
+  if (c->coll == HFR_GATHER && me != root) HFR_TRY(add_message_stage(p, 1, root, "send"));
+  for (int d = 1; receives_from_all && d < n; d++) HFR_TRY(add_message_stage(p, 0, (me + n - d) % n, "recv"));
+  if (c->coll == HFR_SCATTER && me != root) HFR_TRY(add_message_stage(p, 0, root, "recv"));
+  if (all || me == root) HFR_TRY(add_self_copy(p));
+  return all ? hfreduceSuccess : hfr_plan_agree(p);
+}

@@ -1,0 +1,336 @@
+/*
+ * How ranks become a communicator:
+ *   1. each connects to the root and hands in a record; when all are there, each gets the table;
+ *   2. the lowest rank of each node makes the arena and passes it over an abstract Unix socket;
+ *   3. each connects to rank 0's listener (the control connection, which stays) and says READY; when all have, rank 0 says GO.
+ */
+#include "comm.h"
+
+#include "../base/auth.h"
+#include "../base/log.h"
+#include "../base/mac.h"
+#include "../base/param.h"
+#include "../base/thread.h"
+#include "../topo/host.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+
+static int wait_fd(int fd, int events, int64_t deadline_ns) {
+  int64_t left = deadline_ns - hfr_now_ns();
+  if (left <= 0) return 0;
+  struct pollfd p = {fd, (short)events, 0};
+  poll(&p, 1, (int)(left / 1000000 + 1));
+  return 1;
+}
+
+static void nap_ms(int ms) { poll(NULL, 0, ms); }
+
+/* Connect and authenticate, trying again while nobody listens: the other side may start later. */
+static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr, enum hfr_auth_kind kind, int target, int64_t deadline_ns, const char *whom,
+                             int *out) {
+  char text[HFR_ADDR_TEXT];
+  int pause = 5, error;
+  hfr_addr_text(addr, text);
+  for (;;) {
+    int fd = -1;
+    error = 0;
+    if (hfr_socket_connect(addr, &fd)) {
+      error = ECONNREFUSED;
+    } else {
+      struct pollfd p = {fd, POLLOUT, 0};
+      int64_t left = deadline_ns - hfr_now_ns();
+      if (left > 2000000000) left = 2000000000; /* a lost SYN is better sent anew */
+      error = poll(&p, 1, left > 0 ? (int)(left / 1000000 + 1) : 0) > 0 ? hfr_socket_error(fd) : ETIMEDOUT;
+      if (!error) {
+        struct hfr_auth auth;
+        hfr_socket_tune(fd);
+        hfr_auth_client(&auth, fd, kind, c->uid.comm_id, c->uid.secret, c->rank, target, 0, 0);
+        int64_t limit = hfr_now_ns() + 5000000000;
+        hfreduceResult_t r = hfr_auth_client_wait(&auth, limit < deadline_ns ? limit : deadline_ns, whom);
+        if (!r) {
+          *out = fd;
+          return r;
+        }
+        /* Who refuses us may be an earlier program on that port, or rank 0 that has not opened this communicator yet: go on trying. */
+        error = EACCES;
+      }
+      close(fd);
+    }
+    if (hfr_now_ns() > deadline_ns) break;
+    nap_ms(pause);
+    if (pause < 100) pause *= 2;
+  }
+  char last[200] = "";
+  if (error == EACCES) snprintf(last, sizeof last, "%.150s", hfr_last_error()->text);
+  return hfr_fail(hfreduceTimeout, "rank %d could not reach %s at %s within %.3g s: %s; check that it runs, that the address is right and that no firewall is between", c->rank,
+                  whom, text, c->timeout, error == EACCES ? last : strerror(error));
+}
+
+static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, struct hfr_record *r) {
+  memset(r, 0, sizeof *r);
+  r->rank = c->rank;
+  r->nranks = c->nranks;
+  hfr_host_id(r->hostid);
+  hfr_host_name(r->host);
+  r->addr = *addr;
+  r->pid = (uint32_t)getpid();
+  r->slots = (uint32_t)((hfr_param_int(HFR_PARAM_SLOTS) + 1) / 2 * 2);
+  r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
+  const char *algo = hfr_param_text(HFR_PARAM_ALGO);
+  r->algo = !strcmp(algo, "tree") ? HFR_ALGO_TREE : !strcmp(algo, "direct") ? HFR_ALGO_DIRECT : HFR_ALGO_AUTO;
+  r->streams = (uint32_t)hfr_param_int(HFR_PARAM_TCP_STREAMS);
+  r->checksum = (uint32_t)hfr_param_int(HFR_PARAM_CHECKSUM);
+}
+
+/* Adopt an error that a frame brought. */
+static hfreduceResult_t adopt(const uint8_t *payload, size_t bytes) {
+  hfreduceErrorInfo_t info;
+  if (bytes != sizeof info) return hfr_fail(hfreduceInternalError, "malformed error frame");
+  memcpy(&info, payload, sizeof info);
+  info.text[sizeof info.text - 1] = 0;
+  hfr_fail((hfreduceResult_t)info.code, "%s", info.text);
+  *hfr_last_error() = info;
+  return (hfreduceResult_t)info.code;
+}
+
+static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr *mine, struct hfr_record *table, int64_t deadline_ns) {
+  int fd;
+  HFR_TRY(dial(c, &c->uid.root, HFR_AUTH_ROOT, -1, deadline_ns, "the root", &fd));
+  struct hfr_conn conn;
+  struct hfr_record record;
+  size_t whole = (size_t)c->nranks * sizeof record;
+  hfreduceResult_t result = hfreduceInProgress;
+  char missing[400] = "the root has not answered";
+  hfr_conn_init(&conn, fd, whole > sizeof(hfreduceErrorInfo_t) ? whole : sizeof(hfreduceErrorInfo_t));
+  fill_record(c, mine, &record);
+  hfr_conn_send(&conn, HFR_FRAME_JOIN, &record, sizeof record);
+  while (result == hfreduceInProgress) {
+    enum hfr_frame type;
+    const uint8_t *payload;
+    size_t bytes;
+    hfr_conn_flush(&conn);
+    hfr_conn_fill(&conn);
+    while (result == hfreduceInProgress && hfr_conn_next(&conn, &type, &payload, &bytes)) {
+      if (type == HFR_FRAME_ERROR) result = adopt(payload, bytes);
+      if (type == HFR_FRAME_WAITING && bytes < sizeof missing) memcpy(missing, payload, bytes);
+      if (type == HFR_FRAME_TABLE && bytes == whole) memcpy(table, payload, whole), result = hfreduceSuccess;
+    }
+    if (result != hfreduceInProgress) break;
+    if (conn.dead) result = hfr_fail(hfreduceRemoteError, "rank %d: the root closed the connection while ranks were joining (did its process end?)", c->rank);
+    else if (!wait_fd(fd, POLLIN, deadline_ns)) result = hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank, c->timeout, missing);
+  }
+  hfr_conn_close(&conn);
+  return result;
+}
+
+/* Check the table's contents and take from it what all need. */
+static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_record *table) {
+  int n = c->nranks;
+  int *label = malloc((size_t)n * sizeof *label);
+  c->hosts = calloc((size_t)n, sizeof *c->hosts);
+  c->addrs = calloc((size_t)n, sizeof *c->addrs);
+  if (!label || !c->hosts || !c->addrs) return free(label), hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
+  for (int r = 0; r < n; r++) {
+    memcpy(c->hosts[r], table[r].host, 63);
+    c->addrs[r] = table[r].addr;
+    label[r] = r;
+    if (r > 0 && !memcmp(table[r].hostid, table[r - 1].hostid, 16)) {
+      label[r] = label[r - 1];
+      continue;
+    }
+    for (int q = 0; q < r; q++)
+      if (label[q] == q && !memcmp(table[r].hostid, table[q].hostid, 16)) {
+        label[r] = q;
+        break;
+      }
+  }
+  int failed = hfr_layout_init(&c->layout, c->rank, n, label);
+  free(label);
+  if (failed) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
+  const struct hfr_record *zero = &table[0];
+  if (zero->slots < 2 || zero->slots > 16 || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) || zero->chunk % 4096 || zero->streams < 1 ||
+      zero->streams > HFR_MAX_STREAMS)
+    return hfr_fail(hfreduceInternalError, "rank 0 announced impossible parameters: %u slots of %llu bytes, %u streams", zero->slots, (unsigned long long)zero->chunk,
+                    zero->streams);
+  c->engine.geometry = (struct hfr_geometry){.chunk = zero->chunk, .ring_slot = zero->chunk / 2, .slots = (int)zero->slots, .algo = (enum hfr_algo)zero->algo};
+  c->net = (struct hfr_net){.rank = c->rank, .nranks = n, .comm_id = c->uid.comm_id, .addr = c->addrs, .host = (const char(*)[64])c->hosts,
+                            .arena = &c->arena, .local_of = c->layout.local_of, .streams = (int)zero->streams, .checksum = zero->checksum != 0};
+  memcpy(c->net.secret, c->uid.secret, 16);
+  c->net.arrived = calloc((size_t)n * HFR_NVC * (size_t)c->net.streams, sizeof *c->net.arrived);
+  return c->net.arrived ? hfreduceSuccess : hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
+}
+
+/* ---------------------------------------------------------------- the arena */
+
+/* A name that only those who know the secret can tell. */
+static void arena_name(const struct hfreduceComm *c, char name[64]) {
+  uint8_t text[20] = "arena", tag[16];
+  int32_t node = c->layout.node;
+  memcpy(text + 8, &node, sizeof node);
+  memcpy(text + 12, &c->uid.comm_id, 8);
+  hfr_mac(c->uid.secret, text, sizeof text, tag);
+  int n = snprintf(name, 64, "hfr-arena-");
+  for (int i = 0; i < 16; i++) n += snprintf(name + n, 64 - (size_t)n, "%02x", tag[i]);
+}
+
+static int arena_secret(void *arg, const struct hfr_auth_hello *hello, uint8_t secret[16]) {
+  struct hfreduceComm *c = arg;
+  if (hello->kind != HFR_AUTH_ARENA || hello->comm_id != c->uid.comm_id) return -1;
+  memcpy(secret, c->uid.secret, 16);
+  return 0;
+}
+
+struct visitor {
+  struct hfr_auth auth;
+  int done;
+};
+
+/* Leader: hand the arena to every other local rank. Strangers are dropped; each may take its time, none holds up the others. */
+static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t deadline_ns) {
+  int n = c->layout.nlocal, served = 1, nvisitors = 0, cap = 4 * n;
+  hfreduceResult_t result = hfreduceSuccess;
+  struct visitor *v = calloc((size_t)cap, sizeof *v);
+  struct pollfd *fds = calloc((size_t)cap + 1, sizeof *fds);
+  if (!v || !fds) result = hfr_fail(hfreduceSystemError, "out of memory");
+  while (!result && served < n) {
+    int nfds = 0;
+    fds[nfds++] = (struct pollfd){listener, POLLIN, 0};
+    for (int i = 0; i < nvisitors; i++) fds[nfds++] = (struct pollfd){v[i].done ? -1 : v[i].auth.fd, (short)v[i].auth.events, 0};
+    poll(fds, (nfds_t)nfds, 100);
+    for (int i = 0; i < nvisitors; i++) {
+      int r = v[i].done ? 0 : hfr_auth_step(&v[i].auth);
+      if (r == 0) continue;
+      if (r > 0) served += !hfr_unix_send_fd(v[i].auth.fd, c->arena.fd);
+      close(v[i].auth.fd);
+      v[i].done = 1;
+    }
+    int fd;
+    while (nvisitors < cap && (fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) {
+      v[nvisitors].done = 0;
+      hfr_auth_server(&v[nvisitors++].auth, fd, arena_secret, c);
+    }
+    if (c->early.code) *hfr_last_error() = c->early, result = (hfreduceResult_t)c->early.code;
+    else if (served < n && hfr_now_ns() > deadline_ns)
+      result = hfr_fail(hfreduceTimeout, "rank %d: %d of %d local ranks did not fetch the shared memory within %.3g s", c->rank, n - served, n, c->timeout);
+  }
+  for (int i = 0; v && i < nvisitors; i++)
+    if (!v[i].done) close(v[i].auth.fd);
+  free(v);
+  free(fds);
+  return result;
+}
+
+static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t deadline_ns) {
+  int leader = hfr_rank_at(&c->layout, c->layout.node, 0);
+  for (;;) {
+    int sock, fd = -1, r = -1;
+    if (!hfr_unix_connect(name, &sock)) {
+      struct hfr_auth auth;
+      hfr_auth_client(&auth, sock, HFR_AUTH_ARENA, c->uid.comm_id, c->uid.secret, c->rank, leader, 0, 0);
+      if (!hfr_auth_client_wait(&auth, deadline_ns, "the local leader"))
+        while ((r = hfr_unix_recv_fd(sock, &fd)) == -EAGAIN && wait_fd(sock, POLLIN, deadline_ns)) {
+        }
+      close(sock);
+      if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots);
+    }
+    if (hfr_now_ns() > deadline_ns) return hfr_fail(hfreduceTimeout, "rank %d: rank %d on this host did not hand out the shared memory within %.3g s", c->rank, leader, c->timeout);
+    nap_ms(2);
+  }
+}
+
+static hfreduceResult_t get_arena(struct hfreduceComm *c, int64_t deadline_ns) {
+  char name[64];
+  int listener;
+  arena_name(c, name);
+  if (c->layout.local > 0) {
+    HFR_TRY(fetch(c, name, deadline_ns));
+    return hfr_arena_join(&c->arena, c->layout.local);
+  }
+  HFR_TRY(hfr_arena_create(&c->arena, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots));
+  HFR_TRY(hfr_arena_join(&c->arena, 0));
+  if (c->layout.nlocal == 1) return hfreduceSuccess;
+  HFR_TRY(hfr_unix_listen(name, c->layout.nlocal, &listener));
+  hfreduceResult_t r = hand_out(c, listener, deadline_ns);
+  close(listener);
+  return r;
+}
+
+/* ---------------------------------------------------------------- ready, go */
+
+static void on_engine_error(void *arg, const hfreduceErrorInfo_t *info) {
+  struct hfreduceComm *c = arg;
+  if (!atomic_load(&c->closing)) hfr_runtime_flood(c, HFR_FRAME_ERROR, info, sizeof *info, -1);
+}
+
+static hfreduceResult_t start_engine(struct hfreduceComm *c) {
+  struct hfr_engine *e = &c->engine;
+  e->layout = &c->layout;
+  e->arena = &c->arena;
+  e->net = &c->net;
+  e->remote = &hfr_transport_tcp;
+  e->host = c->hosts[c->rank];
+  e->timeout_ns = (int64_t)(c->timeout * 1e9);
+  e->on_error = on_engine_error;
+  e->on_error_arg = c;
+  int crowded = c->layout.nlocal > hfr_ncpus();
+  int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
+  e->spins = spin >= 0 ? (int)spin : crowded ? 16 : 20000; /* with more ranks than cores who spins keeps the awaited one from running */
+  e->yields = crowded ? 64 : 16;
+  HFR_TRY(hfr_engine_init(e));
+  c->engine_up = 1;
+  return hfreduceSuccess;
+}
+
+static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
+  if (c->rank > 0) {
+    int fd;
+    HFR_TRY(dial(c, &c->addrs[0], HFR_AUTH_CONTROL, 0, deadline_ns, "rank 0", &fd));
+    hfr_runtime_control(c, fd);
+    hfr_runtime_flood(c, HFR_FRAME_READY, NULL, 0, -1);
+  }
+  for (;;) {
+    uint32_t seen = atomic_load(&c->go);
+    if (c->early.code) {
+      *hfr_last_error() = c->early;
+      return (hfreduceResult_t)c->early.code;
+    }
+    if (c->rank == 0 && c->ready == c->nranks - 1) {
+      c->went = 1;
+      hfr_runtime_flood(c, HFR_FRAME_GO, NULL, 0, -1);
+    }
+    if (c->went) return hfreduceSuccess;
+    int64_t left = deadline_ns - hfr_now_ns();
+    if (left <= 0)
+      return hfr_fail(hfreduceTimeout, "rank %d: %d of %d ranks were ready within %.3g s", c->rank, c->rank == 0 ? c->ready + 1 : -1, c->nranks, c->timeout);
+    hfr_futex_wait(&c->go, seen, left < 100000000 ? left : 100000000);
+  }
+}
+
+hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
+  struct hfr_addr mine;
+  HFR_TRY(hfr_runtime_listen(c->uid.local, &mine));
+  if (c->uid.by_address && c->rank == 0) {
+    HFR_TRY(hfr_runtime_listen_at(&c->uid.root));
+    HFR_TRY(hfr_runtime_open_root(&c->uid));
+  }
+  HFR_TRY(hfr_runtime_add(c));
+  struct hfr_record *table = calloc((size_t)c->nranks, sizeof *table);
+  if (!table) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", c->nranks);
+  hfreduceResult_t r = rendezvous(c, &mine, table, deadline_ns);
+  if (!r) r = adopt_table(c, table);
+  free(table);
+  HFR_TRY(r);
+  HFR_TRY(get_arena(c, deadline_ns));
+  HFR_TRY(start_engine(c));
+  HFR_TRY(ready_go(c, deadline_ns));
+  if (c->arena.fd >= 0) close(c->arena.fd); /* the mapping is enough */
+  c->arena.fd = -1;
+  HFR_INFO("communicator %s: rank %d of %d, local %d of %d, node %d of %d", c->name, c->rank, c->nranks, c->layout.local, c->layout.nlocal, c->layout.node,
+           c->layout.nnodes);
+  return hfreduceSuccess;
+}

@@ -1,0 +1,285 @@
+/* Communicators: made, split, left, broken off. */
+#include "comm.h"
+
+#include "../base/log.h"
+#include "../base/mac.h"
+#include "../base/param.h"
+#include "../base/thread.h"
+#include "../topo/host.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CONFIG_MAGIC 0x68667263u
+
+_Static_assert(sizeof(struct hfr_uid) <= HFREDUCE_UNIQUE_ID_BYTES, "the unique id holds our fields");
+
+/* ---------------------------------------------------------------- unique ids */
+
+static void pack(const struct hfr_uid *uid, hfreduceUniqueId *id) {
+  memset(id, 0, sizeof *id);
+  memcpy(id->internal, uid, sizeof *uid);
+}
+
+static hfreduceResult_t new_id(hfreduceUniqueId *id, int local) {
+  struct hfr_uid uid = {.magic = HFR_UID_MAGIC, .version = 1, .local = (uint8_t)local};
+  if (!id) return hfr_fail(hfreduceInvalidArgument, "hfreduceGetUniqueId: id is NULL");
+  hfr_random(&uid.comm_id, sizeof uid.comm_id);
+  hfr_random(uid.secret, sizeof uid.secret);
+  HFR_TRY(hfr_runtime_listen(local, &uid.root));
+  HFR_TRY(hfr_runtime_open_root(&uid));
+  pack(&uid, id);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceGetUniqueId(hfreduceUniqueId *id) { return new_id(id, 0); }
+hfreduceResult_t hfreduceGetUniqueIdLocal(hfreduceUniqueId *id) { return new_id(id, 1); }
+
+static int hex_digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1; }
+
+/* The 16-byte key that a secret of any length stands for, and the communicator's number under it. */
+static hfreduceResult_t derive(struct hfr_uid *uid, const char *secret, uint64_t tag) {
+  uint8_t bytes[256], key[16] = {0}, out[16];
+  size_t n = secret ? strlen(secret) : 0;
+  if (n % 2 || n > 2 * sizeof bytes) return hfr_fail(hfreduceInvalidArgument, "the secret must be an even number of hex digits, at most %zu; it has %zu", 2 * sizeof bytes, n);
+  for (size_t i = 0; i < n / 2; i++) {
+    int hi = hex_digit(secret[2 * i]), lo = hex_digit(secret[2 * i + 1]);
+    if (hi < 0 || lo < 0) return hfr_fail(hfreduceInvalidArgument, "the secret has a character at %zu that is not a hex digit", 2 * i);
+    bytes[i] = (uint8_t)(hi * 16 + lo);
+  }
+  if (n && n < 32) return hfr_fail(hfreduceInvalidArgument, "the secret has %zu hex digits; give 32 or more (for example: openssl rand -hex 16)", n);
+  hfr_mac(key, bytes, n / 2, uid->secret);
+  hfr_mac(uid->secret, &tag, sizeof tag, out);
+  memcpy(&uid->comm_id, out, 8);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceUniqueIdFromAddress(hfreduceUniqueId *id, const char *address, const char *secret, uint64_t tag) {
+  struct hfr_uid uid = {.magic = HFR_UID_MAGIC, .version = 1, .by_address = 1};
+  if (!id || !address) return hfr_fail(hfreduceInvalidArgument, "hfreduceUniqueIdFromAddress: %s is NULL", id ? "address" : "id");
+  HFR_TRY(hfr_addr_parse(address, &uid.root));
+  if (!uid.root.port) return hfr_fail(hfreduceInvalidArgument, "address %s: give a port above 0, the same for all ranks", address);
+  uid.local = (uint8_t)hfr_addr_is_loopback(&uid.root);
+  if ((!secret || !*secret) && !uid.local)
+    return hfr_fail(hfreduceInvalidArgument, "address %s is reachable from other machines, so a secret is needed: set HFREDUCE_SECRET on all ranks to the same hex digits "
+                    "(for example from: openssl rand -hex 16)", address);
+  HFR_TRY(derive(&uid, secret, tag));
+  pack(&uid, id);
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- making */
+
+void hfreduceConfigInit(hfreduceConfig_t *config) {
+  *config = (hfreduceConfig_t){.size = sizeof *config, .magic = CONFIG_MAGIC, .version = HFREDUCE_VERSION_CODE};
+}
+
+static void free_comm(struct hfreduceComm *c) {
+  if (c->engine_up) hfr_engine_fini(&c->engine);
+  for (size_t i = 0; c->net.arrived && i < (size_t)c->nranks * HFR_NVC * (size_t)c->net.streams; i++)
+    if (c->net.arrived[i]) close(c->net.arrived[i] - 1);
+  free((void *)c->net.arrived);
+  hfr_arena_close(&c->arena);
+  hfr_layout_fini(&c->layout);
+  free(c->hosts);
+  free(c->addrs);
+  free(c->ops);
+  pthread_mutex_destroy(&c->ops_lock);
+  c->magic = 0;
+  free(c);
+}
+
+/* Out of the watcher's and the progress thread's reach, then gone. */
+static void dispose(struct hfreduceComm *c) {
+  atomic_store(&c->closing, 1);
+  hfr_runtime_remove(c);
+  if (c->engine_up) hfr_drive_stop(&c->engine);
+  free_comm(c);
+}
+
+static hfreduceResult_t check_init(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank, const hfreduceConfig_t *config, struct hfr_uid *uid) {
+  if (!comm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: comm is NULL");
+  *comm = NULL;
+  if (nranks < 1) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: nranks is %d; it must be at least 1", nranks);
+  if (rank < 0 || rank >= nranks) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: rank is %d; with %d ranks it must be 0 to %d", rank, nranks, nranks - 1);
+  memcpy(uid, id, sizeof *uid);
+  if (uid->magic != HFR_UID_MAGIC || uid->version != 1)
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: the unique id was not made by hfreduceGetUniqueId or hfreduceUniqueIdFromAddress of this version");
+  if (config && (config->size != sizeof *config || config->magic != CONFIG_MAGIC))
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRankConfig: the config was not filled by hfreduceConfigInit of this version");
+  if (config && !(config->timeout >= 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRankConfig: timeout is %g s; it must be positive", config->timeout);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank, hfreduceConfig_t *config) {
+  struct hfr_uid uid;
+  HFR_TRY(check_init(comm, nranks, &id, rank, config, &uid));
+  void *memory = NULL;
+  if (posix_memalign(&memory, 128, sizeof(struct hfreduceComm))) return hfr_fail(hfreduceSystemError, "out of memory for a communicator");
+  struct hfreduceComm *c = memset(memory, 0, sizeof *c);
+  c->magic = HFR_COMM_MAGIC;
+  c->pid = getpid();
+  c->uid = uid;
+  c->rank = rank;
+  c->nranks = nranks;
+  c->arena.fd = c->arena.bell_fd = -1;
+  c->timeout = config && config->timeout > 0 ? config->timeout : hfr_param_real(HFR_PARAM_TIMEOUT);
+  if (config && config->name) snprintf(c->name, sizeof c->name, "%s", config->name);
+  else snprintf(c->name, sizeof c->name, "%016llx", (unsigned long long)uid.comm_id);
+  pthread_mutex_init(&c->ops_lock, NULL);
+  hfr_log_set_rank(rank);
+  hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->timeout * 1e9));
+  if (r) {
+    hfreduceErrorInfo_t why = *hfr_last_error();
+    dispose(c);
+    if (!why.op[0]) snprintf(why.op, sizeof why.op, "init");
+    if (why.rank < 0) why.rank = rank;
+    *hfr_last_error() = why;
+    return r;
+  }
+  *comm = c;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank) {
+  return hfreduceCommInitRankConfig(comm, nranks, id, rank, NULL);
+}
+
+/* ---------------------------------------------------------------- leaving */
+
+static hfreduceResult_t check(hfreduceComm_t c, const char *function) {
+  if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", function);
+  if (c->magic != HFR_COMM_MAGIC) return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", function);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
+  HFR_TRY(check(comm, "hfreduceCommFinalize"));
+  if (comm->pid != getpid()) return hfreduceSuccess;
+  /* every operation has its deadline, so this ends */
+  while (atomic_load_explicit(&comm->engine.active, memory_order_acquire)) {
+    struct timespec t = {0, 200000};
+    hfr_drive_async(&comm->engine);
+    nanosleep(&t, NULL);
+  }
+  int code = hfr_engine_error(&comm->engine, hfr_last_error());
+  return (hfreduceResult_t)code;
+}
+
+hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
+  HFR_TRY(check(comm, "hfreduceCommDestroy"));
+  if (comm->pid != getpid()) return hfreduceSuccess; /* the parent's; a forked child only forgets it */
+  hfreduceCommFinalize(comm);
+  dispose(comm);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
+  HFR_TRY(check(comm, "hfreduceCommAbort"));
+  if (comm->pid != getpid()) return hfr_fail(hfreduceInvalidUsage, "hfreduceCommAbort: the communicator belongs to process %d, this is its fork", (int)comm->pid);
+  hfreduceErrorInfo_t info;
+  hfr_error_clear(&info);
+  info.code = hfreduceAborted;
+  info.rank = comm->rank;
+  info.peer = comm->rank;
+  snprintf(info.op, sizeof info.op, "abort");
+  snprintf(info.text, sizeof info.text, "the communicator was aborted by rank %d on %s", comm->rank, comm->hosts[comm->rank]);
+  hfr_engine_fail(&comm->engine, &info);
+  if (atomic_load(&comm->engine.active)) hfr_drive_async(&comm->engine);
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- asking */
+
+hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t *error) {
+  HFR_TRY(check(comm, "hfreduceCommGetAsyncError"));
+  if (!error) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetAsyncError: error is NULL");
+  *error = (hfreduceResult_t)atomic_load_explicit(&comm->engine.error, memory_order_acquire);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommCount(hfreduceComm_t comm, int *count) {
+  HFR_TRY(check(comm, "hfreduceCommCount"));
+  if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommCount: count is NULL");
+  *count = comm->nranks;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank) {
+  HFR_TRY(check(comm, "hfreduceCommUserRank"));
+  if (!rank) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommUserRank: rank is NULL");
+  *rank = comm->rank;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device) {
+  HFR_TRY(check(comm, "hfreduceCommCuDevice"));
+  if (!device) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommCuDevice: device is NULL");
+  *device = -1; /* host memory */
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info) {
+  HFR_TRY(check(comm, "hfreduceCommGetInfo"));
+  if (!info) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetInfo: info is NULL");
+  const struct hfr_layout *l = &comm->layout;
+  *info = (hfreduceCommInfo_t){.rank = l->rank, .nranks = l->nranks, .local_rank = l->local, .local_nranks = l->nlocal, .node = l->node, .nnodes = l->nnodes};
+  snprintf(info->host, sizeof info->host, "%s", comm->hosts[comm->rank]);
+  snprintf(info->transports, sizeof info->transports, "%s%s%s", l->max_local > 1 || l->nnodes == 1 ? "shm" : "", l->max_local > 1 && l->nnodes > 1 ? "," : "",
+           l->nnodes > 1 ? comm->engine.remote->name : "");
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
+  HFR_TRY(check(comm, "hfreduceCommSetTimeout"));
+  if (!(seconds > 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetTimeout: %g s; it must be positive", seconds);
+  comm->timeout = seconds;
+  comm->engine.timeout_ns = (int64_t)(seconds * 1e9);
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- splitting */
+
+struct split_entry {
+  int32_t color, key, rank, pad;
+};
+
+static int by_key(const void *a, const void *b) {
+  const struct split_entry *x = a, *y = b;
+  return x->key != y->key ? (x->key < y->key ? -1 : 1) : x->rank - y->rank;
+}
+
+hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config) {
+  HFR_TRY(check(comm, "hfreduceCommSplit"));
+  if (!newcomm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: newcomm is NULL");
+  *newcomm = NULL;
+  if (color < -1) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: color is %d; it must be 0 or more, or -1 for none", color);
+  int n = comm->nranks, members = 0, mine = -1;
+  struct split_entry me = {color, key, comm->rank, 0}, *all = calloc((size_t)n, sizeof *all);
+  hfreduceUniqueId *ids = calloc((size_t)n, sizeof *ids), id = {{0}};
+  if (!all || !ids) {
+    free(all);
+    free(ids);
+    return hfr_fail(hfreduceSystemError, "out of memory for a split of %d ranks", n);
+  }
+  /* Who goes where, then the new ids from each group's first rank: both over the communicator itself. */
+  hfreduceResult_t r = hfreduceAllGather(&me, all, sizeof me, hfreduceUint8, comm, NULL);
+  for (int i = 0; !r && i < n; i++)
+    if (all[i].color == color && color >= 0) all[members++] = all[i];
+  qsort(all, (size_t)members, sizeof *all, by_key);
+  for (int i = 0; i < members; i++)
+    if (all[i].rank == comm->rank) mine = i;
+  int first = members ? all[0].rank : -1;
+  if (!r && first == comm->rank) r = new_id(&id, comm->uid.local);
+  if (!r) r = hfreduceAllGather(&id, ids, sizeof id, hfreduceUint8, comm, NULL);
+  if (!r && members) {
+    hfreduceConfig_t inherited;
+    hfreduceConfigInit(&inherited);
+    inherited.timeout = comm->timeout;
+    r = hfreduceCommInitRankConfig(newcomm, members, ids[first], mine, config ? config : &inherited);
+  }
+  free(all);
+  free(ids);
+  return r;
+}

@@ -1,0 +1,90 @@
+/* A communicator, and the process' side of it: listeners, the watcher thread, who is registered. */
+#ifndef HFR_COMM_COMM_H_
+#define HFR_COMM_COMM_H_
+#include "../base/socket.h"
+#include "../coll/coll.h"
+#include "../engine/engine.h"
+#include "conn.h"
+
+/* The inside of a hfreduceUniqueId. */
+struct hfr_uid {
+  uint32_t magic, version;
+  uint64_t comm_id;
+  uint8_t secret[16];
+  struct hfr_addr root;
+  uint8_t by_address; /* rank 0 opens the root itself (hfreduceUniqueIdFromAddress) */
+  uint8_t local;      /* loopback: all ranks are on this machine */
+  uint8_t pad[2];
+};
+#define HFR_UID_MAGIC 0x44557266u
+
+/* What a rank tells the root of itself, and all others learn of it. */
+struct hfr_record {
+  int32_t rank, nranks;
+  uint8_t hostid[16];
+  char host[64];
+  struct hfr_addr addr; /* of its process' listener */
+  uint32_t pid;
+  /* rank 0's values hold for all */
+  uint32_t slots, algo, streams, checksum;
+  uint64_t chunk;
+};
+
+struct hfreduceComm {
+  uint32_t magic;
+  pid_t pid;
+  char name[32];
+  struct hfr_uid uid;
+  int rank, nranks;
+  struct hfr_layout layout;
+  struct hfr_arena arena;
+  struct hfr_net net;
+  struct hfr_engine engine;
+  int engine_up; /* engine and arena are usable */
+  char (*hosts)[64];
+  struct hfr_addr *addrs;
+  hfreduceConfig_t config;
+  double timeout;
+  _Atomic int closing;
+  /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */
+  struct hfr_conn *control;
+  int ncontrol, ready;
+  _Atomic uint32_t go; /* futex: moves when the state below does */
+  int gone, went;      /* all are ready; an error came before */
+  hfreduceErrorInfo_t early;
+  struct hfreduceComm *next; /* registered */
+  /* user-made ops: values from hfreduceNumOps */
+  struct hfr_premul {
+    int used;
+    hfreduceDataType_t dtype;
+    uint8_t scalar[8];
+  } *ops;
+  int nops;
+  pthread_mutex_t ops_lock;
+};
+#define HFR_COMM_MAGIC 0x6d6d6f63u
+
+/* --- runtime.c: once a process --- */
+/* Start what a process needs (watcher thread, listener). The listener's address for communicators of this kind goes to *addr. */
+hfreduceResult_t hfr_runtime_listen(int loopback, struct hfr_addr *addr);
+/* Also listen on exactly this address. */
+hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr);
+/* Serve the rendezvous of a communicator in this process. */
+hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid);
+hfreduceResult_t hfr_runtime_add(struct hfreduceComm *comm);
+/* Leave: say BYE if the communicator stood, forget the connections. */
+void hfr_runtime_remove(struct hfreduceComm *comm);
+/* Hand an authenticated control connection to the watcher (ranks other than 0). */
+void hfr_runtime_control(struct hfreduceComm *comm, int fd);
+/* Send a frame on all control connections but `except`. */
+void hfr_runtime_flood(struct hfreduceComm *comm, enum hfr_frame type, const void *payload, size_t bytes, int except);
+/* Strangers refused so far. */
+long hfr_runtime_refused(void);
+
+/* --- bootstrap.c --- */
+hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);
+
+/* --- group.c --- */
+/* Take a checked call: into the thread's open group, or launch it and wait. */
+hfreduceResult_t hfr_issue(struct hfreduceComm *comm, const struct hfr_call *call);
+#endif

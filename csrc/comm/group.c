@@ -1,0 +1,207 @@
+/* Issuing: single calls, and groups of calls that launch together. Groups are a thread's own. */
+#include "comm.h"
+
+#include "../base/thread.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct grouped {
+  struct hfreduceComm *comm;
+  struct hfr_call call;
+};
+
+static _Thread_local struct {
+  int depth, n, cap;
+  struct grouped *list;
+  hfreduceResult_t error; /* the first of a call in the group: End returns it */
+  hfreduceErrorInfo_t info;
+} group;
+
+/* Uneven counts live in the caller's arrays: keep our own. One block: sendcounts, senddispls, recvcounts, recvdispls. */
+static size_t *copy_counts(struct hfr_call *call, int nranks) {
+  size_t n = (size_t)nranks, *block = malloc(4 * n * sizeof *block);
+  const size_t **from[4] = {&call->sendcounts, &call->senddispls, &call->recvcounts, &call->recvdispls};
+  for (int i = 0; block && i < 4; i++) {
+    memcpy(block + (size_t)i * n, *from[i], n * sizeof *block);
+    *from[i] = block + (size_t)i * n;
+  }
+  return block;
+}
+
+static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_call *call, struct hfr_request **out) {
+  struct hfr_engine *e = &c->engine;
+  struct hfr_request *r = hfr_request_get(e);
+  if (!r) return hfr_fail(hfreduceSystemError, "out of memory for a request");
+  struct hfr_call mine = *call;
+  hfreduceResult_t result = hfreduceSuccess;
+  if (mine.sendcounts && !(r->counts = copy_counts(&mine, c->nranks))) result = hfr_fail(hfreduceSystemError, "out of memory for counts");
+  if (!result && mine.coll == HFR_ALL_TO_ALL && mine.send == mine.recv && mine.count && !mine.sendcounts) {
+    size_t bytes = mine.count * (size_t)c->nranks * hfr_dtype_size(mine.dtype);
+    r->temp = malloc(bytes);
+    if (r->temp) mine.send = memcpy(r->temp, mine.send, bytes);
+    else result = hfr_fail(hfreduceSystemError, "out of memory for %zu bytes: all_to_all in place needs a copy of its buffer", bytes);
+  }
+  if (!result) result = hfr_plan_build(&r->plan, &c->layout, &e->geometry, &mine);
+  if (result) {
+    hfr_request_put(e, r);
+    return result;
+  }
+  r->fp = (struct hfr_fingerprint){.count = mine.count, .root = mine.root, .coll = (uint8_t)mine.coll, .op = (uint8_t)(mine.premul ? 5 : mine.op), .dtype = (uint8_t)mine.dtype};
+  r->timeout_ns = e->timeout_ns;
+  *out = r;
+  return hfreduceSuccess;
+}
+
+/* Launch n calls as one work. */
+static hfreduceResult_t launch(struct grouped *g, int n, struct hfreduceWork **out) {
+  struct hfreduceWork *w = calloc(1, sizeof *w);
+  struct hfr_request **r = calloc((size_t)n + 1, sizeof *r);
+  hfreduceResult_t result = w && r ? hfreduceSuccess : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
+  int planned = 0;
+  for (; !result && planned < n; planned++) result = plan_request(g[planned].comm, &g[planned].call, &r[planned]);
+  if (result) { /* nothing has started: all or none */
+    for (int i = 0; r && i < planned - 1; i++) hfr_request_put(&g[i].comm->engine, r[i]);
+    free(w);
+    free(r);
+    return result;
+  }
+  atomic_store(&w->refs, 2); /* the caller's and the running operation's */
+  atomic_store(&w->remaining, (uint32_t)n);
+  if (!n) {
+    atomic_store(&w->refs, 1);
+    atomic_store(&w->done, 1);
+  }
+  for (int i = 0; i < n; i++) r[i]->work = w;
+  for (int i = 0; i < n; i++) hfr_engine_submit(&g[i].comm->engine, r[i]);
+  free(r);
+  *out = w;
+  return hfreduceSuccess;
+}
+
+static hfreduceResult_t outcome(struct hfreduceWork *w) {
+  int code = atomic_load(&w->code);
+  if (code) *hfr_last_error() = w->info;
+  return (hfreduceResult_t)code;
+}
+
+static void put_work(struct hfreduceWork *w) {
+  if (atomic_fetch_sub(&w->refs, 1) == 1) free(w);
+}
+
+static hfreduceResult_t run_blocking(struct grouped *g, int n) {
+  struct hfreduceWork *w;
+  HFR_TRY(launch(g, n, &w));
+  int one = 1;
+  for (int i = 1; i < n; i++) one &= g[i].comm == g[0].comm;
+  if (n && one) {
+    hfr_drive_until(&g[0].comm->engine, w, -1);
+  } else {
+    for (int i = 0; i < n; i++) hfr_drive_async(&g[i].comm->engine);
+    hfr_work_wait(w, -1);
+  }
+  hfreduceResult_t r = outcome(w);
+  put_work(w);
+  return r;
+}
+
+hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call) {
+  if (!group.depth) {
+    hfreduceResult_t r;
+    if (call->coll == HFR_ALL_REDUCE && hfr_oneshot_all_reduce(&c->engine, call, &r)) {
+      if (r) hfr_engine_error(&c->engine, hfr_last_error());
+      return r;
+    }
+    struct grouped one = {c, *call};
+    return run_blocking(&one, 1);
+  }
+  if (group.n == group.cap) {
+    int cap = group.cap ? 2 * group.cap : 16;
+    struct grouped *grown = realloc(group.list, (size_t)cap * sizeof *grown);
+    if (!grown) return hfr_fail(hfreduceSystemError, "out of memory for a group of %d calls", cap);
+    group.list = grown;
+    group.cap = cap;
+  }
+  group.list[group.n++] = (struct grouped){c, *call};
+  return hfreduceSuccess;
+}
+
+/* A call in an open group was wrong: the group's End will say so. */
+hfreduceResult_t hfr_group_latch(hfreduceResult_t result);
+hfreduceResult_t hfr_group_latch(hfreduceResult_t result) {
+  if (result && group.depth && !group.error) {
+    group.error = result;
+    group.info = *hfr_last_error();
+  }
+  return result;
+}
+
+hfreduceResult_t hfreduceGroupStart(void) {
+  group.depth++;
+  return hfreduceSuccess;
+}
+
+/* Close one level. 1: it was the outermost, *n calls are to be launched, or *result says why not. */
+static int close_level(int *n, hfreduceResult_t *result) {
+  *result = hfreduceSuccess;
+  if (!group.depth) {
+    *result = hfr_fail(hfreduceInvalidUsage, "hfreduceGroupEnd without hfreduceGroupStart on this thread");
+    return 1;
+  }
+  if (--group.depth) return 0;
+  *n = group.n;
+  group.n = 0;
+  if (group.error) {
+    *result = group.error;
+    *hfr_last_error() = group.info;
+    group.error = hfreduceSuccess;
+  }
+  return 1;
+}
+
+hfreduceResult_t hfreduceGroupEnd(void) {
+  int n = 0;
+  hfreduceResult_t r;
+  if (!close_level(&n, &r) || r || !n) return r;
+  struct grouped *list = group.list; /* out of the way: nothing in here opens a group */
+  return run_blocking(list, n);
+}
+
+hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
+  int n = 0;
+  hfreduceResult_t r;
+  if (!work) return hfr_fail(hfreduceInvalidArgument, "hfreduceGroupEndAsync: work is NULL");
+  *work = NULL;
+  if (!close_level(&n, &r)) return hfr_fail(hfreduceInvalidUsage, "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
+  if (r) return r;
+  HFR_TRY(launch(group.list, n, work));
+  for (int i = 0; i < n; i++)
+    if (!i || group.list[i].comm != group.list[i - 1].comm) hfr_drive_async(&group.list[i].comm->engine);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceWorkWait(hfreduceWork_t work, double timeout) {
+  if (!work) return hfr_fail(hfreduceInvalidArgument, "hfreduceWorkWait: work is NULL");
+  int64_t deadline = timeout < 0 ? -1 : hfr_now_ns() + (int64_t)(timeout * 1e9);
+  if (!hfr_work_wait(work, deadline)) return hfreduceInProgress;
+  return outcome(work);
+}
+
+hfreduceResult_t hfreduceWorkTest(hfreduceWork_t work, int *done) {
+  if (!work || !done) return hfr_fail(hfreduceInvalidArgument, "hfreduceWorkTest: %s is NULL", work ? "done" : "work");
+  *done = (int)atomic_load_explicit(&work->done, memory_order_acquire);
+  return *done ? outcome(work) : hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceWorkErrorInfo(hfreduceWork_t work, hfreduceErrorInfo_t *info) {
+  if (!work || !info) return hfr_fail(hfreduceInvalidArgument, "hfreduceWorkErrorInfo: %s is NULL", work ? "info" : "work");
+  hfr_error_clear(info);
+  if (atomic_load_explicit(&work->done, memory_order_acquire) && atomic_load(&work->code)) *info = work->info;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceWorkDestroy(hfreduceWork_t work) {
+  if (work) put_work(work);
+  return hfreduceSuccess;
+}

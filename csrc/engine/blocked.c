@@ -1,0 +1,127 @@
+/* A blocked request: what would wake it, whom it lacks, and whether its time is up. */
+#include "engine.h"
+#include "internal.h"
+
+#include <stdio.h>
+
+static int message_missing(struct hfr_engine *e, const struct hfr_loc *src, size_t bytes) {
+  const struct hfr_msg_header *h;
+  const void *data;
+  struct hfr_link *l = hfr_engine_link(e, src->index, src->vc);
+  return l && l->transport->recv(l, NULL, bytes, &h, &data) == HFR_LINK_AGAIN;
+}
+
+static void want_request(struct hfr_engine *e, struct hfr_request *r, struct hfr_waitset *set) {
+  if (!r->started) return;
+  for (int s = 0; s < r->plan.nstages; s++) {
+    struct hfr_stage *st = &r->plan.stage[s];
+    struct hfr_cursor *c = &r->cursor[s];
+    if (c->done == st->niter) continue;
+    struct hfr_link *l;
+    if (st->kind == HFR_STAGE_SEND && c->done < c->posted && (l = hfr_engine_link(e, st->peer, st->vc))) l->transport->want(l, 0, set);
+    if (st->kind == HFR_STAGE_SEND && c->done == c->posted) continue;
+    if (st->kind == HFR_STAGE_RECV && c->have_step && hfr_guards_open(e, r, &c->step) && (l = hfr_engine_link(e, st->peer, st->vc))) l->transport->want(l, 1, set);
+    if (st->kind == HFR_STAGE_REDUCE && c->have_step && hfr_guards_open(e, r, &c->step))
+      for (int j = 0; j < c->step.nparts; j++) {
+        struct hfr_part p;
+        r->plan.part(&r->plan, s, c->done, j, &p);
+        if (p.src.space == HFR_MSG && message_missing(e, &p.src, c->step.bytes) && (l = hfr_engine_link(e, p.src.index, p.src.vc)))
+          l->transport->want(l, 1, set);
+      }
+  }
+}
+
+void hfr_engine_want(struct hfr_engine *e, struct hfr_waitset *set) {
+  if (e->queue) want_request(e, e->queue, set);
+  for (struct hfr_request *r = e->p2p; r; r = r->next)
+    if (hfr_my_turn(e, r)) want_request(e, r, set);
+}
+
+/* What a rank sent before it left may still be on its way for so long. */
+#define LEFT_GRACE_NS 500000000ll
+
+/* Ranks that a stuck request lacks, as text. */
+struct culprits {
+  struct hfr_engine *engine;
+  const char *phase;
+  int peer, named;
+  int gone; /* a rank that is waited for and has left, or -1 */
+  int64_t now_ns;
+  char text[400];
+  size_t used;
+};
+
+static void name_rank(struct culprits *c, const char *phase, int rank) {
+  int64_t left = atomic_load_explicit(&c->engine->left_ns[rank], memory_order_relaxed);
+  if (c->peer < 0) c->peer = rank, c->phase = phase;
+  if (left && c->now_ns - left > LEFT_GRACE_NS) c->gone = rank;
+  if (c->named++ < 8 && c->used < sizeof c->text)
+    c->used += (size_t)snprintf(c->text + c->used, sizeof c->text - c->used, "%srank %d on %s", c->named > 1 ? ", " : "waiting for ", rank,
+                                c->engine->net->host[rank]);
+}
+
+/* Name the local ranks that keep guard g shut; 1 if an own stage does. */
+static int name_guard(struct culprits *c, struct hfr_request *r, const struct hfr_guard *g, const char *phase) {
+  const struct hfr_layout *lay = c->engine->layout;
+  if (g->who == HFR_OWN) {
+    for (int i = g->first; i < g->first + g->n; i++)
+      if (r->cursor[i].done < g->need) return 1;
+    return 0;
+  }
+  int from = g->who == HFR_ONE ? g->first : 0, to = g->who == HFR_ONE ? from + 1 : g->who == HFR_LANES ? lay->lanes : lay->nlocal;
+  for (int i = from; i < to; i++) {
+    struct hfr_guard one = *g;
+    one.who = HFR_ONE;
+    one.first = (int16_t)i;
+    if (i != lay->local && !hfr_counter_reached(c->engine, r, &one)) name_rank(c, phase, hfr_rank_at(lay, lay->node, i));
+  }
+  return 0;
+}
+
+static void name_stage(struct culprits *c, struct hfr_request *r, int s) {
+  struct hfr_stage *st = &r->plan.stage[s];
+  struct hfr_cursor *cur = &r->cursor[s];
+  if (cur->done == st->niter) return;
+  if (st->kind == HFR_STAGE_SEND && cur->done < cur->posted) name_rank(c, st->name, st->peer);
+  if (!cur->have_step) return;
+  int own = 0;
+  for (int j = 0; j < cur->step.nguards; j++) own |= name_guard(c, r, &cur->step.guard[j], st->name);
+  if (own || c->named) return;
+  if (st->kind == HFR_STAGE_RECV || st->kind == HFR_STAGE_SEND) name_rank(c, st->name, st->peer);
+  for (int j = 0; st->kind == HFR_STAGE_REDUCE && j < cur->step.nparts; j++) {
+    struct hfr_part p;
+    r->plan.part(&r->plan, s, cur->done, j, &p);
+    if (p.src.space == HFR_MSG && message_missing(c->engine, &p.src, cur->step.bytes)) name_rank(c, st->name, p.src.index);
+  }
+}
+
+/* Who and what does the request wait for: the first stage that is stuck on others, and the peers it lacks. */
+static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t now, struct culprits *c) {
+  const struct hfr_layout *lay = e->layout;
+  *c = (struct culprits){.engine = e, .phase = "start", .peer = -1, .gone = -1, .now_ns = now, .text = "waiting"};
+  if (!r->verified)
+    for (int i = 0; i < lay->nlocal; i++)
+      if (i != lay->local && atomic_load(&e->arena->ctrl[i].start) < r->fp.seq) name_rank(c, "verify", hfr_rank_at(lay, lay->node, i));
+  for (int s = 0; !c->named && s < r->plan.nstages; s++) name_stage(c, r, s);
+}
+
+static void check_request(struct hfr_engine *e, struct hfr_request *r, int64_t now) {
+  if (!r->started) return;
+  struct culprits c;
+  char text[600];
+  int late = now > r->deadline_ns;
+  if (!late && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
+  find_culprits(e, r, now, &c);
+  if (c.gone >= 0) {
+    snprintf(text, sizeof text, "rank %d on %s has closed the communicator or exited; %s", c.gone, e->net->host[c.gone], c.text);
+    hfr_fail_request(e, r, c.phase, c.gone, hfreduceRemoteError, text);
+  } else if (late) {
+    snprintf(text, sizeof text, "deadline of %.3g s passed %s", (double)r->timeout_ns * 1e-9, c.text);
+    hfr_fail_request(e, r, c.phase, c.peer, hfreduceTimeout, text);
+  }
+}
+
+void hfr_engine_check(struct hfr_engine *e, int64_t now) {
+  if (e->queue) check_request(e, e->queue, now);
+  for (struct hfr_request *r = e->p2p; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next) check_request(e, r, now);
+}

@@ -1,0 +1,258 @@
+/* Who drives engines: the blocked caller itself, or the one progress thread of the process. */
+#include "engine.h"
+
+#include "../base/log.h"
+#include "../base/thread.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+
+#define NAP_NS 50000000ll  /* longest sleep: deadlines and departures are looked at this often */
+#define CHECK_EVERY 4096   /* idle polls between looks at the clock while spinning */
+
+static struct {
+  pthread_mutex_t lock; /* list, started */
+  pthread_mutex_t busy; /* held by the thread while it touches engines */
+  struct hfr_engine *list;
+  int started, kick_fd;
+  _Atomic int asleep;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .busy = PTHREAD_MUTEX_INITIALIZER, .kick_fd = -1};
+
+static int try_drive(struct hfr_engine *e) {
+  int free_ = 0;
+  return atomic_compare_exchange_strong_explicit(&e->driver, &free_, 1, memory_order_acquire, memory_order_relaxed);
+}
+static void stop_driving(struct hfr_engine *e) { atomic_store_explicit(&e->driver, 0, memory_order_release); }
+
+static void nap(struct hfr_engine *e, int (*look)(struct hfr_engine *, void *), void *arg) {
+  struct hfr_waitset set;
+  set.n = 0;
+  enum hfr_sleep how = e->layout->nnodes == 1 ? HFR_SLEEP_FUTEX : HFR_SLEEP_POLL;
+  uint32_t bell = hfr_arena_sleep_begin(e->arena, how);
+  if (!look(e, arg)) {
+    if (how == HFR_SLEEP_FUTEX) {
+      hfr_arena_sleep_futex(e->arena, bell, NAP_NS);
+    } else {
+      hfr_engine_want(e, &set);
+      if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
+      set.fd[set.n++] = (struct pollfd){e->arena->bell_fd, POLLIN, 0};
+      poll(set.fd, (nfds_t)set.n, (int)(NAP_NS / 1000000));
+    }
+  }
+  hfr_arena_sleep_end(e->arena);
+}
+
+void hfr_backoff_wait(struct hfr_engine *e, struct hfr_backoff *b, int (*look)(struct hfr_engine *, void *), void *arg) {
+  int idle = ++b->idle;
+  if (idle < e->spins) {
+    hfr_cpu_relax();
+    if (idle % CHECK_EVERY) return;
+  } else if (idle < e->spins + e->yields) {
+    sched_yield();
+    return;
+  } else {
+    nap(e, look, arg);
+  }
+  hfr_engine_check(e, hfr_now_ns());
+}
+
+/* ---------------------------------------------------------------- in the caller's thread */
+
+struct until {
+  struct hfreduceWork *work;
+};
+
+static int look_for_progress(struct hfr_engine *e, void *arg) {
+  struct until *u = arg;
+  return hfr_engine_progress(e) || atomic_load_explicit(&u->work->done, memory_order_acquire);
+}
+
+int hfr_drive_until(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
+  if (!try_drive(e)) {
+    hfr_drive_async(e);
+    return hfr_work_wait(work, deadline_ns);
+  }
+  struct until u = {work};
+  struct hfr_backoff b = {0};
+  int done;
+  while (!(done = (int)atomic_load_explicit(&work->done, memory_order_acquire))) {
+    if (hfr_engine_progress(e)) {
+      b.idle = 0;
+      continue;
+    }
+    hfr_backoff_wait(e, &b, look_for_progress, &u);
+    if (deadline_ns >= 0 && b.idle > e->spins && hfr_now_ns() > deadline_ns) break;
+  }
+  stop_driving(e);
+  if (atomic_load_explicit(&e->active, memory_order_acquire)) hfr_drive_async(e);
+  return done;
+}
+
+int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns) {
+  for (;;) {
+    if (atomic_load_explicit(&work->done, memory_order_acquire)) return 1;
+    int64_t left = deadline_ns < 0 ? -1 : deadline_ns - hfr_now_ns();
+    if (deadline_ns >= 0 && left <= 0) return 0;
+    hfr_futex_wait(&work->done, 0, left);
+  }
+}
+
+/* ---------------------------------------------------------------- the progress thread */
+
+#define MAX_ENGINES 256
+
+/* One pass over the engines. Those in `held` are driven by us already. */
+static int pass(struct hfr_engine **engine, int n, const char *held) {
+  int moved = 0;
+  for (int i = 0; i < n; i++) {
+    if (!held && !try_drive(engine[i])) continue;
+    if (!held || held[i]) moved |= hfr_engine_progress(engine[i]);
+    if (!held) stop_driving(engine[i]);
+  }
+  return moved;
+}
+
+static void sleep_in_poll(struct hfr_engine **engine, int n) {
+  char held[MAX_ENGINES];
+  static _Thread_local struct hfr_waitset set;
+  int64_t now = hfr_now_ns();
+  for (int i = 0; i < n; i++) {
+    held[i] = (char)try_drive(engine[i]);
+    if (!held[i]) continue;
+    hfr_engine_check(engine[i], now);
+    hfr_arena_sleep_begin(engine[i]->arena, HFR_SLEEP_POLL);
+  }
+  atomic_store_explicit(&pool.asleep, 1, memory_order_seq_cst); /* pairs with kick(): it writes, or we see its request in this pass */
+  atomic_thread_fence(memory_order_seq_cst);
+  pthread_mutex_lock(&pool.lock);
+  int changed = n ? 0 : pool.list != NULL;
+  int listed = 0;
+  for (struct hfr_engine *e = pool.list; e; e = e->next_active) listed++;
+  changed |= listed > n && n < MAX_ENGINES;
+  pthread_mutex_unlock(&pool.lock);
+  if (!pass(engine, n, held) && !changed) {
+    set.n = 0;
+    for (int i = 0; i < n; i++) {
+      if (!held[i]) continue;
+      hfr_engine_want(engine[i], &set);
+      if (set.n < (int)(sizeof set.fd / sizeof *set.fd) - 1) set.fd[set.n++] = (struct pollfd){engine[i]->arena->bell_fd, POLLIN, 0};
+    }
+    if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
+    set.fd[set.n++] = (struct pollfd){pool.kick_fd, POLLIN, 0};
+    if (!n) pthread_mutex_unlock(&pool.busy);
+    poll(set.fd, (nfds_t)set.n, n ? (int)(NAP_NS / 1000000) : -1);
+    if (!n) pthread_mutex_lock(&pool.busy);
+  }
+  atomic_store_explicit(&pool.asleep, 0, memory_order_seq_cst);
+  uint64_t drain;
+  (void)!read(pool.kick_fd, &drain, sizeof drain);
+  for (int i = 0; i < n; i++) {
+    if (!held[i]) continue;
+    hfr_arena_sleep_end(engine[i]->arena);
+    stop_driving(engine[i]);
+  }
+}
+
+/* Engines that have work; those that ran dry leave the list. */
+static int snapshot(struct hfr_engine **engine) {
+  int n = 0;
+  pthread_mutex_lock(&pool.lock);
+  for (struct hfr_engine **at = &pool.list; *at;) {
+    struct hfr_engine *e = *at;
+    if (!atomic_load_explicit(&e->active, memory_order_acquire)) {
+      *at = e->next_active;
+      e->listed = 0;
+      continue;
+    }
+    if (n < MAX_ENGINES) engine[n++] = e;
+    at = &e->next_active;
+  }
+  pthread_mutex_unlock(&pool.lock);
+  return n;
+}
+
+static void *progress_main(void *arg) {
+  struct hfr_engine *engine[MAX_ENGINES];
+  int idle = 0;
+  (void)arg;
+  sigset_t all;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, NULL);
+  for (;;) {
+    pthread_mutex_lock(&pool.busy);
+    int n = snapshot(engine), patience = 0, yields = 0;
+    for (int i = 0; i < n; i++) {
+      if (engine[i]->spins > patience) patience = engine[i]->spins;
+      if (engine[i]->yields > yields) yields = engine[i]->yields;
+    }
+    patience /= 8; /* the caller computes meanwhile: leave it the core soon */
+    if (n && pass(engine, n, NULL)) idle = 0;
+    else if (n && ++idle < patience) hfr_cpu_relax();
+    else if (n && idle < patience + yields) sched_yield();
+    else sleep_in_poll(engine, n), idle = 0;
+    pthread_mutex_unlock(&pool.busy);
+  }
+  return NULL;
+}
+
+/* Under pool.lock. */
+static void ensure_thread(void) {
+  if (pool.started) return;
+  pool.kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  pthread_attr_t attr;
+  pthread_t thread;
+  pthread_attr_init(&attr);
+  pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+  pthread_attr_setstacksize(&attr, 512 * 1024);
+  int error = pool.kick_fd < 0 ? errno : pthread_create(&thread, &attr, progress_main, NULL);
+  pthread_attr_destroy(&attr);
+  if (error) HFR_WARN("cannot start the progress thread: %s", strerror(error));
+  else pool.started = 1;
+}
+
+static void kick(void) {
+  atomic_thread_fence(memory_order_seq_cst);
+  if (!atomic_load_explicit(&pool.asleep, memory_order_seq_cst)) return;
+  uint64_t one = 1;
+  (void)!write(pool.kick_fd, &one, sizeof one);
+}
+
+void hfr_drive_async(struct hfr_engine *e) {
+  pthread_mutex_lock(&pool.lock);
+  ensure_thread();
+  if (!e->listed) {
+    e->listed = 1;
+    e->next_active = pool.list;
+    pool.list = e;
+  }
+  pthread_mutex_unlock(&pool.lock);
+  kick();
+}
+
+void hfr_drive_stop(struct hfr_engine *e) {
+  pthread_mutex_lock(&pool.lock);
+  for (struct hfr_engine **at = &pool.list; *at; at = &(*at)->next_active)
+    if (*at == e) {
+      *at = e->next_active;
+      break;
+    }
+  e->listed = 0;
+  pthread_mutex_unlock(&pool.lock);
+  kick();
+  hfr_engine_wake(e);
+  pthread_mutex_lock(&pool.busy); /* a pass that still knows the engine is over when we get it */
+  pthread_mutex_unlock(&pool.busy);
+}
+
+void hfr_drive_after_fork(void) {
+  if (pool.kick_fd >= 0) close(pool.kick_fd);
+  memset(&pool, 0, sizeof pool);
+  pthread_mutex_init(&pool.lock, NULL);
+  pthread_mutex_init(&pool.busy, NULL);
+  pool.kick_fd = -1;
+}
+
+void hfr_engine_wake(struct hfr_engine *e) { hfr_arena_ring(e->arena, e->arena->local); }

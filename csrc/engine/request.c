@@ -1,0 +1,561 @@
+/* The life of requests: queued, started, stepped through their plan, ended. */
+#include "engine.h"
+#include "internal.h"
+
+#include "../base/log.h"
+#include "../base/thread.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---------------------------------------------------------------- errors */
+
+void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size_t size) {
+  static const char *const op[] = {"sum", "prod", "max", "min", "avg", "premul_sum"};
+  int n = snprintf(text, size, "%s #%llu(", hfr_coll_name(fp->coll), (unsigned long long)fp->seq);
+  if (fp->coll != HFR_BARRIER && n > 0 && (size_t)n < size)
+    n += snprintf(text + n, size - (size_t)n, "count %llu, %s", (unsigned long long)fp->count, hfr_dtype_name((hfreduceDataType_t)fp->dtype));
+  if ((fp->coll == HFR_ALL_REDUCE || fp->coll == HFR_REDUCE || fp->coll == HFR_REDUCE_SCATTER) && (size_t)n < size)
+    n += snprintf(text + n, size - (size_t)n, ", %s", fp->op < 6 ? op[fp->op] : "?");
+  if (fp->root >= 0 && fp->coll != HFR_P2P && (size_t)n < size) n += snprintf(text + n, size - (size_t)n, ", root %d", fp->root);
+  if ((size_t)n < size) snprintf(text + n, size - (size_t)n, ")");
+}
+
+int hfr_engine_break(struct hfr_engine *e, const hfreduceErrorInfo_t *info) {
+  int first = 0;
+  pthread_mutex_lock(&e->lock);
+  if (!atomic_load_explicit(&e->error, memory_order_relaxed)) {
+    e->why = *info;
+    if (e->why.rank < 0) e->why.rank = e->layout->rank;
+    if (!e->why.host[0]) snprintf(e->why.host, sizeof e->why.host, "%s", e->host);
+    atomic_store_explicit(&e->error, info->code, memory_order_release);
+    first = 1;
+  }
+  pthread_mutex_unlock(&e->lock);
+  if (!first) return 0;
+  HFR_INFO("communicator broken: %s", e->why.text);
+  hfr_engine_wake(e);
+  return 1;
+}
+
+void hfr_engine_fail(struct hfr_engine *e, const hfreduceErrorInfo_t *info) {
+  if (hfr_engine_break(e, info) && e->on_error) e->on_error(e->on_error_arg, &e->why);
+}
+
+int hfr_engine_error(struct hfr_engine *e, hfreduceErrorInfo_t *info) {
+  int code = atomic_load_explicit(&e->error, memory_order_acquire);
+  if (!code) return 0;
+  pthread_mutex_lock(&e->lock);
+  *info = e->why;
+  pthread_mutex_unlock(&e->lock);
+  return code;
+}
+
+void hfr_fail_request(struct hfr_engine *e, const struct hfr_request *r, const char *phase, int peer, hfreduceResult_t code, const char *text) {
+  hfreduceErrorInfo_t info;
+  hfr_error_clear(&info);
+  info.code = code;
+  info.rank = e->layout->rank;
+  info.peer = peer;
+  info.seq = (long long)r->fp.seq;
+  snprintf(info.op, sizeof info.op, "%s", hfr_coll_name(r->plan.call.coll));
+  snprintf(info.phase, sizeof info.phase, "%s", phase);
+  snprintf(info.host, sizeof info.host, "%s", e->host);
+  char what[128];
+  hfr_describe_fingerprint(&r->fp, what, sizeof what);
+  snprintf(info.text, sizeof info.text, "rank %d on %s, %s, phase %s: %.500s", e->layout->rank, e->host, what, phase, text);
+  hfr_engine_fail(e, &info);
+}
+
+void hfr_fail_mismatch(struct hfr_engine *e, const struct hfr_fingerprint *mine, int peer, const struct hfr_fingerprint *theirs) {
+  hfreduceErrorInfo_t info;
+  char a[128], b[128];
+  hfr_error_clear(&info);
+  info.code = hfreduceMismatch;
+  info.rank = e->layout->rank;
+  info.peer = peer;
+  info.seq = (long long)mine->seq;
+  snprintf(info.op, sizeof info.op, "%s", hfr_coll_name(mine->coll));
+  snprintf(info.phase, sizeof info.phase, "verify");
+  hfr_describe_fingerprint(mine, a, sizeof a);
+  hfr_describe_fingerprint(theirs, b, sizeof b);
+  snprintf(info.text, sizeof info.text,
+           "ranks disagree: rank %d on %s called %s but rank %d on %s called %s; all ranks must make the same calls in the same order", e->layout->rank, e->host, a,
+           peer, e->net->host[peer], b);
+  hfr_engine_fail(e, &info);
+}
+
+/* ---------------------------------------------------------------- pool and queue */
+
+struct hfr_request *hfr_request_get(struct hfr_engine *e) {
+  pthread_mutex_lock(&e->lock);
+  struct hfr_request *r = e->free;
+  if (r) e->free = r->next;
+  pthread_mutex_unlock(&e->lock);
+  if (!r) return calloc(1, sizeof *r);
+  struct hfr_stage *stage = r->plan.stage;
+  int cap = r->plan.cap, cursors_cap = r->cursors_cap;
+  struct hfr_cursor *cursor = r->cursor;
+  *r = (struct hfr_request){.cursor = cursor, .cursors_cap = cursors_cap};
+  r->plan.stage = stage;
+  r->plan.cap = cap;
+  return r;
+}
+
+void hfr_request_put(struct hfr_engine *e, struct hfr_request *r) {
+  free(r->temp);
+  free(r->counts);
+  r->temp = NULL;
+  r->counts = NULL;
+  pthread_mutex_lock(&e->lock);
+  r->next = e->free;
+  e->free = r;
+  pthread_mutex_unlock(&e->lock);
+}
+
+static void work_put(struct hfreduceWork *w) {
+  if (atomic_fetch_sub_explicit(&w->refs, 1, memory_order_acq_rel) == 1) free(w);
+}
+
+/* The request is over: tell its work, recycle it. */
+static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
+  struct hfreduceWork *w = r->work;
+  hfr_request_put(e, r);
+  atomic_fetch_sub_explicit(&e->active, 1, memory_order_relaxed);
+  if (error && !atomic_load_explicit(&w->code, memory_order_relaxed)) {
+    w->info = *error;
+    atomic_store_explicit(&w->code, error->code, memory_order_relaxed);
+  }
+  if (atomic_fetch_sub_explicit(&w->remaining, 1, memory_order_acq_rel) == 1) {
+    atomic_store_explicit(&w->done, 1, memory_order_release); /* pairs with hfr_work_wait */
+    hfr_futex_wake(&w->done, INT32_MAX);
+    work_put(w);
+  }
+}
+
+void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
+  r->next = NULL;
+  pthread_mutex_lock(&e->lock);
+  *e->inbox_tail = r;
+  e->inbox_tail = &r->next;
+  atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
+  atomic_store_explicit(&e->inbox_full, 1, memory_order_release);
+  pthread_mutex_unlock(&e->lock);
+}
+
+struct hfr_link *hfr_engine_link(struct hfr_engine *e, int peer, int vc) {
+  struct hfr_link **slot = &e->link[(size_t)peer * HFR_NVC + (size_t)vc];
+  if (!*slot) {
+    int local = e->layout->node_of[peer] == e->layout->node;
+    if ((local ? &hfr_transport_shm : e->remote)->open(e->net, peer, vc, slot)) return NULL;
+  }
+  return *slot;
+}
+
+static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
+  struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
+  r->fp.seq = ++e->seq;
+  r->base = e->base;
+  me->fp[r->fp.seq & 1] = r->fp;
+  atomic_store_explicit(&me->start, r->fp.seq, memory_order_release); /* pairs with verify(): the fingerprint is whole */
+  hfr_arena_notify(e->arena);
+}
+
+/* A request reaches the head of its line. 0: its link cannot be made. */
+static int begin(struct hfr_engine *e, struct hfr_request *r) {
+  r->started = 1;
+  r->deadline_ns = r->timeout_ns > 0 ? hfr_now_ns() + r->timeout_ns : INT64_MAX;
+  if (r->cursors_cap < r->plan.nstages) {
+    free(r->cursor);
+    r->cursor = malloc((size_t)r->plan.nstages * sizeof *r->cursor);
+    r->cursors_cap = r->cursor ? r->plan.nstages : 0;
+    if (!r->cursor) {
+      hfr_fail_request(e, r, "start", -1, hfreduceSystemError, "out of memory");
+      return 0;
+    }
+  }
+  for (int s = 0; s < r->plan.nstages; s++) {
+    struct hfr_stage *st = &r->plan.stage[s];
+    struct hfr_cursor *c = &r->cursor[s];
+    c->done = c->posted = 0;
+    c->have_step = 0;
+    r->left += st->niter > 0;
+    if (st->kind != HFR_STAGE_SEND) continue;
+    struct hfr_link *l = hfr_engine_link(e, st->peer, st->vc);
+    if (!l) {
+      hfr_fail_request(e, r, "connect", st->peer, hfr_last_error()->code, hfr_last_error()->text);
+      return 0;
+    }
+    c->tx_base = l->posted;
+  }
+  if (r->plan.call.coll == HFR_P2P) r->verified = 1; /* pairs are verified by message headers */
+  else begin_collective(e, r);
+  return 1;
+}
+
+/* ---------------------------------------------------------------- steps */
+
+/* Have all local ranks begun this very operation? Compares fingerprints before anybody's data is touched. */
+static int verify(struct hfr_engine *e, struct hfr_request *r) {
+  for (int i = 0; i < e->arena->nlocal; i++) {
+    if (i == e->arena->local) continue;
+    const struct hfr_rank_ctrl *c = &e->arena->ctrl[i];
+    if (atomic_load_explicit(&c->start, memory_order_acquire) < r->fp.seq) return 0;
+    struct hfr_fingerprint theirs = c->fp[r->fp.seq & 1];
+    if (!hfr_fingerprint_equal(&theirs, &r->fp)) {
+      hfr_fail_mismatch(e, &r->fp, hfr_rank_at(e->layout, e->layout->node, i), &theirs);
+      return 0;
+    }
+  }
+  r->verified = 1;
+  e->out_known = r->base; /* who has begun this operation has ended those before it */
+  return 1;
+}
+
+int hfr_counter_reached(const struct hfr_engine *e, const struct hfr_request *r, const struct hfr_guard *g) {
+  int from = 0, to = e->arena->nlocal;
+  if (g->who == HFR_ONE) from = g->first, to = from + 1;
+  if (g->who == HFR_LANES) to = e->layout->lanes;
+  uint64_t need = g->ctr == HFR_CTR_START || g->ctr == HFR_CTR_VER ? r->fp.seq : (uint64_t)((int64_t)r->base + g->need);
+  for (int i = from; i < to; i++)
+    if (atomic_load_explicit(hfr_arena_ctr(e->arena, i, (enum hfr_ctr)g->ctr), memory_order_acquire) < need) return 0;
+  return 1;
+}
+
+int hfr_guards_open(struct hfr_engine *e, struct hfr_request *r, const struct hfr_step *s) {
+  for (int j = 0; j < s->nguards; j++) {
+    const struct hfr_guard *g = &s->guard[j];
+    if (g->who == HFR_OWN) {
+      for (int i = g->first; i < g->first + g->n; i++)
+        if (r->cursor[i].done < g->need) return 0;
+    } else {
+      /* Slots of earlier operations may be waited for unverified; data of this one not. */
+      if (g->need > 0 && !r->verified && !verify(e, r)) return 0;
+      if (!hfr_counter_reached(e, r, g)) return 0;
+    }
+  }
+  return 1;
+}
+
+static uint8_t *place(const struct hfr_engine *e, const struct hfr_request *r, const struct hfr_loc *l) {
+  switch (l->space) {
+    case HFR_SEND: return (uint8_t *)(uintptr_t)r->plan.call.send + l->off;
+    case HFR_RECV: return (uint8_t *)r->plan.call.recv + l->off;
+    case HFR_IN: return hfr_arena_in(e->arena, l->index, r->base + (uint64_t)l->chunk) + l->off;
+    default: return hfr_arena_res(e->arena, l->index, r->base + (uint64_t)l->chunk) + l->off;
+  }
+}
+
+/* Is this header the message that the plan expects? */
+static int header_ok(struct hfr_engine *e, struct hfr_request *r, const struct hfr_stage *st, int peer, int64_t i, size_t bytes,
+                     const struct hfr_msg_header *h) {
+  struct hfr_fingerprint theirs = h->fp, mine = r->fp;
+  if (mine.coll == HFR_P2P) mine.root = theirs.root = -1; /* each names the other */
+  if (!hfr_fingerprint_equal(&theirs, &mine)) {
+    hfr_fail_mismatch(e, &r->fp, peer, &h->fp);
+    return 0;
+  }
+  if (h->bytes == bytes && h->offset == (uint64_t)i) return 1;
+  char text[256];
+  snprintf(text, sizeof text, "ranks disagree: rank %d on %s sends message %llu of %llu bytes where rank %d expects message %lld of %zu bytes; check the counts of both sides", peer,
+           e->net->host[peer], (unsigned long long)h->offset, (unsigned long long)h->bytes, e->layout->rank, (long long)i, bytes);
+  hfr_fail_request(e, r, st->name, peer, hfreduceMismatch, text);
+  return 0;
+}
+
+/* The next message of a link, judged. OK with data, AGAIN, or FAILED (recorded). */
+static int receive(struct hfr_engine *e, struct hfr_request *r, const struct hfr_stage *st, int peer, int vc, int64_t i, void *dst, size_t bytes,
+                   const void **data) {
+  const struct hfr_msg_header *h;
+  struct hfr_link *l = hfr_engine_link(e, peer, vc);
+  int got = l ? l->transport->recv(l, dst, bytes, &h, data) : HFR_LINK_FAILED;
+  if (got == HFR_LINK_FAILED) hfr_fail_request(e, r, st->name, peer, hfr_last_error()->code, hfr_last_error()->text);
+  if (got == HFR_LINK_OK && !header_ok(e, r, st, peer, i, bytes, h)) return HFR_LINK_FAILED;
+  return got;
+}
+
+static int do_copy(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i, const struct hfr_step *step) {
+  const struct hfr_stage *st = &r->plan.stage[s];
+  for (int j = 0; j < step->nparts; j++) {
+    struct hfr_part p;
+    r->plan.part(&r->plan, s, i, j, &p);
+    uint8_t *dst = place(e, r, &p.dst), *src = place(e, r, &p.src);
+    if (st->premul) hfr_premul(dst, src, p.bytes / r->plan.esize, r->plan.call.dtype, r->plan.call.scalar);
+    else if (dst != src && p.bytes) memcpy(dst, src, p.bytes);
+  }
+  return 1;
+}
+
+static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i, const struct hfr_step *step) {
+  const struct hfr_stage *st = &r->plan.stage[s];
+  const struct hfr_call *call = &r->plan.call;
+  if (!step->bytes && !step->nparts) return 1;
+  struct hfr_loc from[step->nparts];
+  for (int j = 0; j < step->nparts; j++) {
+    struct hfr_part p;
+    r->plan.part(&r->plan, s, i, j, &p);
+    from[j] = p.src;
+    if (p.src.space != HFR_MSG) {
+      e->sources[j] = place(e, r, &p.src);
+    } else {
+      int got = receive(e, r, st, p.src.index, p.src.vc, i, NULL, step->bytes, &e->sources[j]);
+      if (got != HFR_LINK_OK) return 0;
+    }
+  }
+  struct hfr_scale scale = {0};
+  int op = call->op == hfreduceAvg ? HFR_OP_SUM : (int)call->op;
+  if (call->op == hfreduceAvg && r->plan.avg_pre) {
+    scale.npre = st->npre;
+    scale.pre = 1.0 / e->layout->nranks;
+  } else if (call->op == hfreduceAvg && st->final) {
+    scale.div = (uint64_t)e->layout->nranks;
+  }
+  if (step->bytes)
+    hfr_reduce(place(e, r, &step->dst), e->sources, step->nparts, step->bytes / r->plan.esize, call->dtype, (enum hfr_op)op, &scale);
+  for (int j = 0; j < step->nparts; j++) {
+    if (from[j].space != HFR_MSG) continue;
+    struct hfr_link *l = hfr_engine_link(e, from[j].index, from[j].vc);
+    l->transport->release(l);
+  }
+  return 1;
+}
+
+static int do_recv(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i, const struct hfr_step *step) {
+  const struct hfr_stage *st = &r->plan.stage[s];
+  void *dst = step->bytes ? place(e, r, &step->dst) : NULL;
+  const void *data = NULL;
+  if (receive(e, r, st, st->peer, st->vc, i, dst, step->bytes, &data) != HFR_LINK_OK) return 0;
+  if (step->bytes && data != dst) memcpy(dst, data, step->bytes);
+  struct hfr_link *l = hfr_engine_link(e, st->peer, st->vc);
+  l->transport->release(l);
+  return 1;
+}
+
+static void load_step(struct hfr_request *r, int s, int64_t i) {
+  struct hfr_cursor *c = &r->cursor[s];
+  if (c->have_step) return;
+  c->step.nguards = c->step.nparts = 0;
+  c->step.bytes = 0;
+  r->plan.step(&r->plan, s, i, &c->step);
+  c->have_step = 1;
+}
+
+/* SEND stages have two cursors: handed to the link, and no longer needing their data. */
+static int advance_send(struct hfr_engine *e, struct hfr_request *r, int s) {
+  struct hfr_stage *st = &r->plan.stage[s];
+  struct hfr_cursor *c = &r->cursor[s];
+  struct hfr_link *l = hfr_engine_link(e, st->peer, st->vc);
+  int moved = 0;
+  if (c->posted < st->niter) {
+    load_step(r, s, c->posted);
+    if (hfr_guards_open(e, r, &c->step)) {
+      struct hfr_msg_header h = {.magic = HFR_MSG_MAGIC, .bytes = c->step.bytes, .offset = (uint64_t)c->posted, .fp = r->fp};
+      int sent = l->transport->post_send(l, &h, c->step.bytes ? place(e, r, &c->step.src) : NULL);
+      if (sent == HFR_LINK_FAILED) {
+        hfr_fail_request(e, r, st->name, st->peer, hfr_last_error()->code, hfr_last_error()->text);
+        return 0;
+      }
+      if (sent == HFR_LINK_OK) c->posted++, c->have_step = 0, moved = 1;
+    }
+  }
+  if (c->done < c->posted) {
+    uint64_t sent = l->transport->sent(l);
+    if (sent == UINT64_MAX) {
+      hfr_fail_request(e, r, st->name, st->peer, hfr_last_error()->code, hfr_last_error()->text);
+      return 0;
+    }
+    int64_t now = (int64_t)(sent - c->tx_base);
+    if (now > c->done) c->done = now, moved = 1;
+  }
+  return moved;
+}
+
+/* Try to move stage s by an iteration. 1: it moved. */
+static int advance(struct hfr_engine *e, struct hfr_request *r, int s) {
+  struct hfr_stage *st = &r->plan.stage[s];
+  struct hfr_cursor *c = &r->cursor[s];
+  if (c->done == st->niter) return 0;
+  int moved;
+  if (st->kind == HFR_STAGE_SEND) {
+    moved = advance_send(e, r, s);
+  } else {
+    load_step(r, s, c->done);
+    moved = hfr_guards_open(e, r, &c->step) && (st->kind == HFR_STAGE_COPY     ? do_copy(e, r, s, c->done, &c->step)
+                                            : st->kind == HFR_STAGE_REDUCE ? do_reduce(e, r, s, c->done, &c->step)
+                                            : st->kind == HFR_STAGE_RECV   ? do_recv(e, r, s, c->done, &c->step)
+                                                                           : 1);
+    if (moved) c->done++, c->have_step = 0;
+  }
+  if (moved && st->ctr != HFR_CTR_NONE) {
+    uint64_t value = st->ctr == HFR_CTR_VER ? r->fp.seq : r->base + (uint64_t)c->done;
+    atomic_store_explicit(hfr_arena_ctr(e->arena, e->arena->local, (enum hfr_ctr)st->ctr), value, memory_order_release); /* pairs with hfr_counter_reached() */
+    hfr_arena_notify(e->arena);
+  }
+  if (moved && c->done == st->niter) r->left--;
+  return moved;
+}
+
+/* Bring IN, RED and OUT of this rank to where the operation leaves them, whichever of them it used. */
+static void end_collective(struct hfr_engine *e, struct hfr_request *r) {
+  uint64_t end = r->base + (uint64_t)r->plan.nchunks;
+  struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
+  e->base = end;
+  e->collectives++;
+  if (atomic_load_explicit(&me->in, memory_order_relaxed) < end) atomic_store_explicit(&me->in, end, memory_order_release);
+  if (atomic_load_explicit(&me->red, memory_order_relaxed) < end) atomic_store_explicit(&me->red, end, memory_order_release);
+  if (atomic_load_explicit(&me->out, memory_order_relaxed) < end) {
+    atomic_store_explicit(&me->out, end, memory_order_release);
+    hfr_arena_notify(e->arena);
+  }
+}
+
+static int progress_request(struct hfr_engine *e, struct hfr_request *r) {
+  int moved = 0;
+  for (int s = 0; s < r->plan.nstages; s++) {
+    moved |= advance(e, r, s);
+    if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
+  }
+  if (!r->verified && verify(e, r)) moved = 1;
+  return moved;
+}
+
+static int over(const struct hfr_request *r) { return r->started && r->verified && r->left == 0; }
+
+/* ---------------------------------------------------------------- the engine */
+
+static void take_inbox(struct hfr_engine *e) {
+  pthread_mutex_lock(&e->lock);
+  struct hfr_request *r = e->inbox;
+  e->inbox = NULL;
+  e->inbox_tail = &e->inbox;
+  atomic_store_explicit(&e->inbox_full, 0, memory_order_relaxed);
+  pthread_mutex_unlock(&e->lock);
+  while (r) {
+    struct hfr_request *next = r->next;
+    r->next = NULL;
+    if (r->plan.call.coll == HFR_P2P) {
+      struct hfr_link *l = hfr_engine_link(e, r->plan.call.root, HFR_VC_P2P);
+      if (!l) {
+        hfr_fail_request(e, r, "connect", r->plan.call.root, hfr_last_error()->code, hfr_last_error()->text);
+      } else {
+        r->ticket = r->plan.call.receiving ? l->rx_ticket++ : l->tx_ticket++;
+        r->fp.seq = r->ticket + 1;
+      }
+      struct hfr_request **tail = &e->p2p; /* issue order, so that peers' turns come round */
+      while (*tail) tail = &(*tail)->next;
+      *tail = r;
+    } else {
+      *e->queue_tail = r;
+      e->queue_tail = &r->next;
+    }
+    r = next;
+  }
+}
+
+static void fail_all(struct hfr_engine *e) {
+  hfreduceErrorInfo_t why;
+  hfr_engine_error(e, &why);
+  take_inbox(e);
+  while (e->queue) {
+    struct hfr_request *r = e->queue;
+    e->queue = r->next;
+    finish(e, r, &why);
+  }
+  e->queue_tail = &e->queue;
+  while (e->p2p) {
+    struct hfr_request *r = e->p2p;
+    e->p2p = r->next;
+    finish(e, r, &why);
+  }
+}
+
+int hfr_my_turn(struct hfr_engine *e, const struct hfr_request *r) {
+  const struct hfr_link *l = e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P];
+  return r->ticket == (r->plan.call.receiving ? l->rx_turn : l->tx_turn);
+}
+
+static int progress_p2p(struct hfr_engine *e) {
+  int moved = 0;
+  for (struct hfr_request **at = &e->p2p; *at;) {
+    struct hfr_request *r = *at;
+    if (!hfr_my_turn(e, r)) {
+      at = &r->next;
+      continue;
+    }
+    if (!r->started && !begin(e, r)) return 1;
+    moved |= progress_request(e, r);
+    if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
+    if (over(r)) {
+      struct hfr_link *l = e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P];
+      if (r->plan.call.receiving) l->rx_turn++;
+      else l->tx_turn++;
+      *at = r->next;
+      finish(e, r, NULL);
+      moved = 1;
+    } else {
+      at = &r->next;
+    }
+  }
+  return moved;
+}
+
+int hfr_engine_progress(struct hfr_engine *e) {
+  int moved = 0;
+  if (atomic_load_explicit(&e->inbox_full, memory_order_acquire)) take_inbox(e), moved = 1;
+  if (!atomic_load_explicit(&e->error, memory_order_acquire)) {
+    if (e->queue) {
+      struct hfr_request *r = e->queue;
+      if (r->started || begin(e, r)) moved |= progress_request(e, r);
+      if (!atomic_load_explicit(&e->error, memory_order_relaxed) && over(r)) {
+        end_collective(e, r);
+        e->queue = r->next;
+        if (!e->queue) e->queue_tail = &e->queue;
+        finish(e, r, NULL);
+        moved = 1;
+      }
+    }
+    if (e->p2p) moved |= progress_p2p(e);
+  }
+  if (atomic_load_explicit(&e->error, memory_order_acquire) && (e->queue || e->p2p || atomic_load_explicit(&e->inbox_full, memory_order_relaxed))) {
+    fail_all(e);
+    moved = 1;
+  }
+  return moved;
+}
+
+/* ---------------------------------------------------------------- birth and death */
+
+hfreduceResult_t hfr_engine_init(struct hfr_engine *e) {
+  int n = e->layout->nranks;
+  pthread_mutex_init(&e->lock, NULL);
+  e->inbox_tail = &e->inbox;
+  e->queue_tail = &e->queue;
+  e->pid = getpid();
+  e->base = (uint64_t)e->geometry.slots; /* so that needs of earlier operations never go below zero */
+  e->link = calloc((size_t)n * HFR_NVC, sizeof(struct hfr_link *));
+  e->left_ns = calloc((size_t)n, sizeof *e->left_ns);
+  e->sources = calloc((size_t)n + 8, sizeof *e->sources);
+  if (!e->link || !e->left_ns || !e->sources) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
+  struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
+  atomic_store(&me->in, e->base);
+  atomic_store(&me->red, e->base);
+  atomic_store(&me->out, e->base);
+  return hfreduceSuccess;
+}
+
+void hfr_engine_fini(struct hfr_engine *e) {
+  for (size_t i = 0; e->link && i < (size_t)e->layout->nranks * HFR_NVC; i++)
+    if (e->link[i]) e->link[i]->transport->close(e->link[i]);
+  while (e->free) {
+    struct hfr_request *r = e->free;
+    e->free = r->next;
+    hfr_plan_fini(&r->plan);
+    free(r->cursor);
+    free(r);
+  }
+  free(e->link);
+  free((void *)e->left_ns);
+  free(e->sources);
+  pthread_mutex_destroy(&e->lock);
+}

@@ -1,0 +1,244 @@
+/*
+ * hfreduce: collective communication on the CPU, for training.
+ *
+ * The names, enum values and rules are NCCL's with the prefix changed, so that code moves over by renaming. What differs is
+ * said at each function. Every function may be called from any thread; one communicator is used by one thread at a time,
+ * except that hfreduceCommAbort, hfreduceCommGetAsyncError and the work functions may be called beside it.
+ *
+ * Every function that waits ends by the communicator's deadline (default 30 s) with a result or with an error whose text
+ * (hfreduceGetLastError) names rank, host, operation, sequence number and phase.
+ */
+#ifndef HFREDUCE_H_
+#define HFREDUCE_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define HFREDUCE_MAJOR 0
+#define HFREDUCE_MINOR 1
+#define HFREDUCE_PATCH 0
+#define HFREDUCE_VERSION_CODE 100 /* 10000 * major + 100 * minor + patch */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+/* ---- what follows, up to the end mark, is read by cffi: plain declarations only. [cffi begin] ---- */
+
+#define HFREDUCE_UNIQUE_ID_BYTES 128
+
+typedef struct hfreduceComm *hfreduceComm_t;
+typedef struct hfreduceWork *hfreduceWork_t;
+/* A device stream (CUstream), or NULL: the buffers are host memory and the call waits. */
+typedef void *hfreduceStream_t;
+
+/* Names a communicator and carries its secret: whoever has it can join. Plain bytes: send it by any trusted channel. */
+typedef struct {
+  char internal[HFREDUCE_UNIQUE_ID_BYTES];
+} hfreduceUniqueId;
+
+/* 0 to 8 are NCCL's; the rest are ours. */
+typedef enum {
+  hfreduceSuccess = 0,
+  hfreduceUnhandledCudaError = 1,
+  hfreduceSystemError = 2,     /* the operating system refused something; the text has errno */
+  hfreduceInternalError = 3,   /* a fault of the library */
+  hfreduceInvalidArgument = 4, /* an argument is wrong; the text says which and why */
+  hfreduceInvalidUsage = 5,    /* the call is not legal here: closed communicator, GroupEnd without GroupStart, after fork */
+  hfreduceRemoteError = 6,     /* a peer died, left or cannot be reached */
+  hfreduceInProgress = 7,
+  hfreduceTimeout = 8,  /* the deadline passed; the text says who was waited for */
+  hfreduceMismatch = 9, /* ranks called different operations, counts, datatypes, ops or roots; the text names both sides */
+  hfreduceAborted = 10, /* hfreduceCommAbort was called, here or on another rank */
+  hfreduceCorrupt = 11, /* data failed its checksum */
+  hfreduceNumResults = 12
+} hfreduceResult_t;
+
+typedef enum {
+  hfreduceInt8 = 0,
+  hfreduceUint8 = 1,
+  hfreduceInt32 = 2,
+  hfreduceUint32 = 3,
+  hfreduceInt64 = 4,
+  hfreduceUint64 = 5,
+  hfreduceFloat16 = 6,
+  hfreduceFloat32 = 7,
+  hfreduceFloat64 = 8,
+  hfreduceBfloat16 = 9,
+  hfreduceFloat8e4m3 = 10, /* the "fn" form: no infinities; overflow becomes NaN */
+  hfreduceFloat8e5m2 = 11,
+  hfreduceNumTypes = 12
+} hfreduceDataType_t;
+
+/* fp16, bf16 and fp8 are accumulated in float32 and rounded once a node. min and max propagate NaN. avg is the sum divided by the
+   number of ranks (integers truncate toward zero). Values from 5 on name ops made by hfreduceRedOpCreatePreMulSum. */
+typedef enum {
+  hfreduceSum = 0,
+  hfreduceProd = 1,
+  hfreduceMax = 2,
+  hfreduceMin = 3,
+  hfreduceAvg = 4,
+  hfreduceNumOps = 5,
+  hfreduceMaxRedOp = 2147483647
+} hfreduceRedOp_t;
+
+typedef enum { hfreduceScalarDevice = 0, hfreduceScalarHostImmediate = 1 } hfreduceScalarResidence_t;
+
+/* Fill with hfreduceConfigInit, then change what is wanted. */
+typedef struct {
+  size_t size;
+  unsigned int magic;
+  unsigned int version;
+  double timeout;   /* seconds that any wait of this communicator may take; 0: HFREDUCE_TIMEOUT, else 30 */
+  const char *name; /* appears in errors and logs; copied; may be NULL */
+} hfreduceConfig_t;
+
+/* Where a rank stands. node numbers nodes in the order of their lowest rank. */
+typedef struct {
+  int rank, nranks;
+  int local_rank, local_nranks;
+  int node, nnodes;
+  char host[64];
+  char transports[64]; /* e.g. "shm", "shm,tcp" */
+} hfreduceCommInfo_t;
+
+/* The facts of an error, beside its text. -1 or "" where not known. */
+typedef struct {
+  int code;        /* hfreduceResult_t */
+  int rank;        /* who noticed it */
+  int peer;        /* who is concerned: waited for, died, disagreed */
+  long long seq;   /* sequence number of the operation on its communicator */
+  char op[24];     /* "all_reduce", ... */
+  char phase[24];  /* "connect", "local reduce", "tree up", ... */
+  char host[64];   /* host of `rank` */
+  char text[768];  /* the whole message */
+} hfreduceErrorInfo_t;
+
+/* One parameter of the library, as `hfreduce info` lists it. Strings live as long as the process. */
+typedef struct {
+  const char *name;  /* "HFREDUCE_TIMEOUT" */
+  const char *value; /* in force, as text */
+  const char *preset; /* the default, as text */
+  const char *help;
+  int is_set; /* 1: the environment or a configuration file gave it */
+} hfreduceParam_t;
+
+/* --- library --- */
+hfreduceResult_t hfreduceGetVersion(int *version);
+const char *hfreduceGetErrorString(hfreduceResult_t result);
+/* The text of the last error on `comm`, or on this thread if comm is NULL; "" if none. Valid until the next call on this thread. */
+const char *hfreduceGetLastError(hfreduceComm_t comm);
+/* The same as facts; comm NULL: this thread's last error. */
+hfreduceResult_t hfreduceGetErrorInfo(hfreduceComm_t comm, hfreduceErrorInfo_t *info);
+/* Number of parameters, and the i-th. InvalidArgument past the end. */
+int hfreduceParamCount(void);
+hfreduceResult_t hfreduceParamGet(int index, hfreduceParam_t *param);
+/* What was built and what this machine has, one "key: value" a line; returns the length it needs, writes at most size bytes. */
+size_t hfreduceDescribe(char *text, size_t size);
+
+/* --- communicators --- */
+/* Make a name for a new communicator and listen for its ranks in this process, until they have all come or the process ends. */
+hfreduceResult_t hfreduceGetUniqueId(hfreduceUniqueId *id);
+/* As above, but restricted to this machine: listens on loopback only. */
+hfreduceResult_t hfreduceGetUniqueIdLocal(hfreduceUniqueId *id);
+/* The name that every rank can make by itself: rank 0 listens on address ("host:port", "[v6]:port"), secret is hex (NULL or "": only a
+   loopback address is accepted). tag distinguishes communicators made with one address and secret. Listening starts in CommInitRank on rank 0. */
+hfreduceResult_t hfreduceUniqueIdFromAddress(hfreduceUniqueId *id, const char *address, const char *secret, uint64_t tag);
+/* Join. Returns when all ranks have joined. Collective. */
+hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank);
+hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank, hfreduceConfig_t *config);
+/* Fill config with the defaults. */
+void hfreduceConfigInit(hfreduceConfig_t *config);
+/* Make new communicators, one a color, ranks ordered by (key, rank). color -1: take part in the call but in no group; *newcomm is
+   then NULL. config NULL: inherit. Collective over comm. */
+hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config);
+/* Wait for what was issued. */
+hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm);
+/* Finalize, leave, free. Never fails on a broken communicator. Not collective, but peers that still wait for this rank get an error. */
+hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm);
+/* End every wait on comm, here and on all ranks, with hfreduceAborted. The handle stays valid until hfreduceCommDestroy. */
+hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm);
+/* The communicator's state: hfreduceSuccess, or the error that broke it. */
+hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t *error);
+hfreduceResult_t hfreduceCommCount(hfreduceComm_t comm, int *count);
+hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank);
+hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device);
+hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info);
+/* The deadline in seconds for operations issued from now on. */
+hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds);
+
+/* --- collectives: count is in elements; any alignment; see NCCL for the in-place rules, which hold here. count 0 is legal and
+   still checked against the other ranks. --- */
+hfreduceResult_t hfreduceAllReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
+                                   hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream);
+hfreduceResult_t hfreduceReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
+                                hfreduceRedOp_t op, int root, hfreduceComm_t comm, hfreduceStream_t stream);
+hfreduceResult_t hfreduceBroadcast(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                   hfreduceComm_t comm, hfreduceStream_t stream);
+hfreduceResult_t hfreduceBcast(void *buff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm,
+                               hfreduceStream_t stream);
+/* recvbuff holds nranks * sendcount. */
+hfreduceResult_t hfreduceAllGather(const void *sendbuff, void *recvbuff, size_t sendcount, hfreduceDataType_t datatype,
+                                   hfreduceComm_t comm, hfreduceStream_t stream);
+/* sendbuff holds nranks * recvcount. */
+hfreduceResult_t hfreduceReduceScatter(const void *sendbuff, void *recvbuff, size_t recvcount, hfreduceDataType_t datatype,
+                                       hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream);
+/* Both buffers hold nranks * count. In place is legal (NCCL's is not) and takes a temporary copy. */
+hfreduceResult_t hfreduceAlltoAll(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
+                                  hfreduceComm_t comm, hfreduceStream_t stream);
+/* Uneven: counts and displacements are arrays of nranks elements, in elements. Buffers must not overlap. */
+hfreduceResult_t hfreduceAlltoAllv(const void *sendbuff, const size_t *sendcounts, const size_t *senddispls, void *recvbuff,
+                                   const size_t *recvcounts, const size_t *recvdispls, hfreduceDataType_t datatype,
+                                   hfreduceComm_t comm, hfreduceStream_t stream);
+/* recvbuff (root only) holds nranks * count. */
+hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                hfreduceComm_t comm, hfreduceStream_t stream);
+/* sendbuff (root only) holds nranks * count. */
+hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                 hfreduceComm_t comm, hfreduceStream_t stream);
+/* Matched in order, a pair of ranks and a direction. A send may wait for its receive. */
+hfreduceResult_t hfreduceSend(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
+                              hfreduceStream_t stream);
+hfreduceResult_t hfreduceRecv(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
+                              hfreduceStream_t stream);
+hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream);
+
+/* An op that multiplies this rank's input by *scalar (of the datatype; float32 for fp8) before summing. Local; each rank may have its own factor. */
+hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
+                                              hfreduceScalarResidence_t residence, hfreduceComm_t comm);
+hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm);
+
+/* --- groups: calls between Start and End of a thread are launched together by the outermost End. --- */
+hfreduceResult_t hfreduceGroupStart(void);
+/* Launch and wait. */
+hfreduceResult_t hfreduceGroupEnd(void);
+/* Launch; *work stands for all calls of the group (also a group of one: that is how one call is made asynchronous). The buffers must
+   live until the work is done. */
+hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work);
+
+/* --- work --- */
+/* Wait at most `timeout` seconds (< 0: until the operation's own deadline). hfreduceInProgress if it passed: the operation goes on. */
+hfreduceResult_t hfreduceWorkWait(hfreduceWork_t work, double timeout);
+/* *done = 1 when it has ended, well or badly. Returns the operation's error, if any. */
+hfreduceResult_t hfreduceWorkTest(hfreduceWork_t work, int *done);
+/* The facts of its error; code 0 if none. */
+hfreduceResult_t hfreduceWorkErrorInfo(hfreduceWork_t work, hfreduceErrorInfo_t *info);
+/* Give the handle back. An operation that still runs goes on. */
+hfreduceResult_t hfreduceWorkDestroy(hfreduceWork_t work);
+
+/* --- memory that is cheap to communicate from: page-aligned, huge pages where the system grants them --- */
+hfreduceResult_t hfreduceMemAlloc(void **ptr, size_t size);
+hfreduceResult_t hfreduceMemFree(void *ptr);
+
+/* ---- [cffi end] ---- */
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+#ifdef __cplusplus
+}
+#endif
+#endif

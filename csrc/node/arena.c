@@ -1,0 +1,148 @@
+/* The shared memory of a node's ranks and the bells that wake them. */
+#include "arena.h"
+
+#include "../base/mac.h"
+#include "../base/thread.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#define ARENA_MAGIC 0x616e657261726668ull /* "hfrarena" */
+#define RING_HEADER 4096
+_Static_assert(sizeof(struct hfr_ring) <= RING_HEADER, "ring header fits its page");
+
+struct arena_header {
+  uint64_t magic, bytes, chunk;
+  uint32_t nlocal, slots;
+};
+
+static size_t pages(size_t bytes) { return (bytes + 4095) & ~(size_t)4095; }
+
+/* Fill in the geometry; the same on all ranks, so offsets need not be sent. */
+static void set_geometry(struct hfr_arena *a, int nlocal, size_t chunk, int slots) {
+  a->nlocal = nlocal;
+  a->slots = slots;
+  a->chunk = pages(chunk);
+  a->ring_slot = pages(chunk / 2);
+  a->rank_stride = 2 * (size_t)slots * a->chunk;
+  a->ring_stride = RING_HEADER + HFR_RING_SLOTS * a->ring_slot;
+  size_t ctrl = pages(sizeof(struct hfr_rank_ctrl) * (size_t)nlocal);
+  a->bytes = 4096 + ctrl + (size_t)nlocal * a->rank_stride + (size_t)nlocal * nlocal * HFR_RING_VCS * a->ring_stride;
+}
+
+static hfreduceResult_t map_arena(struct hfr_arena *a) {
+  a->map = mmap(NULL, a->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, a->fd, 0);
+  if (a->map == MAP_FAILED) {
+    a->map = NULL;
+    return hfr_fail(hfreduceSystemError, "cannot map %zu bytes of shared memory for %d local ranks: %s", a->bytes, a->nlocal, strerror(errno));
+  }
+  a->ctrl = (struct hfr_rank_ctrl *)(a->map + 4096);
+  a->data = a->map + 4096 + pages(sizeof(struct hfr_rank_ctrl) * (size_t)a->nlocal);
+  a->rings = a->data + (size_t)a->nlocal * a->rank_stride;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_arena_create(struct hfr_arena *a, int nlocal, size_t chunk, int slots) {
+  *a = (struct hfr_arena){.fd = -1, .bell_fd = -1};
+  set_geometry(a, nlocal, chunk, slots);
+  a->fd = memfd_create("hfreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (a->fd < 0) return hfr_fail(hfreduceSystemError, "memfd_create failed: %s", strerror(errno));
+  if (ftruncate(a->fd, (off_t)a->bytes) || fcntl(a->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+    return hfr_fail(hfreduceSystemError, "cannot size and seal %zu bytes of shared memory: %s", a->bytes, strerror(errno));
+  HFR_TRY(map_arena(a));
+  *(struct arena_header *)a->map = (struct arena_header){ARENA_MAGIC, a->bytes, a->chunk, (uint32_t)nlocal, (uint32_t)slots};
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_arena_attach(struct hfr_arena *a, int fd, int nlocal, size_t chunk, int slots) {
+  *a = (struct hfr_arena){.fd = fd, .bell_fd = -1};
+  set_geometry(a, nlocal, chunk, slots);
+  struct stat st;
+  int seals = fcntl(fd, F_GET_SEALS);
+  /* Without the seals a peer could shrink the file under us: every access would be a SIGBUS. */
+  if (fstat(fd, &st) || (size_t)st.st_size != a->bytes || seals < 0 || !(seals & F_SEAL_SHRINK))
+    return hfr_fail(hfreduceInternalError, "shared memory from the local leader has %lld bytes and seals %#x, expected %zu bytes, sealed", (long long)st.st_size,
+                    (unsigned)seals, a->bytes);
+  HFR_TRY(map_arena(a));
+  const struct arena_header *h = (const struct arena_header *)a->map;
+  if (h->magic != ARENA_MAGIC || h->bytes != a->bytes) return hfr_fail(hfreduceInternalError, "shared memory from the local leader is not an arena");
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
+  a->local = local;
+  struct hfr_rank_ctrl *c = &a->ctrl[local];
+  uint8_t nonce[16];
+  hfr_random(nonce, sizeof nonce);
+  int n = snprintf(c->bell_name, sizeof c->bell_name, "hfr-bell-");
+  for (int i = 0; i < 16; i++) n += snprintf(c->bell_name + n, sizeof c->bell_name - (size_t)n, "%02x", nonce[i]);
+  a->bell_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  struct sockaddr_un addr = {.sun_family = AF_UNIX};
+  memcpy(addr.sun_path + 1, c->bell_name, (size_t)n);
+  if (a->bell_fd < 0 || bind(a->bell_fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)n)))
+    return hfr_fail(hfreduceSystemError, "cannot open the wake-up socket: %s", strerror(errno));
+  return hfreduceSuccess;
+}
+
+void hfr_arena_close(struct hfr_arena *a) {
+  if (a->map) munmap(a->map, a->bytes);
+  hfr_arena_after_fork(a);
+  a->map = NULL;
+}
+
+void hfr_arena_after_fork(struct hfr_arena *a) {
+  if (a->fd >= 0) close(a->fd);
+  if (a->bell_fd >= 0) close(a->bell_fd);
+  a->fd = a->bell_fd = -1;
+}
+
+void hfr_arena_ring(struct hfr_arena *a, int target) {
+  struct hfr_rank_ctrl *c = &a->ctrl[target];
+  atomic_fetch_add_explicit(&c->bell, 1, memory_order_seq_cst);
+  uint32_t how = atomic_load_explicit(&c->sleeping, memory_order_seq_cst);
+  if (how == HFR_SLEEP_FUTEX) {
+    hfr_futex_wake(&c->bell, 1);
+  } else if (how == HFR_SLEEP_POLL) {
+    struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    char name[sizeof c->bell_name];
+    memcpy(name, c->bell_name, sizeof name);
+    size_t n = strnlen(name, sizeof name - 1);
+    memcpy(addr.sun_path + 1, name, n);
+    /* A full queue means that it is rung already; a missing socket that the rank has gone. */
+    (void)!sendto(a->bell_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + n));
+  }
+}
+
+void hfr_arena_wake_waiters(struct hfr_arena *a) {
+  uint64_t mask = atomic_exchange_explicit(&a->ctrl[a->local].waiters, 0, memory_order_seq_cst);
+  for (int r = 0; r < a->nlocal; r++)
+    if (r != a->local && (mask >> (r % 64) & 1)) hfr_arena_ring(a, r);
+}
+
+uint32_t hfr_arena_sleep_begin(struct hfr_arena *a, enum hfr_sleep how) {
+  struct hfr_rank_ctrl *me = &a->ctrl[a->local];
+  uint32_t bell = atomic_load_explicit(&me->bell, memory_order_seq_cst);
+  atomic_store_explicit(&me->sleeping, how, memory_order_seq_cst);
+  for (int r = 0; r < a->nlocal; r++)
+    if (r != a->local) atomic_fetch_or_explicit(&a->ctrl[r].waiters, 1ull << (a->local % 64), memory_order_seq_cst);
+  /* Pairs with hfr_arena_notify: either the publisher sees our bit, or we see its counter in the look that follows. */
+  atomic_thread_fence(memory_order_seq_cst);
+  return bell;
+}
+
+void hfr_arena_sleep_futex(struct hfr_arena *a, uint32_t bell, int64_t timeout_ns) { hfr_futex_wait(&a->ctrl[a->local].bell, bell, timeout_ns); }
+
+void hfr_arena_sleep_end(struct hfr_arena *a) {
+  struct hfr_rank_ctrl *me = &a->ctrl[a->local];
+  uint32_t how = atomic_exchange_explicit(&me->sleeping, HFR_AWAKE, memory_order_seq_cst);
+  char drain[64];
+  if (how == HFR_SLEEP_POLL)
+    while (recv(a->bell_fd, drain, sizeof drain, MSG_DONTWAIT) >= 0) {
+    }
+}

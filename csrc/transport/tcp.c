@@ -1,0 +1,300 @@
+/*
+ * TCP: a link is one or several connections (streams), message i of a direction on stream i mod streams. The lower rank connects, the higher one accepts
+ * (its process' listener hands the descriptor over through hfr_net.arrived). The kernel's buffers are the flow control: nothing is read that the
+ * receiving side has not asked for, so data goes straight to where it is wanted.
+ */
+#include "transport.h"
+
+#include "../base/auth.h"
+#include "../base/crc32c.h"
+#include "../base/thread.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#define TX_QUEUE 8 /* messages posted and not yet with the kernel, a link */
+
+enum stream_state { STREAM_IDLE, STREAM_CONNECTING, STREAM_AUTH, STREAM_UP };
+
+struct tcp_stream {
+  enum stream_state state;
+  int fd;
+  struct hfr_auth auth;
+};
+
+struct tx_message {
+  struct hfr_msg_header header;
+  const uint8_t *data;
+  size_t done; /* bytes of header and payload with the kernel */
+};
+
+struct tcp_link {
+  struct hfr_link link;
+  struct hfr_net *net;
+  struct tcp_stream stream[HFR_MAX_STREAMS];
+  struct tx_message tx[TX_QUEUE];
+  uint64_t sent;             /* messages wholly with the kernel, counted in order */
+  uint64_t received;         /* messages released */
+  struct hfr_msg_header rx_header;
+  size_t rx_have;            /* bytes of the current message read, header included */
+  size_t rx_bytes;           /* payload asked for */
+  uint8_t *rx_dst, *rx_own;  /* where the payload goes: the caller's place, or a buffer of the link */
+  size_t rx_own_bytes;
+  int rx_ready;
+  int64_t began_ns, broken_ns;
+  hfreduceErrorInfo_t why; /* what broke the link */
+};
+
+/* A broken connection is mostly a consequence: give the control connections this long to tell the cause (who died, who disagreed). */
+#define BROKEN_GRACE_NS 500000000ll
+
+static hfreduceResult_t tcp_open_link(struct hfr_net *net, int peer, int vc, struct hfr_link **out) {
+  struct tcp_link *l = calloc(1, sizeof *l);
+  if (!l) return hfr_fail(hfreduceSystemError, "out of memory for a link to rank %d", peer);
+  l->link = (struct hfr_link){.transport = &hfr_transport_tcp, .peer = peer, .vc = vc};
+  l->net = net;
+  l->began_ns = hfr_now_ns();
+  for (int s = 0; s < net->streams; s++) l->stream[s].fd = -1;
+  *out = &l->link;
+  return hfreduceSuccess;
+}
+
+/* Remember the thread's last error as the reason and start the grace. Returns AGAIN until it is over. */
+static int broken(struct tcp_link *l) {
+  if (!l->broken_ns) {
+    char text[HFR_ADDR_TEXT];
+    char reason[sizeof l->why.text];
+    memcpy(reason, hfr_last_error()->text, sizeof reason);
+    hfr_fail(hfreduceRemoteError, "connection with rank %d on %s (%s): %.500s", l->link.peer, l->net->host[l->link.peer],
+             hfr_addr_text(&l->net->addr[l->link.peer], text), reason);
+    l->why = *hfr_last_error();
+    l->why.peer = l->link.peer;
+    l->broken_ns = hfr_now_ns();
+  }
+  if (hfr_now_ns() - l->broken_ns < BROKEN_GRACE_NS) return HFR_LINK_AGAIN;
+  *hfr_last_error() = l->why;
+  return HFR_LINK_FAILED;
+}
+
+static int lost(struct tcp_link *l, const char *what, int error) {
+  hfr_fail(hfreduceRemoteError, "%s: %s", what, error ? strerror(error) : "closed by the peer");
+  return broken(l);
+}
+
+/* Bring stream s up as far as possible. OK when it can carry data. */
+static int stream_up(struct tcp_link *l, int s) {
+  struct tcp_stream *t = &l->stream[s];
+  if (t->state == STREAM_UP) return HFR_LINK_OK;
+  if (l->broken_ns) return broken(l);
+  if (t->state == STREAM_IDLE) {
+    if (l->net->rank > l->link.peer) {
+      _Atomic int *box = &l->net->arrived[((size_t)l->link.peer * HFR_NVC + (size_t)l->link.vc) * (size_t)l->net->streams + (size_t)s];
+      int fd = atomic_exchange_explicit(box, 0, memory_order_acquire);
+      if (!fd) return HFR_LINK_AGAIN;
+      t->fd = fd - 1;
+      hfr_socket_tune(t->fd);
+      t->state = STREAM_UP;
+      return HFR_LINK_OK;
+    }
+    if (hfr_socket_connect(&l->net->addr[l->link.peer], &t->fd)) return broken(l);
+    t->state = STREAM_CONNECTING;
+  }
+  if (t->state == STREAM_CONNECTING) {
+    struct pollfd p = {t->fd, POLLOUT, 0};
+    if (poll(&p, 1, 0) <= 0) return HFR_LINK_AGAIN;
+    int error = hfr_socket_error(t->fd);
+    if (error) return lost(l, "cannot connect", error);
+    hfr_socket_tune(t->fd);
+    hfr_auth_client(&t->auth, t->fd, HFR_AUTH_DATA, l->net->comm_id, l->net->secret, l->net->rank, l->link.peer, l->link.vc, s);
+    t->state = STREAM_AUTH;
+  }
+  int r = hfr_auth_step(&t->auth);
+  if (r < 0) return broken(l);
+  if (r > 0) t->state = STREAM_UP;
+  return r > 0 ? HFR_LINK_OK : HFR_LINK_AGAIN;
+}
+
+/* Messages of stream s that are not yet with the kernel, in order, as one vector: header, payload, header, payload, ... */
+static int gather(struct tcp_link *l, int s, struct iovec iov[2 * TX_QUEUE]) {
+  int n = 0;
+  for (uint64_t m = l->sent; m < l->link.posted; m++) {
+    struct tx_message *x = &l->tx[m % TX_QUEUE];
+    size_t h = sizeof x->header, payload_done = x->done > h ? x->done - h : 0;
+    if ((int)(m % (unsigned)l->net->streams) != s) continue;
+    if (x->done < h) iov[n++] = (struct iovec){(uint8_t *)&x->header + x->done, h - x->done};
+    if (x->header.bytes > payload_done) iov[n++] = (struct iovec){(uint8_t *)(uintptr_t)x->data + payload_done, x->header.bytes - payload_done};
+  }
+  return n;
+}
+
+/* `bytes` more of stream s are with the kernel. */
+static void account(struct tcp_link *l, int s, size_t bytes) {
+  for (uint64_t m = l->sent; bytes && m < l->link.posted; m++) {
+    struct tx_message *x = &l->tx[m % TX_QUEUE];
+    if ((int)(m % (unsigned)l->net->streams) != s) continue;
+    size_t rest = sizeof x->header + x->header.bytes - x->done, take = rest < bytes ? rest : bytes;
+    x->done += take;
+    bytes -= take;
+  }
+}
+
+static int push_stream(struct tcp_link *l, int s) {
+  struct iovec iov[2 * TX_QUEUE];
+  int n;
+  while ((n = gather(l, s, iov)) > 0) {
+    int up = stream_up(l, s);
+    if (up != HFR_LINK_OK) return up;
+    struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)n};
+    ssize_t w = sendmsg(l->stream[s].fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (w < 0) return errno == EAGAIN || errno == EINTR ? HFR_LINK_AGAIN : lost(l, "sending failed", errno);
+    account(l, s, (size_t)w);
+  }
+  return HFR_LINK_OK;
+}
+
+/* Give the kernel what it takes. */
+static int push(struct tcp_link *l) {
+  int worst = HFR_LINK_OK;
+  for (int s = 0; s < l->net->streams && worst != HFR_LINK_FAILED; s++) {
+    int r = push_stream(l, s);
+    if (r < worst) worst = r;
+  }
+  while (l->sent < l->link.posted && l->tx[l->sent % TX_QUEUE].done == sizeof(struct hfr_msg_header) + l->tx[l->sent % TX_QUEUE].header.bytes) l->sent++;
+  return worst;
+}
+
+static int tcp_post_send(struct hfr_link *link, const struct hfr_msg_header *header, const void *data) {
+  struct tcp_link *l = (struct tcp_link *)link;
+  if (l->broken_ns) return broken(l);
+  if (link->posted - l->sent >= TX_QUEUE) {
+    if (push(l) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
+    if (link->posted - l->sent >= TX_QUEUE) {
+      link->stalls++;
+      return HFR_LINK_AGAIN;
+    }
+  }
+  struct tx_message *x = &l->tx[link->posted % TX_QUEUE];
+  *x = (struct tx_message){.header = *header, .data = data};
+  if (l->net->checksum) x->header.crc = hfr_crc32c(0, data, header->bytes);
+  link->posted++;
+  link->messages_sent++;
+  link->bytes_sent += header->bytes + sizeof *header;
+  return push(l) == HFR_LINK_FAILED ? HFR_LINK_FAILED : HFR_LINK_OK;
+}
+
+static uint64_t tcp_sent(struct hfr_link *link) {
+  struct tcp_link *l = (struct tcp_link *)link;
+  if (l->sent < link->posted && push(l) == HFR_LINK_FAILED) return UINT64_MAX;
+  return l->sent;
+}
+
+static int check_message(struct tcp_link *l) {
+  if (l->net->checksum && hfr_crc32c(0, l->rx_dst, l->rx_bytes) != l->rx_header.crc) {
+    hfr_fail(hfreduceCorrupt, "message of %zu bytes from rank %d on %s failed its checksum: memory or network corrupts data", l->rx_bytes, l->link.peer,
+             l->net->host[l->link.peer]);
+    hfr_last_error()->peer = l->link.peer;
+    return HFR_LINK_FAILED;
+  }
+  return HFR_LINK_OK;
+}
+
+/* Prepare the place for a payload of `bytes`. */
+static int rx_begin(struct tcp_link *l, void *dst, size_t bytes) {
+  l->rx_bytes = bytes;
+  l->rx_dst = dst;
+  if (!dst && l->rx_own_bytes < bytes) {
+    free(l->rx_own);
+    l->rx_own = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+    l->rx_own_bytes = l->rx_own ? bytes : 0;
+    if (!l->rx_own) {
+      hfr_fail(hfreduceSystemError, "out of memory for a message of %zu bytes", bytes);
+      return HFR_LINK_FAILED;
+    }
+  }
+  if (!dst) l->rx_dst = l->rx_own;
+  return HFR_LINK_OK;
+}
+
+static int tcp_recv(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data) {
+  struct tcp_link *l = (struct tcp_link *)link;
+  if (!l->rx_ready) {
+    if (l->broken_ns) return broken(l);
+    int s = (int)(l->received % (unsigned)l->net->streams), up = stream_up(l, s);
+    if (up != HFR_LINK_OK) return up;
+    if (!l->rx_have && rx_begin(l, dst, bytes) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
+    size_t h = sizeof l->rx_header;
+    while (l->rx_have < h + l->rx_bytes) {
+      struct iovec iov[2];
+      int n = 0;
+      if (l->rx_have < h) iov[n++] = (struct iovec){(uint8_t *)&l->rx_header + l->rx_have, h - l->rx_have};
+      size_t payload_have = l->rx_have > h ? l->rx_have - h : 0;
+      if (l->rx_bytes > payload_have) iov[n++] = (struct iovec){l->rx_dst + payload_have, l->rx_bytes - payload_have};
+      struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)n};
+      ssize_t r = recvmsg(l->stream[s].fd, &msg, MSG_DONTWAIT);
+      if (r < 0 && (errno == EAGAIN || errno == EINTR)) return HFR_LINK_AGAIN;
+      if (r <= 0) return lost(l, "receiving failed", r ? errno : 0);
+      size_t had = l->rx_have;
+      l->rx_have += (size_t)r;
+      if (had < h && l->rx_have >= h && (l->rx_header.magic != HFR_MSG_MAGIC || l->rx_header.bytes != bytes)) break; /* the engine judges the header */
+    }
+    if (l->rx_header.magic != HFR_MSG_MAGIC) {
+      hfr_fail(hfreduceCorrupt, "message from rank %d on %s has a broken header", link->peer, l->net->host[link->peer]);
+      return HFR_LINK_FAILED;
+    }
+    if (l->rx_header.bytes == bytes && check_message(l) != HFR_LINK_OK) return HFR_LINK_FAILED;
+    l->rx_ready = 1;
+  }
+  *header = &l->rx_header;
+  *data = l->rx_header.bytes == bytes ? l->rx_dst : NULL;
+  return HFR_LINK_OK;
+}
+
+static void tcp_release(struct hfr_link *link) {
+  struct tcp_link *l = (struct tcp_link *)link;
+  link->messages_received++;
+  link->bytes_received += l->rx_bytes + sizeof l->rx_header;
+  l->received++;
+  l->rx_have = 0;
+  l->rx_ready = 0;
+}
+
+static void tcp_want(struct hfr_link *link, int recv, struct hfr_waitset *set) {
+  struct tcp_link *l = (struct tcp_link *)link;
+  if (l->broken_ns) return; /* the grace is timed */
+  for (int s = 0; s < l->net->streams; s++) {
+    struct tcp_stream *t = &l->stream[s];
+    if (t->fd < 0 || set->n == (int)(sizeof set->fd / sizeof *set->fd)) continue; /* an arriving connection rings the bell */
+    if (t->state == STREAM_UP && recv && (int)(l->received % (unsigned)l->net->streams) != s) continue;
+    struct iovec iov[2 * TX_QUEUE];
+    if (t->state == STREAM_UP && !recv && !gather(l, s, iov)) continue;
+    short events = (short)(t->state == STREAM_CONNECTING ? POLLOUT : t->state == STREAM_AUTH ? t->auth.events : recv ? POLLIN : POLLOUT);
+    set->fd[set->n++] = (struct pollfd){t->fd, events, 0};
+  }
+}
+
+static void tcp_after_fork(struct hfr_link *link) {
+  struct tcp_link *l = (struct tcp_link *)link;
+  for (int s = 0; s < l->net->streams; s++)
+    if (l->stream[s].fd >= 0) close(l->stream[s].fd);
+}
+
+static void tcp_close(struct hfr_link *link) {
+  tcp_after_fork(link);
+  free(((struct tcp_link *)link)->rx_own);
+  free(link);
+}
+
+const struct hfr_transport hfr_transport_tcp = {
+    .name = "tcp",
+    .open = tcp_open_link,
+    .post_send = tcp_post_send,
+    .sent = tcp_sent,
+    .recv = tcp_recv,
+    .release = tcp_release,
+    .want = tcp_want,
+    .close = tcp_close,
+    .after_fork = tcp_after_fork,
+};

@@ -1,0 +1,70 @@
+/*
+ * What a transport offers: links. A link is one direction-pair between this rank and a peer on one virtual channel; it carries whole messages
+ * in order, in each direction. Nothing here blocks. All calls on the links of a communicator come from whoever drives it, one thread at a time.
+ *
+ * The receiver always knows what comes next, because both sides execute matching plans: it asks for a message of so many bytes.
+ */
+#ifndef HFR_TRANSPORT_H_
+#define HFR_TRANSPORT_H_
+#include "../base/socket.h"
+#include "../node/arena.h"
+
+#include <poll.h>
+
+/* Virtual channels keep flows that may overtake each other apart, so that none waits behind another. */
+enum hfr_vc { HFR_VC_A, HFR_VC_B, HFR_VC_ROOT, HFR_VC_VERIFY, HFR_VC_P2P, HFR_NVC };
+
+/* Connections that arrived at this process for a communicator, waiting for the link that wants them: [peer][vc][stream] -> fd + 1. */
+#define HFR_MAX_STREAMS 16
+struct hfr_net {
+  int rank, nranks;
+  uint64_t comm_id;
+  uint8_t secret[16];
+  const struct hfr_addr *addr;  /* of each rank's listener */
+  const char (*host)[64];       /* of each rank */
+  struct hfr_arena *arena;      /* this node's */
+  const int *local_of;          /* place on its node, by rank */
+  int streams, checksum;
+  int64_t timeout_ns;           /* limit for a connection to come up */
+  _Atomic int *arrived;         /* nranks * HFR_NVC * streams; set by the acceptor, taken (exchanged with 0) by the link */
+};
+
+struct hfr_waitset {
+  struct pollfd fd[512]; /* more links than this are polled by time */
+  int n;
+};
+
+struct hfr_link {
+  const struct hfr_transport *transport;
+  int peer, vc;
+  uint64_t posted;                /* messages taken by post_send, ever */
+  uint64_t bytes_sent, bytes_received, messages_sent, messages_received, stalls;
+  uint64_t tx_turn, tx_ticket, rx_turn, rx_ticket; /* order of point-to-point operations; kept by the engine */
+};
+
+enum { HFR_LINK_FAILED = -1, HFR_LINK_AGAIN = 0, HFR_LINK_OK = 1 };
+
+struct hfr_transport {
+  const char *name;
+  /* Make a link. Returns at once; the connection may still be forming. Owner: the caller, until close. */
+  hfreduceResult_t (*open)(struct hfr_net *net, int peer, int vc, struct hfr_link **link);
+  /* Take a message. OK: taken; data must stay as it is until sent() has counted it. AGAIN: no room now. */
+  int (*post_send)(struct hfr_link *link, const struct hfr_msg_header *header, const void *data);
+  /* How many posted messages no longer need their data. Makes progress. FAILED shows as UINT64_MAX. */
+  uint64_t (*sent)(struct hfr_link *link);
+  /* Has the next message, of `bytes` bytes, arrived? OK: *header and *data are valid until release(). dst, unless NULL, is where the payload is wanted:
+     the transport may put it there (*data == dst) or not. Asked again with the same arguments until it is OK. A message of another size is OK too, with
+     no data: the header tells. */
+  int (*recv)(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data);
+  void (*release)(struct hfr_link *link);
+  /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells ring. */
+  void (*want)(struct hfr_link *link, int recv, struct hfr_waitset *set);
+  void (*close)(struct hfr_link *link);
+  /* In a forked child: close descriptors only. */
+  void (*after_fork)(struct hfr_link *link);
+};
+
+extern const struct hfr_transport hfr_transport_shm, hfr_transport_tcp;
+
+/* A link that FAILED has recorded why in hfr_last_error() of the calling thread. */
+#endif

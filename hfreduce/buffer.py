@@ -1,0 +1,131 @@
+"""Memory of the caller's arrays.
+
+From numpy, torch, DLPack, the buffer protocol or __array_interface__ to address, count and datatype.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfreduce._ffi import ffi
+from hfreduce.errors import InvalidArgumentError
+from hfreduce.types import DTYPES, dtype_code
+
+#: The cdef type that ffi.from_buffer is given: resolved once.
+CHARS: Any = ffi.typeof("char[]")
+
+_from_buffer = ffi.from_buffer
+_new = tuple.__new__  # half the cost of calling Buffer
+
+
+class Buffer(NamedTuple):
+    """Contiguous host memory: address as cdata, elements, hfreduceDataType_t, and what must live while it is used."""
+
+    pointer: Any
+    elements: int
+    dtype: int
+    keep: Any
+
+
+def resolve(x: Any, name: str, *, writable: bool) -> Buffer:
+    """Find the memory of array `x`, which is argument `name` in messages. No copy is made.
+
+    InvalidArgumentError if it is no array, on a device, not contiguous, of an unsupported dtype, or (`writable`) read-only.
+    """
+    if type(x) is np.ndarray:
+        try:
+            return _new(Buffer, (_from_buffer(CHARS, x, writable), x.size, DTYPES[x.dtype], x))
+        except (ValueError, KeyError):
+            pass  # what is wrong, if anything, is found out and said below
+    if isinstance(x, np.ndarray):
+        return _from_numpy(x, name, writable, x)
+    if hasattr(x, "data_ptr") and hasattr(x, "is_contiguous"):
+        return _from_torch(x, name)
+    if getattr(x, "__cuda_array_interface__", None) is not None:
+        raise InvalidArgumentError(
+            f"{name}: it is in device memory, and this build handles host memory only; copy it to the host first"
+        )
+    if getattr(x, "__array_interface__", None) is not None:
+        return _from_numpy(np.asarray(x), name, writable, x)
+    try:
+        view = memoryview(x)
+    except TypeError:
+        pass
+    else:
+        return _from_numpy(np.asarray(view), name, writable, x)
+    if hasattr(x, "__dlpack__"):
+        return _from_dlpack(x, name, writable)
+    raise InvalidArgumentError(
+        f"{name}: {type(x).__name__} is not an array. Give a numpy array, a torch CPU tensor, or an object with the "
+        f"buffer protocol, "
+        "__array_interface__ or DLPack (numpy.asarray makes an array of a list)"
+    )
+
+
+def _from_numpy(array: np.ndarray[Any, Any], name: str, writable: bool, owner: Any) -> Buffer:
+    dtype = dtype_code(array.dtype, name)
+    try:
+        pointer = _from_buffer(CHARS, array, writable)
+    except (ValueError, BufferError) as error:
+        if not array.flags.c_contiguous:
+            hint = "pass x.T if the memory order does not matter, or " if array.flags.f_contiguous else ""
+            raise InvalidArgumentError(
+                f"{name}: an array of shape {array.shape} with strides {array.strides} is not C-contiguous; {hint}use "
+                f"numpy.ascontiguousarray"
+            ) from None
+        if writable and not array.flags.writeable:
+            raise InvalidArgumentError(
+                f"{name}: it is read-only, and the result is written there; pass out=, or a copy"
+            ) from None
+        raise InvalidArgumentError(f"{name}: its memory cannot be reached ({error})") from None
+    return Buffer(pointer, array.size, dtype, (owner, pointer))
+
+
+def _from_torch(tensor: Any, name: str) -> Buffer:
+    device = str(tensor.device)
+    if device.partition(":")[0] != "cpu":
+        raise InvalidArgumentError(
+            f"{name}: the tensor is on device {device}, and this build handles host memory only; use {name}.cpu() and "
+            f"copy the result back"
+        )
+    if str(tensor.layout) != "torch.strided":
+        raise InvalidArgumentError(f"{name}: the tensor's layout is {tensor.layout}; use {name}.to_dense()")
+    dtype = dtype_code(tensor.dtype, name)
+    if not tensor.is_contiguous():
+        raise InvalidArgumentError(
+            f"{name}: a tensor of shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())} is not "
+            f"contiguous; use {name}.contiguous()"
+        )
+    return Buffer(ffi.cast("void *", tensor.data_ptr()), tensor.numel(), dtype, tensor)
+
+
+_DLPACK_HOST = {1, 3, 11}  # kDLCPU, kDLCUDAHost, kDLROCMHost
+
+
+def _from_dlpack(x: Any, name: str, writable: bool) -> Buffer:
+    device = int(x.__dlpack_device__()[0])
+    if device not in _DLPACK_HOST:
+        raise InvalidArgumentError(
+            f"{name}: it is in memory of DLPack device type {device}, and this build handles host memory only; copy "
+            f"it to the host first"
+        )
+    try:
+        array = np.from_dlpack(x)
+    except (RuntimeError, BufferError, TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"{name}: numpy cannot take this {type(x).__name__} through DLPack: {error}") from error
+    if writable and not array.flags.writeable and not _dlpack_says_read_only(x):
+        dtype = dtype_code(array.dtype, name)
+        if array.flags.c_contiguous:
+            return Buffer(ffi.cast("void *", array.ctypes.data), array.size, dtype, (x, array))
+    return _from_numpy(array, name, writable, x)
+
+
+def _dlpack_says_read_only(x: Any) -> bool:
+    """numpy marks every array from an unversioned capsule read-only; only a versioned one can really say so."""
+    try:
+        capsule = x.__dlpack__(max_version=(1, 0))
+    except TypeError:
+        return False
+    return '"dltensor_versioned"' in repr(capsule)

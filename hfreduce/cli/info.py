@@ -1,0 +1,47 @@
+"""`hfreduce info`: what was built, what is in use and why not more, and every parameter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import textwrap
+
+import numpy as np
+
+from hfreduce._version import __version__
+from hfreduce.cli.config import include_directory, library_directory
+from hfreduce.params import describe, params, version
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it."""
+    python = {
+        "hfreduce": __version__,
+        "library": f"{version()} in {library_directory()}",
+        "header": str(include_directory() / "hfreduce.h"),
+        "python": f"{platform.python_version()}, numpy {np.__version__}",
+        "CPUs for this process": str(len(os.sched_getaffinity(0))),
+    }
+    found = [(key, value) for key, value in describe() if key]
+    if args.json:
+        print(json.dumps({"python": python, "core": dict(found), "parameters": [p._asdict() for p in params()]}, indent=1))
+        return 0
+    rows = [*python.items(), *found]
+    width = max(len(key) for key, _ in rows) + 1
+    for key, value in rows:
+        print(f"{key + ':':<{width}} {value}")
+    print("\nparameters (value, * when set, else the default; meaning):")
+    listed = params()
+    width = max(len(p.name) for p in listed)
+    for param in listed:
+        value = (param.value or '""') + (f" * (default {param.preset or 'empty'})" if param.is_set else "")
+        print(f"  {param.name:<{width}}  {value}")
+        print(textwrap.fill(param.help, 120, initial_indent=" " * (width + 4), subsequent_indent=" " * (width + 4)))
+    return 0

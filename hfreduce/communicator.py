@@ -1,0 +1,649 @@
+"""Communicator: the ranks that communicate, and the collectives over them."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from hfreduce import group as _group
+from hfreduce._ffi import ffi, lib
+from hfreduce.buffer import CHARS, Buffer, resolve
+from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageError, check, last_error, text
+from hfreduce.params import default_timeout
+from hfreduce.types import DTYPE_NAMES, DTYPES, OPS, dtype_code, numpy_dtype, op_code
+from hfreduce.unique_id import UniqueId
+from hfreduce.work import Work
+
+# Bound once: the fast path of all_reduce makes no attribute chain.
+_ndarray = np.ndarray
+_from_buffer = ffi.from_buffer
+_NULL = ffi.NULL
+_all_reduce = lib.hfreduceAllReduce
+_open_groups = _group.open_groups
+
+_NO_BUFFER = Buffer(_NULL, 0, 0, None)
+
+
+class PreMulSum:
+    """An op that multiplies this rank's input by a factor before summing.
+
+    Made by Communicator.pre_mul_sum, freed when dropped.
+    """
+
+    def __init__(self, comm: Communicator, factor: Any, dtype: Any) -> None:
+        self._comm = weakref.ref(comm)
+        self.code = -1
+        code = dtype_code(dtype)
+        self.dtype = DTYPE_NAMES[code]
+        self.factor = factor
+        scalar_type = np.dtype(np.float32) if self.dtype.startswith("float8") else numpy_dtype(code)
+        try:
+            scalar = np.asarray(factor, dtype=scalar_type).reshape(())
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidArgumentError(f"factor: {factor!r} is not a {scalar_type.name} number ({error})") from None
+        memory = ffi.new("char[]", scalar.tobytes())
+        result = ffi.new("hfreduceRedOp_t *")
+        handle = comm._open()
+        check(lib.hfreduceRedOpCreatePreMulSum(result, memory, code, lib.hfreduceScalarHostImmediate, handle), handle)
+        self.code = int(result[0])
+
+    def resolve(self, comm: Communicator) -> int:
+        """Its number, for a call on `comm`."""
+        if self._comm() is not comm:
+            raise InvalidArgumentError(
+                "op: this pre_mul_sum was made by another communicator; make one with this one's pre_mul_sum"
+            )
+        return self.code
+
+    def __del__(self) -> None:
+        comm = self._comm()
+        if comm is not None and self.code >= 0 and comm._handle != _NULL:
+            lib.hfreduceRedOpDestroy(self.code, comm._handle)
+
+    def __repr__(self) -> str:
+        return f"<hfreduce.PreMulSum {self.factor} {self.dtype}>"
+
+
+def _destroy(handle: Any, running: deque[Work], pid: int) -> None:
+    """Leave and free. Runs at close, when a communicator is dropped, or at exit; a forked child leaves its parent's alone."""
+    if os.getpid() != pid:
+        return
+    if running and getattr(sys, "last_value", None) is not None and not all(work.done() for work in running):
+        lib.hfreduceCommAbort(handle)  # the program died of an exception: what still runs would wait for peers until the deadline
+    lib.hfreduceCommDestroy(handle)
+    running.clear()
+
+
+def _seconds(timeout: Any) -> float:
+    try:
+        seconds = float(timeout)
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(f"timeout: {timeout!r} is not a number of seconds") from None
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise InvalidArgumentError(f"timeout: {timeout!r} is not a positive, finite number of seconds")
+    return seconds
+
+
+def _integer(value: Any, name: str) -> int:
+    if type(value) is int:
+        return value
+    try:
+        return int(value.__index__())
+    except AttributeError:
+        raise InvalidArgumentError(f"{name}: {value!r} is not an integer") from None
+
+
+class Communicator:
+    """nranks processes (or threads) that call the same operations in the same order.
+
+    Arrays are numpy arrays, torch CPU tensors, or objects with the buffer protocol, __array_interface__ or DLPack on the
+    host; C-contiguous, of one of the dtypes of `hfreduce.DTYPE_NAMES`. Counts and dtypes are the same on all ranks. A call
+    returns when its result is there; with async_op=True it returns a Work at once. The result is the array that was
+    written.
+
+    op is "sum", "prod", "max", "min", "avg", an op number, or an op made by `pre_mul_sum`. fp16, bf16 and fp8 "
+    "accumulate in float32 and round once a
+    node; min and max propagate NaN; avg of integers truncates toward zero. All ranks get identical bits.
+
+    stream is for device arrays; with host arrays it must be None.
+
+    Errors of every call: InvalidArgumentError (a wrong argument; nothing was sent), InvalidUsageError (closed
+    communicator), MismatchError, DeadlineError, PeerLostError, AbortedError, CorruptDataError. After one of the last five
+    the communicator is broken: close it.
+
+    Names and rules are NCCL's. One thread at a time uses a communicator; only `abort` and `async_error` may be called beside.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_finalizer",
+        "_handle",
+        "_host",
+        "_local_nranks",
+        "_local_rank",
+        "_node",
+        "_nodes",
+        "_nranks",
+        "_rank",
+        "_running",
+        "_timeout",
+        "_transports",
+    )
+
+    def __init__(
+        self, rank: int, nranks: int, unique_id: Any = None, *, timeout: float | None = None, name: str | None = None
+    ) -> None:
+        """Join; returns when all nranks ranks have joined. Collective.
+
+        unique_id: the 128 bytes from `get_unique_id` of one rank, sent to all (may be None if nranks is 1). timeout:
+        seconds that any wait may take, from here on (None: HFREDUCE_TIMEOUT, else 30). name: appears in errors and logs.
+        """
+        self._handle: Any = _NULL
+        rank, nranks = _integer(rank, "rank"), _integer(nranks, "nranks")
+        if nranks < 1:
+            raise InvalidArgumentError(f"nranks: {nranks} is less than 1")
+        if not 0 <= rank < nranks:
+            raise InvalidArgumentError(f"rank: {rank} is not from 0 to {nranks - 1} (nranks is {nranks})")
+        seconds = default_timeout() if timeout is None else _seconds(timeout)
+        raw = ffi.new("hfreduceUniqueId *")
+        if unique_id is not None:
+            ffi.memmove(raw, UniqueId(unique_id), ffi.sizeof("hfreduceUniqueId"))
+        elif nranks == 1:
+            check(lib.hfreduceGetUniqueIdLocal(raw))
+        else:
+            raise InvalidArgumentError("unique_id: None is for a single rank; send get_unique_id() of one rank to all of them")
+        config, keep = _config(seconds, name)
+        handle = ffi.new("hfreduceComm_t *")
+        check(lib.hfreduceCommInitRankConfig(handle, nranks, raw[0], rank, config))
+        del keep
+        self._adopt(handle[0], seconds)
+
+    def _adopt(self, handle: Any, timeout: float) -> None:
+        info = ffi.new("hfreduceCommInfo_t *")
+        check(lib.hfreduceCommGetInfo(handle, info), handle)
+        self._rank, self._nranks = int(info.rank), int(info.nranks)
+        self._local_rank, self._local_nranks = int(info.local_rank), int(info.local_nranks)
+        self._node, self._nodes = int(info.node), int(info.nnodes)
+        self._host, self._transports = text(info.host), text(info.transports)
+        self._timeout = timeout
+        self._running: deque[Work] = deque()
+        self._handle = handle
+        self._finalizer = weakref.finalize(self, _destroy, handle, self._running, os.getpid())
+
+    # --- what it is ---
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0 to nranks - 1."""
+        return self._rank
+
+    @property
+    def nranks(self) -> int:
+        """Number of ranks."""
+        return self._nranks
+
+    @property
+    def local_rank(self) -> int:
+        """This rank among those of its node."""
+        return self._local_rank
+
+    @property
+    def local_nranks(self) -> int:
+        """Number of ranks on this node."""
+        return self._local_nranks
+
+    @property
+    def node(self) -> int:
+        """This rank's node; nodes are numbered in the order of their lowest rank."""
+        return self._node
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return self._nodes
+
+    @property
+    def host(self) -> str:
+        """Name of this rank's host."""
+        return self._host
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """The transports in use, e.g. ("shm", "tcp")."""
+        return tuple(part for part in self._transports.split(",") if part)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that any wait may take; settable, for operations issued from then on."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        value = _seconds(seconds)
+        handle = self._open()
+        check(lib.hfreduceCommSetTimeout(handle, value), handle)
+        self._timeout = value
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return bool(self._handle == _NULL)
+
+    def __repr__(self) -> str:
+        if self._handle == _NULL:
+            return "<hfreduce.Communicator closed>"
+        return (
+            f"<hfreduce.Communicator rank {self._rank} of {self._nranks}, node {self._node} of {self._nodes} ({self._host}), "
+            f"{self._transports or 'no transport'}>"
+        )
+
+    # --- collectives ---
+
+    def all_reduce(self, x: Any, out: Any = None, op: Any = "sum", *, async_op: bool = False, stream: Any = None) -> Any:
+        """Reduce x over all ranks with op into out on every rank; in place when out is None. out has x's count and dtype."""
+        if (
+            type(x) is _ndarray
+            and (out is None or (type(out) is _ndarray and out.dtype is x.dtype and out.size == x.size))
+            and not (_open_groups or async_op or stream is not None)
+        ):
+            try:
+                target = source = _from_buffer(CHARS, x if out is None else out, True)
+                if out is not None:
+                    source = _from_buffer(CHARS, x)
+                code = _all_reduce(source, target, x.size, DTYPES[x.dtype], OPS[op], self._handle, _NULL)
+            except (ValueError, KeyError, TypeError):
+                pass  # what is wrong, if anything, the general path below finds out and says
+            else:
+                if code:
+                    raise self._failure(code)
+                return x if out is None else out
+        source, target, result = self._in_place_or_out(x, out)
+        return self._issue(
+            lib.hfreduceAllReduce,
+            (source.pointer, target.pointer, source.elements, source.dtype, self._op(op)),
+            (source.keep, target.keep, op),
+            result,
+            async_op,
+            stream,
+        )
+
+    def reduce(
+        self, x: Any, out: Any = None, op: Any = "sum", root: int = 0, *, async_op: bool = False, stream: Any = None
+    ) -> Any:
+        """Reduce x over all ranks with op into out on rank root; in place when out is None.
+
+        Elsewhere out is ignored and x is only read. out has x's count and dtype. Returns the array written on root, x elsewhere.
+        """
+        root = self._root(root)
+        if root == self._rank:
+            source, target, result = self._in_place_or_out(x, out)
+        else:
+            source, target, result = resolve(x, "x", writable=False), _NO_BUFFER, x
+        return self._issue(
+            lib.hfreduceReduce,
+            (source.pointer, target.pointer, source.elements, source.dtype, self._op(op), root),
+            (source.keep, target.keep, op),
+            result,
+            async_op,
+            stream,
+        )
+
+    def broadcast(self, x: Any, root: int = 0, *, out: Any = None, async_op: bool = False, stream: Any = None) -> Any:
+        """Copy root's x to x on all ranks; or to out, of x's count and dtype, where out is given.
+
+        With out, x is only read, and only on root.
+        """
+        root = self._root(root)
+        if out is None:
+            source = target = resolve(x, "x", writable=root != self._rank)
+            result = x
+        else:
+            target, result = resolve(out, "out", writable=True), out
+            source = self._like(resolve(x, "x", writable=False), target) if root == self._rank else target
+        return self._issue(
+            lib.hfreduceBroadcast,
+            (source.pointer, target.pointer, target.elements, target.dtype, root),
+            (source.keep, target.keep),
+            result,
+            async_op,
+            stream,
+        )
+
+    def all_gather(self, x: Any, out: Any, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Gather x of all ranks, in rank order, into out on every rank; out has nranks times x's count.
+
+        In place: x is out's own part.
+        """
+        source, target = resolve(x, "x", writable=False), resolve(out, "out", writable=True)
+        self._parts(source, "x", target, "out")
+        return self._issue(
+            lib.hfreduceAllGather,
+            (source.pointer, target.pointer, source.elements, source.dtype),
+            (source.keep, target.keep),
+            out,
+            async_op,
+            stream,
+        )
+
+    def reduce_scatter(self, x: Any, out: Any, op: Any = "sum", *, async_op: bool = False, stream: Any = None) -> Any:
+        """Reduce x over all ranks with op, part r of the result to out on rank r.
+
+        x has nranks times out's count. In place: out is x's own part.
+        """
+        source, target = resolve(x, "x", writable=False), resolve(out, "out", writable=True)
+        self._parts(target, "out", source, "x")
+        return self._issue(
+            lib.hfreduceReduceScatter,
+            (source.pointer, target.pointer, target.elements, target.dtype, self._op(op)),
+            (source.keep, target.keep, op),
+            out,
+            async_op,
+            stream,
+        )
+
+    def all_to_all(
+        self,
+        x: Any,
+        out: Any,
+        send_counts: Sequence[int] | None = None,
+        recv_counts: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
+        stream: Any = None,
+    ) -> Any:
+        """Send part p of x to rank p, and put what rank p sent to part p of out.
+
+        Without counts the nranks parts are equal, and out may be x. With both, send_counts[p] and recv_counts[p] are the
+        elements for and from rank p, the parts lie one after the other, and x and out must not overlap.
+        """
+        source, target = resolve(x, "x", writable=False), resolve(out, "out", writable=True)
+        self._same_dtype(source, target)
+        if send_counts is None and recv_counts is None:
+            if source.elements != target.elements:
+                raise InvalidArgumentError(
+                    f"out: has {target.elements} elements, x has {source.elements}; they must be equal (or give counts)"
+                )
+            if source.elements % self._nranks:
+                raise InvalidArgumentError(
+                    f"x: {source.elements} elements are not divisible by nranks {self._nranks}; pad it, or give "
+                    f"send_counts and recv_counts"
+                )
+            return self._issue(
+                lib.hfreduceAlltoAll,
+                (source.pointer, target.pointer, source.elements // self._nranks, source.dtype),
+                (source.keep, target.keep),
+                out,
+                async_op,
+                stream,
+            )
+        send, send_displs = self._counts(send_counts, "send_counts", source.elements, "x")
+        recv, recv_displs = self._counts(recv_counts, "recv_counts", target.elements, "out")
+        return self._issue(
+            lib.hfreduceAlltoAllv,
+            (source.pointer, send, send_displs, target.pointer, recv, recv_displs, source.dtype),
+            (source.keep, target.keep, send, send_displs, recv, recv_displs),
+            out,
+            async_op,
+            stream,
+        )
+
+    def gather(self, x: Any, out: Any = None, root: int = 0, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Gather x of all ranks, in rank order, into out on rank root, where out has nranks times x's count.
+
+        Elsewhere out is ignored. In place: the root's x is out's own part. Returns out on root, None elsewhere.
+        """
+        root = self._root(root)
+        source, target = resolve(x, "x", writable=False), _NO_BUFFER
+        if root == self._rank:
+            if out is None:
+                raise InvalidArgumentError(
+                    f"out: the root needs an array of nranks * {source.elements} = {self._nranks * source.elements} elements"
+                )
+            target = resolve(out, "out", writable=True)
+            self._parts(source, "x", target, "out")
+        return self._issue(
+            lib.hfreduceGather,
+            (source.pointer, target.pointer, source.elements, source.dtype, root),
+            (source.keep, target.keep),
+            out if root == self._rank else None,
+            async_op,
+            stream,
+        )
+
+    def scatter(self, x: Any, out: Any, root: int = 0, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Put part r of root's x, which has nranks times out's count, to out on rank r.
+
+        Elsewhere x is ignored and may be None. In place: the root's out is x's own part.
+        """
+        root = self._root(root)
+        source, target = _NO_BUFFER, resolve(out, "out", writable=True)
+        if root == self._rank:
+            if x is None:
+                raise InvalidArgumentError(
+                    f"x: the root needs an array of nranks * {target.elements} = {self._nranks * target.elements} elements"
+                )
+            source = resolve(x, "x", writable=False)
+            self._parts(target, "out", source, "x")
+        return self._issue(
+            lib.hfreduceScatter,
+            (source.pointer, target.pointer, target.elements, target.dtype, root),
+            (source.keep, target.keep),
+            out,
+            async_op,
+            stream,
+        )
+
+    def send(self, x: Any, peer: int, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Send x to rank peer, which receives the same count and dtype; matched in order.
+
+        It may wait for the receive. Returns x.
+        """
+        peer = self._root(peer, "peer")
+        source = resolve(x, "x", writable=False)
+        return self._issue(
+            lib.hfreduceSend, (source.pointer, source.elements, source.dtype, peer), source.keep, x, async_op, stream
+        )
+
+    def recv(self, x: Any, peer: int, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Receive into x what rank peer sends. Returns x."""
+        peer = self._root(peer, "peer")
+        target = resolve(x, "x", writable=True)
+        return self._issue(
+            lib.hfreduceRecv, (target.pointer, target.elements, target.dtype, peer), target.keep, x, async_op, stream
+        )
+
+    def barrier(self, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Wait until all ranks have come here."""
+        return self._issue(lib.hfreduceBarrier, (), (), None, async_op, stream)
+
+    def group(self, *, async_op: bool = False) -> _group.Group:
+        """Launch the calls made inside `with comm.group():` together: needed for a send and a receive that depend on each other.
+
+        async_op=True: leaving it does not wait; `work` of the group is then their common Work.
+        """
+        self._open()
+        return _group.Group(async_op=async_op, running=self._running)
+
+    def pre_mul_sum(self, factor: Any, dtype: Any) -> PreMulSum:
+        """Make an op for arrays of `dtype` that multiplies this rank's input by factor before summing.
+
+        Local; ranks may differ in factor.
+        """
+        return PreMulSum(self, factor, dtype)
+
+    # --- other communicators, and the end ---
+
+    def split(
+        self, color: int | None, key: int = 0, *, timeout: float | None = None, name: str | None = None
+    ) -> Communicator | None:
+        """Make new communicators, one a color, their ranks ordered by (key, rank). Collective.
+
+        color None or -1: take part in the call but in no new communicator; the result is then None. timeout None: this one's.
+        """
+        color = -1 if color is None else _integer(color, "color")
+        seconds = self._timeout if timeout is None else _seconds(timeout)
+        config, keep = _config(seconds, name)
+        handle = ffi.new("hfreduceComm_t *")
+        mine = self._open()
+        check(lib.hfreduceCommSplit(mine, color, _integer(key, "key"), handle, config), mine)
+        del keep
+        if handle[0] == _NULL:
+            return None
+        comm = Communicator.__new__(Communicator)
+        comm._adopt(handle[0], seconds)
+        return comm
+
+    def duplicate(self) -> Communicator:
+        """Make a communicator of the same ranks, whose operations are independent of this one's. Collective."""
+        comm = self.split(0, self._rank)
+        assert comm is not None
+        return comm
+
+    def async_error(self) -> HfreduceError | None:
+        """The error that broke this communicator, or None. May be called from any thread."""
+        handle = self._open()
+        error = ffi.new("hfreduceResult_t *")
+        check(lib.hfreduceCommGetAsyncError(handle, error), handle)
+        return last_error(int(error[0]), handle) if error[0] else None
+
+    def abort(self) -> None:
+        """End every wait on this communicator, here and on all ranks, with AbortedError. May be called from any thread."""
+        handle = self._handle
+        if handle != _NULL:
+            check(lib.hfreduceCommAbort(handle), handle)
+
+    def close(self) -> None:
+        """Wait for what was issued, leave, and free. Never fails on a broken communicator; closing twice is legal.
+
+        Not collective, but peers that still wait for this rank get an error.
+        """
+        if self._handle != _NULL:
+            self._handle = _NULL
+            self._finalizer()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not all(work.done() for work in self._running):
+            self.abort()  # what still runs will never be waited for
+        self.close()
+
+    # --- parts of the calls above ---
+
+    def _issue(self, function: Any, arguments: tuple[Any, ...], keep: Any, result: Any, async_op: bool, stream: Any) -> Any:
+        if stream is not None:
+            raise InvalidArgumentError(
+                "stream: host arrays take none (the call itself waits, or async_op=True gives a Work); leave it None"
+            )
+        handle = self._open()
+        outer = _group.current() if _open_groups else None
+        if outer is None and not async_op:
+            code = function(*arguments, handle, _NULL)
+            if code:
+                raise self._failure(code)
+            return result
+        if outer is not None:
+            if async_op:
+                raise InvalidUsageError("async_op is not for calls inside a group: use group(async_op=True) and its `work`")
+            code = function(*arguments, handle, _NULL)
+            if code:
+                raise self._failure(code)
+            outer.add(keep, result)
+            return result
+        code = lib.hfreduceGroupStart()
+        if code:
+            raise self._failure(code)
+        code = function(*arguments, handle, _NULL)
+        error = self._failure(code) if code else None
+        work = ffi.new("hfreduceWork_t *")
+        code = lib.hfreduceGroupEndAsync(work)
+        if error is not None or code:
+            raise error if error is not None else self._failure(code)
+        return Work(work[0], (keep,), result, self._running)
+
+    def _open(self) -> Any:
+        """The handle, or InvalidUsageError when closed."""
+        handle = self._handle
+        if handle == _NULL:
+            raise InvalidUsageError("the communicator is closed")
+        return handle
+
+    def _failure(self, code: int) -> HfreduceError:
+        """The exception for a call that returned `code`."""
+        if self._handle == _NULL:
+            return InvalidUsageError("the communicator is closed")
+        return last_error(code, self._handle)
+
+    def _op(self, op: Any) -> int:
+        return op.resolve(self) if isinstance(op, PreMulSum) else op_code(op)
+
+    def _root(self, root: Any, name: str = "root") -> int:
+        rank = _integer(root, name)
+        if not 0 <= rank < self._nranks:
+            raise InvalidArgumentError(f"{name}: {rank} is not from 0 to {self._nranks - 1} (nranks is {self._nranks})")
+        return rank
+
+    def _in_place_or_out(self, x: Any, out: Any) -> tuple[Buffer, Buffer, Any]:
+        if out is None:
+            buffer = resolve(x, "x", writable=True)
+            return buffer, buffer, x
+        target = resolve(out, "out", writable=True)
+        return self._like(resolve(x, "x", writable=False), target), target, out
+
+    def _like(self, source: Buffer, target: Buffer) -> Buffer:
+        self._same_dtype(source, target)
+        if source.elements != target.elements:
+            raise InvalidArgumentError(f"out: has {target.elements} elements, x has {source.elements}; they must be equal")
+        return source
+
+    def _same_dtype(self, source: Buffer, target: Buffer) -> None:
+        if source.dtype != target.dtype:
+            raise InvalidArgumentError(f"out: dtype {DTYPE_NAMES[target.dtype]} differs from x's {DTYPE_NAMES[source.dtype]}")
+
+    def _parts(self, part: Buffer, part_name: str, whole: Buffer, whole_name: str) -> None:
+        if part.dtype != whole.dtype:
+            raise InvalidArgumentError(
+                f"{whole_name}: dtype {DTYPE_NAMES[whole.dtype]} differs from {part_name}'s {DTYPE_NAMES[part.dtype]}"
+            )
+        if whole.elements != part.elements * self._nranks:
+            divisible = "" if whole.elements % self._nranks == 0 else f" (and {whole.elements} is not divisible by nranks)"
+            raise InvalidArgumentError(
+                f"{whole_name}: has {whole.elements} elements; with {part.elements} in {part_name} it must have nranks * "
+                f"{part.elements} = "
+                f"{part.elements * self._nranks}{divisible}"
+            )
+
+    def _counts(self, counts: Sequence[int] | None, name: str, total: int, array: str) -> tuple[Any, Any]:
+        if counts is None:
+            raise InvalidArgumentError(f"{name}: give both send_counts and recv_counts, or neither")
+        values = [_integer(count, name) for count in counts]
+        if len(values) != self._nranks:
+            raise InvalidArgumentError(f"{name}: has {len(values)} entries, nranks is {self._nranks}")
+        if any(value < 0 for value in values):
+            raise InvalidArgumentError(f"{name}: {values} has a negative entry")
+        if sum(values) != total:
+            raise InvalidArgumentError(f"{name}: sums to {sum(values)}, but {array} has {total} elements")
+        displs, place = [], 0
+        for value in values:
+            displs.append(place)
+            place += value
+        return ffi.new("size_t[]", values), ffi.new("size_t[]", displs)
+
+
+def _config(timeout: float, name: str | None) -> tuple[Any, Any]:
+    """A hfreduceConfig_t and what must live beside it."""
+    config = ffi.new("hfreduceConfig_t *")
+    lib.hfreduceConfigInit(config)
+    config.timeout = timeout
+    keep = _NULL if name is None else ffi.new("char[]", name.encode())
+    config.name = keep
+    return config, keep

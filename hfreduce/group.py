@@ -1,0 +1,89 @@
+"""Groups: several calls launched as one."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+from hfreduce._ffi import ffi, lib
+from hfreduce.errors import InvalidUsageError, last_error
+from hfreduce.work import Work
+
+#: Threads that are inside a group. The communicators' fast path only asks whether it is empty.
+open_groups: set[int] = set()
+
+_local = threading.local()
+_running: deque[Work] = deque()
+
+
+def current() -> Group | None:
+    """The outermost group that this thread is in."""
+    stack: list[Group] | None = getattr(_local, "stack", None)
+    return stack[0] if stack else None
+
+
+class Group:
+    """Context manager: the calls inside are launched together at the end of the outermost group of this thread.
+
+    Leaving it waits for all of them; with async_op=True `work` is then their common Work. Calls inside take no async_op.
+    Groups nest and may span several communicators. When the body raises, nothing is launched.
+    """
+
+    def __init__(self, *, async_op: bool = False, running: deque[Work] | None = None) -> None:
+        self.work: Work | None = None
+        self._async_op = async_op
+        self._running = _running if running is None else running
+        self._keep: list[Any] = []
+        self._results: list[Any] = []
+
+    def add(self, keep: Any, result: Any) -> None:
+        """Hold a call's buffers until the group has ended."""
+        self._keep.append(keep)
+        self._results.append(result)
+
+    def __enter__(self) -> Group:
+        stack: list[Group] | None = getattr(_local, "stack", None)
+        if stack is None:
+            stack = _local.stack = []
+        if self in stack:
+            raise InvalidUsageError("this group is already open; make a new one for each `with`")
+        if stack and self._async_op:
+            raise InvalidUsageError("only the outermost group can be asynchronous")
+        code = lib.hfreduceGroupStart()
+        if code:
+            raise last_error(code)
+        self.work = None
+        stack.append(self)
+        open_groups.add(threading.get_ident())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        stack: list[Group] = _local.stack
+        outermost = stack[0] is self
+        stack.pop()
+        if not stack:
+            open_groups.discard(threading.get_ident())
+        keep, results = self._keep, self._results
+        self._keep, self._results = [], []
+        if error is not None:
+            # The first error inside a group makes its End return it and launch nothing: make one, if the body's was not the
+            # library's.
+            lib.hfreduceBarrier(ffi.NULL, ffi.NULL)
+            lib.hfreduceGroupEnd()
+        elif outermost and self._async_op:
+            handle = ffi.new("hfreduceWork_t *")
+            code = lib.hfreduceGroupEndAsync(handle)
+            if code:
+                raise last_error(code)
+            self.work = Work(handle[0], keep, results, self._running)
+        else:
+            code = lib.hfreduceGroupEnd()
+            if code:
+                raise last_error(code)
+
+
+def group(*, async_op: bool = False) -> Group:
+    """Launch the calls made inside `with hfreduce.group():` together; they may be on several communicators."""
+    return Group(async_op=async_op)

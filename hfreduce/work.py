@@ -1,0 +1,88 @@
+"""Work: the handle of an operation that runs while the caller goes on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from hfreduce._ffi import ffi, lib
+from hfreduce.errors import HfreduceError, InProgressError, InvalidArgumentError, from_info
+
+# A wait is cut into slices of so many seconds, between which Python runs signal handlers: Ctrl-C ends a wait.
+_SLICE = 0.25
+
+
+class Work:
+    """An operation started with async_op=True, or a group of them.
+
+    Holds its buffers until the operation has ended, also when the handle itself is dropped (the communicator then keeps it
+    until then). Its methods may be called from any thread.
+    """
+
+    __slots__ = ("__weakref__", "_error", "_handle", "_keep", "_result")
+
+    def __init__(self, handle: Any, keep: Any, result: Any, running: deque[Work]) -> None:
+        self._handle: Any = ffi.gc(handle, lib.hfreduceWorkDestroy)  # an operation that still runs goes on
+        self._keep = keep  # None once it has ended
+        self._result = result
+        self._error: HfreduceError | None = None
+        while running and running[0].done():
+            running.popleft()
+        running.append(self)
+
+    @property
+    def result(self) -> Any:
+        """The array (or list of arrays, for a group) that the call writes; its content is defined after `wait`."""
+        return self._result
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Wait until the operation has ended and return its result.
+
+        timeout: seconds; when they pass, InProgressError (a TimeoutError) is raised and the operation goes on. None: until
+        the operation's own deadline, after which it fails with DeadlineError. An operation that failed raises its error,
+        again at each call.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise InvalidArgumentError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
+        if self._keep is not None:
+            end = None if timeout is None else time.monotonic() + timeout
+            while True:
+                left = _SLICE if end is None else min(_SLICE, max(0.0, end - time.monotonic()))
+                code = lib.hfreduceWorkWait(self._handle, left)
+                if code != lib.hfreduceInProgress:
+                    self._end(code)
+                    break
+                if end is not None and time.monotonic() >= end:
+                    raise InProgressError(
+                        f"the operation had not ended after {timeout} s; it goes on (its own deadline is longer)"
+                    )
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def done(self) -> bool:
+        """Whether the operation has ended, well or badly. Does not wait."""
+        if self._keep is None:
+            return True
+        flag = ffi.new("int *")
+        code = lib.hfreduceWorkTest(self._handle, flag)
+        if flag[0]:
+            self._end(code)
+        return bool(flag[0])
+
+    def exception(self) -> HfreduceError | None:
+        """The error of an operation that failed; None if it ended well or still runs. Does not wait."""
+        self.done()
+        return self._error
+
+    def _end(self, code: int) -> None:
+        if code and self._error is None:
+            info = ffi.new("hfreduceErrorInfo_t *")
+            lib.hfreduceWorkErrorInfo(self._handle, info)
+            self._error = from_info(code, info)
+        self._keep = None
+
+    def __repr__(self) -> str:
+        state = "running" if not self.done() else "done" if self._error is None else f"failed: {self._error}"
+        return f"<hfreduce.Work {state}>"

@@ -1,0 +1,87 @@
+"""Build libhfreduce.so (through csrc/build.py) and the cffi module hfreduce._core linked to it; the rest is in pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from cffi import FFI
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+HEADER = ROOT / "csrc" / "include" / "hfreduce.h"
+
+
+def core_build() -> ModuleType:
+    """csrc/build.py: the one list of sources and flags."""
+    spec = importlib.util.spec_from_file_location("hfreduce_core_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def declarations() -> str:
+    """What cffi reads: the public header between its two marks."""
+    text = HEADER.read_text()
+    match = re.search(r"\[cffi begin\].*?\n(.*?)^/\*[^\n]*\[cffi end\]", text, re.DOTALL | re.MULTILINE)
+    if not match:
+        raise SystemExit(f"{HEADER}: the [cffi begin] and [cffi end] marks are missing")
+    return match.group(1)
+
+
+class BuildCore(build_ext):
+    """Build the C library first, then the module; put both and the header into the package."""
+
+    def run(self) -> None:
+        cc = os.environ.get("CC", "gcc")
+        werror = os.environ.get("HFREDUCE_WERROR", "") not in ("", "0")
+        out = ROOT / "build" / "core" / (re.sub(r"\W+", "-", cc) + ("-werror" if werror else ""))
+        self.library = core_build().build_library(out, werror=werror, cc=cc)
+
+        generated = Path(self.build_temp) / "_core.c"
+        generated.parent.mkdir(parents=True, exist_ok=True)
+        ffi = FFI()
+        ffi.cdef(declarations())
+        ffi.set_source("hfreduce._core", "#include <hfreduce.h>")
+        ffi.emit_c_code(str(generated))
+        (extension,) = self.extensions
+        extension.sources = [str(generated)]
+        extension.include_dirs = [str(HEADER.parent)]
+        extension.library_dirs = [str(self.library.parent)]
+        extension.extra_compile_args = ["-Werror"] if werror else []
+        super().run()
+        for source, target in self.companions(in_place=bool(self.inplace)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # a new inode: a running process keeps the library that it has mapped
+            shutil.copy2(source, target)
+
+    def companions(self, in_place: bool) -> list[tuple[Path, Path]]:
+        """(from, to) of the files that go beside the module. In place the header stays where it is; `hfreduce config` knows."""
+        package = ROOT / "hfreduce" if in_place else Path(self.build_lib) / "hfreduce"
+        files = [(self.library, package / "lib" / "libhfreduce.so")]
+        if not in_place:
+            files.append((HEADER, package / "include" / "hfreduce.h"))
+        return files
+
+    def get_outputs(self) -> list[str]:
+        outputs = super().get_outputs()
+        if not self.inplace:
+            package = Path(self.build_lib) / "hfreduce"
+            outputs += [str(package / "lib" / "libhfreduce.so"), str(package / "include" / "hfreduce.h")]
+        return outputs
+
+
+if __name__ == "__main__":
+    if not sys.platform.startswith("linux"):
+        raise SystemExit("hfreduce builds on Linux only: it needs memfd, futexes and pidfds")
+    setup(
+        ext_modules=[Extension("hfreduce._core", sources=[], libraries=["hfreduce"], extra_link_args=["-Wl,-rpath,$ORIGIN/lib"])],
+        cmdclass={"build_ext": BuildCore},
+    )

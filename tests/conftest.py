@@ -1,0 +1,51 @@
+"""A time limit for every test, and `run_ranks`: a function on N ranks (see ranks.py)."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ranks
+
+#: Seconds that a test may take unless marked @pytest.mark.limit(seconds).
+LIMIT = float(os.environ.get("HFREDUCE_TEST_LIMIT", "120"))
+
+
+class TooLong(BaseException):
+    """The test's time limit passed. Not an Exception, so that no test swallows it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "limit(seconds): time limit of this test")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """End a test that hangs: with an exception in Python code, with the whole run if it hangs in C."""
+    marker = item.get_closest_marker("limit")
+    limit = float(marker.args[0]) if marker else LIMIT
+
+    def late(number: int, frame: Any) -> None:
+        faulthandler.dump_traceback(sys.__stderr__)
+        raise TooLong(f"{item.nodeid} was not done after {limit:g} s")
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    faulthandler.dump_traceback_later(limit + 20, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., list[Any]]:
+    """ranks.run_ranks: call a function on N ranks."""
+    return ranks.run_ranks

@@ -1,0 +1,343 @@
+"""The command line: perf's table, run's duties as a parent, info, config."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hfreduce
+from hfreduce import types
+from hfreduce.perf import collectives, patterns
+
+HFREDUCE = [sys.executable, "-m", "hfreduce"]
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def cli(*args: str, timeout: float = 60, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*HFREDUCE, *args], capture_output=True, text=True, timeout=timeout, check=False, **options)
+
+
+def program(folder: Path, text: str) -> str:
+    path = folder / "program.py"
+    path.write_text("import os, signal, sys, time\nrank = int(os.environ['HFREDUCE_RANK'])\n" + text)
+    return str(path)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition: Any, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+# --- the front ---
+
+
+def test_help_and_version() -> None:
+    assert cli("--version").stdout == f"hfreduce {hfreduce.__version__}\n"
+    done = cli()
+    assert done.returncode == 2
+    for command in ("perf", "run", "info", "config"):
+        assert command in done.stdout
+        assert cli(command, "--help").returncode == 0
+
+
+def test_console_script() -> None:
+    script = Path(sys.executable).with_name("hfreduce")
+    if not script.exists():
+        pytest.skip("hfreduce is not installed in this environment: no console script")
+    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout.startswith("hfreduce ")
+
+
+# --- run ---
+
+
+def test_run_sets_the_environment(tmp_path: Path) -> None:
+    path = program(
+        tmp_path, "print(rank, *(os.environ['HFREDUCE_' + n] for n in ('NRANKS', 'ADDR', 'SECRET')), *sys.argv[1:], flush=True)"
+    )
+    done = cli("run", "-n", "3", path, "-x", "--timeout", "5")
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line.split() for line in done.stdout.splitlines())
+    assert [line[0] for line in lines] == ["0", "1", "2"]
+    assert len({tuple(line[1:]) for line in lines}) == 1
+    nranks, address, secret, *rest = lines[0][1:]
+    assert nranks == "3"
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
+    assert len(bytes.fromhex(secret)) == 16
+    assert rest == ["-x", "--timeout", "5"]
+
+
+def test_run_labels_output(tmp_path: Path) -> None:
+    path = program(tmp_path, "print('one'); print('two', end=''); print('three', file=sys.stderr)")
+    done = cli("run", "-n", "2", "-l", path)
+    assert sorted(done.stdout.splitlines()) == ["[0] one", "[0] two", "[1] one", "[1] two"]
+    assert sorted(done.stderr.splitlines()) == ["[0] three", "[1] three"]
+
+
+def test_run_passes_input_to_rank_0(tmp_path: Path) -> None:
+    path = program(tmp_path, "print(rank, sys.stdin.read())")
+    done = cli("run", path, input="hello")
+    assert sorted(done.stdout.split()) == ["0", "1", "hello"]
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGKILL)", 128 + 9)])
+def test_run_returns_the_first_failing_status(tmp_path: Path, end: str, status: int) -> None:
+    path = program(tmp_path, f"if rank == 1:\n    {end}\ntime.sleep(60)")
+    start = time.monotonic()
+    done = cli("run", "-n", "3", path)
+    assert done.returncode == status
+    assert "rank 1" in done.stderr
+    assert time.monotonic() - start < 20
+
+
+def test_run_kills_what_ignores_sigterm(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\nsys.exit(3) if rank else time.sleep(60)",
+    )
+    done = cli("run", path)
+    assert done.returncode == 3
+    assert all(gone(int(pid)) for pid in done.stdout.split())
+
+
+def test_run_timeout(tmp_path: Path) -> None:
+    done = cli("run", "--timeout", "0.5", program(tmp_path, "time.sleep(60)"))
+    assert done.returncode == 124
+    assert "not done after 0.5 s" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_forwards_signals(tmp_path: Path, number: int) -> None:
+    path = program(
+        tmp_path,
+        f"signal.signal({int(number)}, lambda n, f: (print('got', n, flush=True), sys.exit(5)))\nprint('up', "
+        f"flush=True)\ntime.sleep(60)",
+    )
+    with subprocess.Popen([*HFREDUCE, "run", "-n", "2", path], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert [launcher.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+        launcher.send_signal(number)
+        assert launcher.stdout.read().count(f"got {int(number)}") == 2
+        assert launcher.wait(20) == 5
+
+
+def test_run_ranks_die_with_it(tmp_path: Path) -> None:
+    path = program(tmp_path, "print(os.getpid(), flush=True)\ntime.sleep(60)")
+    with subprocess.Popen([*HFREDUCE, "run", "-n", "2", path], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        pids = [int(launcher.stdout.readline()) for _ in range(2)]
+        launcher.kill()
+        launcher.wait()
+        wait_for(lambda: all(gone(pid) for pid in pids))
+
+
+def test_run_mistakes() -> None:
+    assert cli("run", "-n", "0", "true").returncode == 2
+    done = cli("run", "no-such-program")
+    assert done.returncode == 127
+    assert "not found" in done.stderr
+    assert cli("run", "true").returncode == 0
+
+
+def test_run_joins_a_communicator(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        "import hfreduce, numpy as np\nwith hfreduce.init() as comm:\n"
+        "    print(comm.rank, comm.nranks, comm.all_reduce(np.ones(2, np.float32) * comm.rank).tolist())",
+    )
+    done = cli("run", "-n", "3", "--timeout", "30", path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"{r} 3 [3.0, 3.0]" for r in range(3)]
+
+
+# --- perf ---
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("collective", list(collectives.COLLECTIVES))
+def test_perf(collective: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = cli("perf", collective, "-b", "8", "-e", "64K", "-f", "8", "-n", "3", "-w", "1", "--ranks", "2", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(done.stdout)
+    assert len(rows) == 5
+    assert [int(row[0]) for row in rows] == [8, 64, 512, 4096, 32768]
+    for row in rows:
+        assert len(row) == 17
+        assert row[2] == "float"
+        assert row[3] == ("sum" if collectives.COLLECTIVES[collective].reduces else "none")
+        assert row[4] == ("0" if collectives.COLLECTIVES[collective].rooted else "-1")
+        assert row[8] == "0"
+        assert row[12] == ("0" if collectives.COLLECTIVES[collective].in_place else "N/A")
+    assert "# Out of bounds values : 0 OK" in done.stdout
+    assert re.search(r"# Avg bus bandwidth    : \d", done.stdout)
+    table = json.loads(out.read_text())["tables"][0]
+    assert table["wrong"] == 0
+    assert [row["size"] for row in table["rows"]] == [8, 64, 512, 4096, 32768]
+    half = table["rows"][-1]["out_of_place"]
+    assert half["busbw"] == pytest.approx(half["algbw"] * collectives.COLLECTIVES[collective].bus(2))
+    assert half["p50"] <= half["p99"]
+
+
+def test_perf_every_dtype_and_op() -> None:
+    args = ["-d", "all", "-o", "all", "-b", "4K", "-e", "4K", "-n", "1", "-w", "0", "--ranks", "3"]
+    done = cli("perf", "all_reduce", *args, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(done.stdout)
+    dtypes = 12 if "bfloat16" in done.stdout else 9
+    assert len(rows) == dtypes * 5
+    assert {row[3] for row in rows} == set(hfreduce.OP_NAMES)
+
+
+def test_perf_step_bytes_and_unchecked() -> None:
+    done = cli("perf", "all_reduce", "-b", "1K", "-e", "3K", "-i", "1K", "-c", "0", "-n", "1", "-w", "0", "--ranks", "1")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(done.stdout)
+    assert [row[0] for row in rows] == ["1024", "2048", "3072"]
+    assert {row[8] for row in rows} == {"N/A"}
+
+
+def test_benchmark_script_is_the_same() -> None:
+    for name in collectives.COLLECTIVES:
+        assert (BENCHMARKS / f"{name}_perf.py").exists()
+    command = [sys.executable, str(BENCHMARKS / "all_gather_perf.py"), "-b", "8", "-e", "64", "-n", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "# all_gather" in done.stdout
+    assert len(rows_of(done.stdout)) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-b", "8", "-e", "4"], "is less than -b"),
+        (["-f", "1"], "is not greater than 1"),
+        (["-i", "0"], "would never end"),
+        (["-n", "0"], "-n must be at least 1"),
+        (["-d", "float12"], "-d float12 is not one of"),
+        (["-o", "mean"], "-o mean is not one of"),
+        (["-b", "x"], "is not a size"),
+        (["--ranks", "0"], "--ranks 0 is less than 1"),
+        (["-r", "2", "-e", "8"], "-r 2 is not from 0 to 1"),
+    ],
+)
+def test_perf_mistakes(args: list[str], message: str) -> None:
+    done = cli("perf", "all_reduce", *args)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_perf_finds_wrong_values(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from hfreduce.cli import main
+
+    monkeypatch.setenv("HFREDUCE_RANK", "0")
+    monkeypatch.setenv("HFREDUCE_NRANKS", "1")
+    real = patterns.reduced
+
+    def wrong(nranks: int, op: str, dtype: Any) -> Any:
+        values = real(nranks, op, dtype).copy()
+        values[1] += 1
+        return values
+
+    monkeypatch.setattr(patterns, "reduced", wrong)
+    assert main(["perf", "all_reduce", "-b", "64", "-e", "64", "-n", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "# Out of bounds values : 2 FAILED" in out
+    assert rows_of(out)[0][8] == "1"
+
+
+def test_plot(tmp_path: Path) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        done = cli("perf", "all_reduce", "--plot", str(tmp_path / "x.png"))
+        assert done.returncode == 2
+        assert "pip install matplotlib" in done.stderr
+        return
+    assert cli("perf", "all_reduce", "-e", "64", "-n", "1", "--plot", str(tmp_path / "x.png")).returncode == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- the patterns themselves ---
+
+
+@pytest.mark.parametrize("nranks", [1, 2, 3, 7, 16, 17, 100])
+@pytest.mark.parametrize("dtype", hfreduce.DTYPE_NAMES)
+def test_patterns_are_exact_in_any_order(nranks: int, dtype: str) -> None:
+    kind = types.numpy_dtype(hfreduce.DTYPE_NAMES.index(dtype))
+    for op in ("sum", "prod", "max", "min"):
+        total = None
+        for rank in reversed(range(nranks)):
+            values = patterns.reduced_input(rank, nranks, op, kind)
+            if total is None:
+                total = values
+                continue
+            with np.errstate(over="raise"):
+                function = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}[op]
+                total = function(total, values).astype(kind)  # rounds after each rank
+        assert total is not None
+        assert patterns.wrong(total, patterns.reduced(nranks, op, kind)) == 0
+
+
+def test_wrong_counts_elements() -> None:
+    x = np.zeros(3 * patterns.PERIOD + 5, np.float32)
+    pattern = patterns.moved(1, x.dtype)
+    patterns.fill(x, pattern)
+    assert patterns.wrong(x, pattern) == 0
+    x[[0, patterns.PERIOD, -1]] = [99, 99, np.nan]
+    assert patterns.wrong(x, pattern) == 3
+    assert patterns.wrong(np.array([-0.0], np.float32), np.zeros(patterns.PERIOD, np.float32)) == 0
+
+
+# --- info and config ---
+
+
+def test_info() -> None:
+    done = cli("info")
+    assert done.returncode == 0, done.stderr
+    for word in ("simd", "transport", "HFREDUCE_TIMEOUT", "seconds that any wait may take", "hfreduce.h"):
+        assert word.lower() in done.stdout.lower()
+    done = cli("info", "--json", env={**os.environ, "HFREDUCE_TIMEOUT": "12"})
+    found = {p["name"]: p for p in json.loads(done.stdout)["parameters"]}
+    assert float(found["HFREDUCE_TIMEOUT"]["value"]) == 12
+    assert found["HFREDUCE_TIMEOUT"]["is_set"]
+    assert all(p["help"] for p in found.values())
+
+
+def test_config_builds_a_c_program(tmp_path: Path) -> None:
+    compiler = next((c for c in (os.environ.get("CC", "").split()[:1] or ["gcc"]) if shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = tmp_path / "version.c"
+    source.write_text(
+        "#include <hfreduce.h>\n#include <stdio.h>\n"
+        "int main(void) { int v = 0; if (hfreduceGetVersion(&v)) return 1;"
+        ' printf("%d\\n", v); return v != HFREDUCE_VERSION_CODE; }\n'
+    )
+    flags = cli("config", "--cflags", "--libs").stdout
+    subprocess.run(f"{compiler} -Wall -Werror {source} -o {tmp_path}/version {flags}", shell=True, check=True)
+    assert subprocess.run([tmp_path / "version"], capture_output=True, text=True, check=True).stdout == "100\n"
+    everything = cli("config").stdout
+    assert "includedir: " in everything
