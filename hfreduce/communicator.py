@@ -20,7 +20,7 @@ from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageErr
 from hfreduce.params import default_timeout
 from hfreduce.types import DTYPE_NAMES, DTYPES, OPS, dtype_code, numpy_dtype, op_code
 from hfreduce.unique_id import UniqueId
-from hfreduce.work import Work
+from hfreduce.work import Work, reap
 
 # Bound once: the fast path of all_reduce makes no attribute chain.
 _ndarray = np.ndarray
@@ -252,7 +252,7 @@ class Communicator:
         if (
             type(x) is _ndarray
             and (out is None or (type(out) is _ndarray and out.dtype is x.dtype and out.size == x.size))
-            and not (_open_groups or async_op or stream is not None)
+            and not (_open_groups or self._running or async_op or stream is not None)
         ):
             try:
                 target = source = _from_buffer(CHARS, x if out is None else out, True)
@@ -548,6 +548,8 @@ class Communicator:
         outer = _group.current() if _open_groups else None
         if outer is None and not async_op:
             code = function(*arguments, handle, _NULL)
+            if self._running:
+                reap(self._running)
             if code:
                 raise self._failure(code)
             return result

@@ -13,6 +13,12 @@ from hfreduce.errors import HfreduceError, InProgressError, InvalidArgumentError
 _SLICE = 0.25
 
 
+def reap(running: deque[Work]) -> None:
+    """Let go of what has ended; operations of a communicator end in the order of issue."""
+    while running and running[0].done():
+        running.popleft()
+
+
 class Work:
     """An operation started with async_op=True, or a group of them.
 
@@ -27,8 +33,7 @@ class Work:
         self._keep = keep  # None once it has ended
         self._result = result
         self._error: HfreduceError | None = None
-        while running and running[0].done():
-            running.popleft()
+        reap(running)
         running.append(self)
 
     @property

@@ -72,7 +72,9 @@ def test_console_script() -> None:
 
 def test_run_sets_the_environment(tmp_path: Path) -> None:
     path = program(
-        tmp_path, "print(rank, *(os.environ['HFREDUCE_' + n] for n in ('NRANKS', 'ADDR', 'SECRET')), *sys.argv[1:], flush=True)"
+        tmp_path,
+        "values = [os.environ['HFREDUCE_' + n] for n in ('NRANKS', 'ADDR', 'SECRET')]\n"
+        "sys.stdout.write(' '.join([str(rank), *values, *sys.argv[1:]]) + '\\n')",
     )
     done = cli("run", "-n", "3", path, "-x", "--timeout", "5")
     assert done.returncode == 0, done.stderr
@@ -162,7 +164,8 @@ def test_run_joins_a_communicator(tmp_path: Path) -> None:
     path = program(
         tmp_path,
         "import hfreduce, numpy as np\nwith hfreduce.init() as comm:\n"
-        "    print(comm.rank, comm.nranks, comm.all_reduce(np.ones(2, np.float32) * comm.rank).tolist())",
+        "    x = comm.all_reduce(np.ones(2, np.float32) * comm.rank)\n"
+        "    sys.stdout.write(f'{comm.rank} {comm.nranks} {x.tolist()}\\n')",
     )
     done = cli("run", "-n", "3", "--timeout", "30", path)
     assert done.returncode == 0, done.stderr
