@@ -3,14 +3,13 @@
 #include "base/param.h"
 #include "base/thread.h"
 #include "comm/comm.h"
+#include "device/device.h"
 #include "topo/host.h"
 #include "topo/nic.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 /* ---------------------------------------------------------------- library */
 
@@ -64,7 +63,10 @@ size_t hfreduceDescribe(char *text, size_t size) {
   n += snprintf(out + n, sizeof out - (size_t)n, "transport shm: in use between ranks of one node (memfd)\n");
   if (found) n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: in use between nodes, on %s (%s)\n", nic, hfr_addr_text(&addr, address));
   else n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: loopback only: %.300s\n", hfr_last_error()->text);
-  n += snprintf(out + n, sizeof out - (size_t)n, "transport verbs: not built in this version\ndevice cuda: not built in this version\nstrangers refused: %ld\n", hfr_runtime_refused());
+  n += snprintf(out + n, sizeof out - (size_t)n, "transport verbs: not in this version\n");
+  for (int i = 0; hfr_device_at(i); i++)
+    n += snprintf(out + n, sizeof out - (size_t)n, "device %s: %s\n", hfr_device_at(i)->name, hfr_device_at(i)->why_absent() ? hfr_device_at(i)->why_absent() : "in use");
+  n += snprintf(out + n, sizeof out - (size_t)n, "device cuda: not in this version; pass host memory\nstrangers refused: %ld\n", hfr_runtime_refused());
   if (size) {
     size_t take = (size_t)n < size - 1 ? (size_t)n : size - 1;
     memcpy(text, out, take);
@@ -367,49 +369,9 @@ hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm) {
 
 /* ---------------------------------------------------------------- memory */
 
-#define HUGE_PAGE ((size_t)2 << 20)
-static struct block {
-  struct block *next;
-  void *ptr;
-  size_t bytes;
-} *blocks;
-static pthread_mutex_t blocks_lock = PTHREAD_MUTEX_INITIALIZER;
-
 hfreduceResult_t hfreduceMemAlloc(void **ptr, size_t size) {
   if (!ptr) return hfr_fail(hfreduceInvalidArgument, "hfreduceMemAlloc: ptr is NULL");
-  *ptr = NULL;
-  size_t unit = size >= HUGE_PAGE ? HUGE_PAGE : 4096, bytes = (size + unit - 1) / unit * unit;
-  if (bytes < size) return hfr_fail(hfreduceInvalidArgument, "hfreduceMemAlloc: %zu bytes exceed the address space", size);
-  if (!bytes) bytes = unit;
-  struct block *b = malloc(sizeof *b);
-  /* Huge pages need their alignment: map more, give back the ends. */
-  uint8_t *p = b ? mmap(NULL, bytes + unit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) : MAP_FAILED;
-  if (p == MAP_FAILED) {
-    free(b);
-    return hfr_fail(hfreduceSystemError, "hfreduceMemAlloc: cannot get %zu bytes: %s", size, strerror(errno));
-  }
-  uint8_t *start = (uint8_t *)(((uintptr_t)p + unit - 1) / unit * unit);
-  if (start > p) munmap(p, (size_t)(start - p));
-  munmap(start + bytes, (size_t)(p + unit - start));
-  if (unit == HUGE_PAGE) madvise(start, bytes, MADV_HUGEPAGE);
-  pthread_mutex_lock(&blocks_lock);
-  *b = (struct block){blocks, start, bytes};
-  blocks = b;
-  pthread_mutex_unlock(&blocks_lock);
-  *ptr = start;
-  return hfreduceSuccess;
+  return hfr_device_host.alloc(ptr, size);
 }
 
-hfreduceResult_t hfreduceMemFree(void *ptr) {
-  if (!ptr) return hfreduceSuccess;
-  pthread_mutex_lock(&blocks_lock);
-  struct block **at = &blocks;
-  while (*at && (*at)->ptr != ptr) at = &(*at)->next;
-  struct block *b = *at;
-  if (b) *at = b->next;
-  pthread_mutex_unlock(&blocks_lock);
-  if (!b) return hfr_fail(hfreduceInvalidArgument, "hfreduceMemFree: %p was not given by hfreduceMemAlloc, or is freed", ptr);
-  munmap(b->ptr, b->bytes);
-  free(b);
-  return hfreduceSuccess;
-}
+hfreduceResult_t hfreduceMemFree(void *ptr) { return ptr ? hfr_device_of(ptr)->release(ptr) : hfreduceSuccess; }

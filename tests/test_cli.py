@@ -96,9 +96,9 @@ def test_run_labels_output(tmp_path: Path) -> None:
 
 
 def test_run_passes_input_to_rank_0(tmp_path: Path) -> None:
-    path = program(tmp_path, "print(rank, sys.stdin.read())")
+    path = program(tmp_path, "sys.stdout.write(f'{rank} {sys.stdin.read()}\\n')")
     done = cli("run", path, input="hello")
-    assert sorted(done.stdout.split()) == ["0", "1", "hello"]
+    assert sorted(done.stdout.splitlines()) == ["0 hello", "1 "]
 
 
 @pytest.mark.parametrize(("end", "status"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGKILL)", 128 + 9)])

@@ -272,14 +272,14 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   e->layout = &c->layout;
   e->arena = &c->arena;
   e->net = &c->net;
-  e->remote = &hfr_transport_tcp;
+  HFR_TRY(hfr_transport_select(hfr_param_text(HFR_PARAM_TRANSPORT), &e->remote));
   e->host = c->hosts[c->rank];
   e->timeout_ns = (int64_t)(c->timeout * 1e9);
   e->on_error = on_engine_error;
   e->on_error_arg = c;
   int crowded = c->layout.nlocal > hfr_ncpus();
   int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
-  e->spins = spin >= 0 ? (int)spin : crowded ? 16 : 20000; /* with more ranks than cores who spins keeps the awaited one from running */
+  e->spins = spin >= 0 ? (int)spin : crowded ? 16 : 2000; /* with more ranks than cores who spins keeps the awaited one from running */
   e->yields = crowded ? 64 : 16;
   HFR_TRY(hfr_engine_init(e));
   c->engine_up = 1;
@@ -313,7 +313,7 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
 
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   struct hfr_addr mine;
-  HFR_TRY(hfr_runtime_listen(c->uid.local, &mine));
+  HFR_TRY(hfr_runtime_listen(c->uid.local, &c->uid.root, &mine));
   if (c->uid.by_address && c->rank == 0) {
     HFR_TRY(hfr_runtime_listen_at(&c->uid.root));
     HFR_TRY(hfr_runtime_open_root(&c->uid));

@@ -27,7 +27,7 @@ static hfreduceResult_t new_id(hfreduceUniqueId *id, int local) {
   if (!id) return hfr_fail(hfreduceInvalidArgument, "hfreduceGetUniqueId: id is NULL");
   hfr_random(&uid.comm_id, sizeof uid.comm_id);
   hfr_random(uid.secret, sizeof uid.secret);
-  HFR_TRY(hfr_runtime_listen(local, &uid.root));
+  HFR_TRY(hfr_runtime_listen(local, NULL, &uid.root));
   HFR_TRY(hfr_runtime_open_root(&uid));
   pack(&uid, id);
   return hfreduceSuccess;

@@ -65,8 +65,9 @@ struct hfreduceComm {
 #define HFR_COMM_MAGIC 0x6d6d6f63u
 
 /* --- runtime.c: once a process --- */
-/* Start what a process needs (watcher thread, listener). The listener's address for communicators of this kind goes to *addr. */
-hfreduceResult_t hfr_runtime_listen(int loopback, struct hfr_addr *addr);
+/* Start what a process needs (watcher thread, listener). The listener's address goes to *addr: loopback; or where HFREDUCE_SOCKET_IFNAME says; or, that unset, on the
+   way to `root` (NULL: not known yet). */
+hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, struct hfr_addr *addr);
 /* Also listen on exactly this address. */
 hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr);
 /* Serve the rendezvous of a communicator in this process. */

@@ -339,8 +339,16 @@ static int pending_event(struct watch *w) {
   return 1;
 }
 
+/* Too many half-open handshakes: the oldest goes. Who means it needs a millisecond, so a crowd of strangers cannot keep ranks out. */
+static void expire_oldest(void) {
+  struct watch *oldest = NULL;
+  for (struct watch *w = rt.watches; w; w = w->next)
+    if (w->kind == WATCH_PENDING && w->since_ns) oldest = w; /* new ones come to the head */
+  if (oldest) oldest->since_ns = 0;
+}
+
 static void accept_all(struct watch *w) {
-  while (rt.pending < MAX_PENDING) {
+  for (;;) {
     int fd = accept4(w->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0) return;
     struct watch *p = add_watch(WATCH_PENDING, fd);
@@ -348,8 +356,8 @@ static void accept_all(struct watch *w) {
       close(fd);
       return;
     }
-    rt.pending++;
     hfr_auth_server(&p->auth, fd, find_secret, NULL);
+    if (++rt.pending > MAX_PENDING) expire_oldest();
   }
 }
 
@@ -377,7 +385,7 @@ static void collect(struct polled *p) {
   want(p, rt.kick_fd, POLLIN);
   for (struct watch *w = rt.watches; w; w = w->next) {
     int events = w->kind == WATCH_PENDING ? w->auth.events : w->kind == WATCH_JOINER && w->conn.tx_have ? POLLIN | POLLOUT : POLLIN;
-    w->slot = w->kind == WATCH_LISTENER && rt.pending >= MAX_PENDING ? -1 : want(p, w->fd, events);
+    w->slot = want(p, w->fd, events);
   }
 }
 
@@ -402,7 +410,7 @@ static void serve_watches(const struct polled *p, int64_t now) {
     if (w->kind == WATCH_LISTENER && ready) accept_all(w);
     if (w->kind == WATCH_PENDING) {
       if (ready) over = pending_event(w);
-      if (!over && now - w->since_ns > HANDSHAKE_NS) refuse(w, "no handshake within 5 s"), rt.pending--, over = 1;
+      if (!over && now - w->since_ns > HANDSHAKE_NS) refuse(w, w->since_ns ? "no handshake within 5 s" : "too many unfinished handshakes"), rt.pending--, over = 1;
     }
     if (w->kind == WATCH_JOINER) {
       if (ready) joiner_event(w);
@@ -532,10 +540,37 @@ static hfreduceResult_t listen_at(struct hfr_addr *addr, int any_port) {
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfr_runtime_listen(int loopback, struct hfr_addr *addr) {
+/* My address on the way to `peer`: what the kernel would send from. Nothing is sent. */
+static int route_to(const struct hfr_addr *peer, struct hfr_addr *mine) {
+  struct sockaddr_storage to = {0}, from;
+  socklen_t len = sizeof from;
+  struct sockaddr_in *in4 = (struct sockaddr_in *)&to;
+  struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)&to;
+  if (peer->family == 4) {
+    *in4 = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(9)};
+    memcpy(&in4->sin_addr, peer->ip, 4);
+  } else {
+    *in6 = (struct sockaddr_in6){.sin6_family = AF_INET6, .sin6_port = htons(9)};
+    memcpy(&in6->sin6_addr, peer->ip, 16);
+  }
+  int fd = socket(to.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  int failed = fd < 0 || connect(fd, (struct sockaddr *)&to, peer->family == 4 ? sizeof *in4 : sizeof *in6) || getsockname(fd, (struct sockaddr *)&from, &len);
+  if (fd >= 0) close(fd);
+  if (failed) return -1;
+  *mine = (struct hfr_addr){.family = peer->family};
+  if (peer->family == 4) memcpy(mine->ip, &((struct sockaddr_in *)&from)->sin_addr, 4);
+  else memcpy(mine->ip, &((struct sockaddr_in6 *)&from)->sin6_addr, 16);
+  return 0;
+}
+
+hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, struct hfr_addr *addr) {
   char name[32];
-  *addr = (struct hfr_addr){.family = 4, .ip = {127, 0, 0, 1}};
-  if (!loopback) HFR_TRY(hfr_nic_choose(addr, name));
+  if (loopback) {
+    *addr = (struct hfr_addr){.family = 4, .ip = {127, 0, 0, 1}};
+    if (root && root->family == 6) *addr = (struct hfr_addr){.family = 6, .ip = {[15] = 1}};
+  } else if (!root || *hfr_param_text(HFR_PARAM_SOCKET_IFNAME) || *hfr_param_text(HFR_PARAM_SOCKET_FAMILY) || route_to(root, addr)) {
+    HFR_TRY(hfr_nic_choose(addr, name));
+  }
   addr->port = 0;
   pthread_mutex_lock(&rt.lock);
   hfreduceResult_t r = start();

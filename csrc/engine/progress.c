@@ -19,6 +19,7 @@ static struct {
   struct hfr_engine *list;
   int started, kick_fd;
   _Atomic int asleep;
+  _Atomic int waiting; /* threads that want `busy`: mutexes are not fair, so the thread stands back for them */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .busy = PTHREAD_MUTEX_INITIALIZER, .kick_fd = -1};
 
 static int try_drive(struct hfr_engine *e) {
@@ -182,6 +183,7 @@ static void *progress_main(void *arg) {
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, NULL);
   for (;;) {
+    while (atomic_load_explicit(&pool.waiting, memory_order_relaxed)) sched_yield();
     pthread_mutex_lock(&pool.busy);
     int n = snapshot(engine), patience = 0, yields = 0;
     for (int i = 0; i < n; i++) {
@@ -243,8 +245,10 @@ void hfr_drive_stop(struct hfr_engine *e) {
   pthread_mutex_unlock(&pool.lock);
   kick();
   hfr_engine_wake(e);
+  atomic_fetch_add(&pool.waiting, 1);
   pthread_mutex_lock(&pool.busy); /* a pass that still knows the engine is over when we get it */
   pthread_mutex_unlock(&pool.busy);
+  atomic_fetch_sub(&pool.waiting, 1);
 }
 
 void hfr_drive_after_fork(void) {

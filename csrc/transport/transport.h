@@ -66,5 +66,8 @@ struct hfr_transport {
 
 extern const struct hfr_transport hfr_transport_shm, hfr_transport_tcp;
 
+/* The transport between nodes: the first usable one of `names` (comma-separated; "" admits all, best first). InvalidUsage names what exists when none is. */
+hfreduceResult_t hfr_transport_select(const char *names, const struct hfr_transport **transport);
+
 /* A link that FAILED has recorded why in hfr_last_error() of the calling thread. */
 #endif

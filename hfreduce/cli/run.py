@@ -155,7 +155,7 @@ class _Ranks:
                 if not self.signalled and any(other.poll() is None for other in self.children):
                     how = f"exited with status {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
                     print(
-                        f"hfreduce run: rank {rank} (pid {child.pid}) {how}; the other ranks are ended",
+                        f"hfreduce run: rank {rank} (pid {child.pid}) {how}; the others get {GRACE:g} s to end",
                         file=sys.stderr,
                         flush=True,
                     )
