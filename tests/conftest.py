@@ -22,6 +22,7 @@ class TooLong(BaseException):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): time limit of this test")
+    config.addinivalue_line("markers", "slow: takes much time or memory; skip with -m 'not slow'")
 
 
 @pytest.hookimpl(wrapper=True)

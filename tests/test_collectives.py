@@ -13,6 +13,7 @@ By default every layout runs a different share of all cases; HFREDUCE_TEST_SWEEP
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -54,24 +55,25 @@ class Layout:
 
 def _layouts() -> list[Layout]:
     one = [Layout(f"node-{n}", (0,) * n) for n in (1, 2, 3, 4, 5)] + [Layout("node-8", (0,) * 8, share=0.06)]
-    tcp = [Layout(f"tcp-{n}", tuple(range(n))) for n in (2, 3, 4, 5)] + [Layout("tcp-8", tuple(range(8)), share=0.06)]
+    tcp = [Layout(f"tcp-{n}", tuple(range(n)), share=s) for n, s in ((2, 0.2), (3, 0.2), (4, 0.1), (5, 0.06), (8, 0.03))]
     mixed = [
-        Layout("two-a-node-4", (0, 0, 1, 1)),
-        Layout("two-a-node-8", (0, 0, 1, 1, 2, 2, 3, 3), share=0.06),
+        Layout("two-a-node-4", (0, 0, 1, 1), share=0.1),
+        Layout("two-a-node-8", (0, 0, 1, 1, 2, 2, 3, 3), share=0.03),
         Layout("uneven-1-2", (0, 1, 1)),
         Layout("uneven-3-1", (0, 0, 0, 1)),
-        Layout("uneven-1-2-2", (0, 1, 1, 2, 2)),
+        Layout("uneven-1-2-2", (0, 1, 1, 2, 2), share=0.1),
         Layout("interleaved-4", (0, 1, 0, 1)),
-        Layout("interleaved-5", (0, 1, 2, 1, 0)),
+        Layout("interleaved-5", (0, 1, 2, 1, 0), share=0.1),
         Layout("streams-3", (0, 1, 0, 1), {"HFREDUCE_TCP_STREAMS": "3"}),
         Layout("ipv6", (0, 1, 1), ipv6=True, share=0.1),
-        Layout("preset-chunk", (0, 0, 1), chunk=131072, share=0.1),
-        Layout("preset-chunk-node", (0, 0, 0), chunk=131072, share=0.1),
+        Layout("preset-chunk", (0, 0, 1), chunk=131072, share=0.05),
+        Layout("preset-chunk-node", (0, 0, 0), chunk=131072, share=0.05),
         Layout("slots-2", (0, 0, 1, 1), {"HFREDUCE_SLOTS": "2"}, share=0.1),
         Layout("no-spin", (0, 0, 1), {"HFREDUCE_SPIN": "0"}, share=0.1),
+        Layout("spin", (0, 0, 1), {"HFREDUCE_SPIN": "-1"}, share=0.03),
     ]
     for algo, nodes in itertools.product(("tree", "direct"), ((0, 1, 2), (0, 1, 2, 3, 4), (0, 0, 1, 1, 2), (0, 0, 0, 1))):
-        mixed.append(Layout(f"{algo}-" + "".join(map(str, nodes)), nodes, {"HFREDUCE_ALGO": algo}, share=0.15))
+        mixed.append(Layout(f"{algo}-" + "".join(map(str, nodes)), nodes, {"HFREDUCE_ALGO": algo}, share=0.08))
     threads = [Layout(f"threads-{n}", (0,) * n, threads=True, share=0.1) for n in (2, 4, 5)]
     return one + tcp + mixed + threads
 
@@ -436,7 +438,9 @@ class Environment:
     def __call__(self, rank: int) -> dict[str, str]:
         layout = self.layout
         own = {"HFREDUCE_ADDR": self.address} if self.address else {}
-        return {"HFREDUCE_HOSTID": f"node{layout.nodes[rank]}", "HFREDUCE_CHUNK": str(layout.chunk), **layout.env, **own}
+        # Ranks that play different nodes do not know that they share the cores: do not spin where there are too few.
+        spin = {"HFREDUCE_SPIN": "16"} if len(layout.nodes) > (os.cpu_count() or 1) else {}
+        return {"HFREDUCE_HOSTID": f"node{layout.nodes[rank]}", "HFREDUCE_CHUNK": str(layout.chunk), **spin, **layout.env, **own}
 
 
 def _free_ipv6() -> str | None:
@@ -505,7 +509,7 @@ def _hostile(dtype: Any) -> Array:
 def _fold(x: Array, op: str) -> Array:
     with np.errstate(all="ignore"):
         if op == "sum":
-            return np.sum(x, axis=0)
+            return functools.reduce(np.add, x)  # np.sum starts from +0
         return (np.max if op == "max" else np.min)(x, axis=0)  # numpy's propagate NaN, as ours
 
 

@@ -29,9 +29,11 @@ hfreduceResult_t hfr_plan_agree(struct hfr_plan *p) {
     }
     if (t->parent >= 0) {
       HFR_ADD(up, p, ROLE_VUPSEND, HFR_STAGE_SEND, 1, "agree up");
-      HFR_ADD(down, p, ROLE_VDOWN, HFR_STAGE_RECV, 1, "agree down");
-      up->peer = down->peer = hfr_rank_at(l, t->parent, 0);
-      up->vc = down->vc = HFR_VC_VERIFY;
+      up->peer = hfr_rank_at(l, t->parent, 0);
+      up->vc = HFR_VC_VERIFY;
+      HFR_ADD(down, p, ROLE_VDOWN, HFR_STAGE_RECV, 1, "agree down"); /* moves `up` when the stages grow */
+      down->peer = hfr_rank_at(l, t->parent, 0);
+      down->vc = HFR_VC_VERIFY;
     }
     for (int c = 0; c < 2; c++) {
       if (t->child[c] < 0) continue;

@@ -108,7 +108,8 @@ struct hfr_plan {
   void (*part)(const struct hfr_plan *plan, int stage, int64_t i, int j, struct hfr_part *part);
 };
 
-/* Append a stage; contiguous by role. Returns it, zeroed but for role, kind and ctr NONE; NULL when out of memory. */
+/* Append a stage; contiguous by role. Returns it, zeroed but for role, kind and ctr NONE; valid until the next one is added; NULL when out
+   of memory. */
 struct hfr_stage *hfr_plan_add(struct hfr_plan *plan, int role, enum hfr_stage_kind kind, int64_t niter, const char *name);
 void hfr_plan_fini(struct hfr_plan *plan);
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+from hfreduce._ffi import BINARY_DIRECTORY as _PACKAGE
 
 
 def include_directory() -> Path:

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hfreduce import launch
@@ -66,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         _validate(args)
         found = launch.detect(os.environ)
         if found.launcher == "none":
-            return run_ranks([sys.executable, "-m", "hfreduce", *args.command_line], 2 if args.ranks is None else args.ranks)
+            # the ranks import this very package, wherever they are started
+            start = "import sys; sys.path[0] = sys.argv.pop(1); from hfreduce.cli import main; sys.exit(main())"
+            package = str(Path(__file__).resolve().parents[2])
+            return run_ranks([sys.executable, "-c", start, package, *args.command_line], 2 if args.ranks is None else args.ranks)
         if args.ranks not in (None, found.nranks):
             raise InvalidArgumentError(f"--ranks {args.ranks}: {found.launcher} has started {found.nranks}; leave it out")
         with launch.init(args.timeout) as comm:

@@ -1,0 +1,205 @@
+"""Each example, run as examples/README.md says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from ranks import reserved_address
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+HFREDUCE = [sys.executable, "-m", "hfreduce"]
+
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="scikit-learn, whose digits are learnt, is not installed"
+)
+
+
+def run(command: Sequence[str], status: int = 0, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=EXAMPLES,
+        env=os.environ if env is None else env,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+def run_ranks(nranks: int, program: str, *args: str) -> str:
+    return run([*HFREDUCE, "run", "-n", str(nranks), "--timeout", "90", program, *args])
+
+
+def run_nodes(nranks: int, per_node: int, *command: str) -> str:
+    """As run_ranks, but so many ranks at a time play a host of their own."""
+    script = f'HFREDUCE_HOSTID=host$((HFREDUCE_RANK / {per_node})) exec "$@"'
+    return run([*HFREDUCE, "run", "-n", str(nranks), "--timeout", "90", "sh", "-c", script, "sh", *command])
+
+
+def table(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+
+
+# --- hello ---
+
+
+def test_hello() -> None:
+    text = run_ranks(4, str(EXAMPLES / "hello.py"))
+    assert sorted(text.splitlines()) == [f"rank {r} of 4 on node 0 of 1: the sum is 10" for r in range(4)]
+
+
+def test_hello_on_several_nodes() -> None:
+    text = run_nodes(3, 2, sys.executable, str(EXAMPLES / "hello.py"))
+    assert sorted(text.splitlines()) == [f"rank {r} of 3 on node {r // 2} of 2: the sum is 6" for r in range(3)]
+
+
+# --- train_digits ---
+
+
+def check_training(text: str, nranks: int, nodes: int) -> None:
+    assert f"{nranks} ranks on {nodes} nodes" in text, text
+    assert "bit-identical on all ranks" in text, text
+    assert "equal within rounding" in text, text
+    accuracy = float(re.findall(r"accuracy +([0-9.]+) %", text)[-1])
+    assert accuracy > 95, text
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", text)]
+    assert losses == sorted(losses, reverse=True), text
+
+
+@needs_digits
+def test_digits_alone() -> None:
+    check_training(run([sys.executable, str(EXAMPLES / "train_digits.py"), "--check"]), 1, 1)
+
+
+@needs_digits
+@pytest.mark.parametrize("nranks", [3, 4])
+def test_digits(nranks: int) -> None:
+    check_training(run_ranks(nranks, str(EXAMPLES / "train_digits.py"), "--check"), nranks, 1)
+
+
+@needs_digits
+@pytest.mark.parametrize(("nranks", "per_node", "nodes"), [(3, 1, 3), (3, 2, 2), (4, 2, 2)])
+def test_digits_on_several_nodes(nranks: int, per_node: int, nodes: int) -> None:
+    text = run_nodes(nranks, per_node, sys.executable, str(EXAMPLES / "train_digits.py"), "--check")
+    check_training(text, nranks, nodes)
+    assert "tcp" in text
+
+
+@needs_digits
+@pytest.mark.parametrize("bucket", ["0", "100000"])
+def test_digits_with_other_buckets(bucket: str) -> None:
+    """One bucket a layer, and one for all; the global batch not divisible by the ranks."""
+    options = ["--check", "--bucket", bucket, "--batch", "200", "--hidden", "64"]
+    check_training(run_ranks(3, str(EXAMPLES / "train_digits.py"), *options), 3, 1)
+
+
+@needs_digits
+def test_digits_bits_of_every_run() -> None:
+    digests = {re.findall(r"weights (\w+):", run_ranks(3, str(EXAMPLES / "train_digits.py"), "--epochs", "5"))[0] for _ in "ab"}
+    assert len(digests) == 1
+
+
+def test_digits_without_scikit_learn(tmp_path: Path) -> None:
+    """The message says what to do."""
+    (tmp_path / "sklearn.py").write_text("raise ImportError('not here')\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    text = run([sys.executable, str(EXAMPLES / "train_digits.py")], 1, env)
+    assert "needs scikit-learn" in text and "pip install scikit-learn" in text and "Traceback" not in text
+
+
+# --- ping_pong and overlap ---
+
+
+@pytest.mark.parametrize(("nranks", "per_node"), [(2, 2), (2, 1), (3, 3)])
+def test_ping_pong(nranks: int, per_node: int) -> None:
+    options = ["--largest", "1", "--round-trips", "5"]
+    rows = table(run_nodes(nranks, per_node, sys.executable, str(EXAMPLES / "ping_pong.py"), *options))
+    assert [int(row[0]) for row in rows] == [4**i for i in range(11)]
+    assert all(row[-1] == "0" and float(row[2]) > 0 for row in rows)
+
+
+def test_ping_pong_alone() -> None:
+    assert "needs two ranks" in run([sys.executable, str(EXAMPLES / "ping_pong.py")], 1)
+
+
+@pytest.mark.parametrize(("nranks", "per_node"), [(2, 2), (2, 1), (1, 1)])
+def test_overlap(nranks: int, per_node: int) -> None:
+    options = ["--size", "1", "--repeats", "3"]
+    rows = table(run_nodes(nranks, per_node, sys.executable, str(EXAMPLES / "overlap.py"), *options))
+    assert [row[0] for row in rows] == ["device", "matmul"]
+
+
+# --- the C program ---
+
+
+@pytest.fixture(scope="module")
+def c_program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Built by the line at the head of the file, with warnings as errors; found from another folder."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = EXAMPLES / "all_reduce.c"
+    line = re.search(r"^ \*   cc (.*) \$\(hfreduce config --cflags --libs\)$", source.read_text(), re.MULTILINE)
+    assert line is not None
+    folder = tmp_path_factory.mktemp("c")
+    shutil.copy(source, folder)
+    flags = run([*HFREDUCE, "config", "--cflags", "--libs"])
+    done = subprocess.run(
+        [compiler, "-Werror", "-pedantic", *shlex.split(line[1]), *shlex.split(flags)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return str(folder / "all_reduce")
+
+
+@pytest.mark.parametrize(("nranks", "per_node"), [(1, 1), (4, 4), (3, 1), (5, 2)])
+def test_c_program(nranks: int, per_node: int, c_program: str) -> None:
+    text = run_nodes(nranks, per_node, c_program)
+    assert len(text.splitlines()) == nranks
+    nodes = -(-nranks // per_node)
+    for rank in range(nranks):
+        assert re.search(rf"^rank {rank} of {nranks} on \S+ \(node {rank // per_node} of {nodes}\): 0 wrong values$", text, re.M)
+
+
+def test_c_program_by_hand(c_program: str) -> None:
+    """Ranks started one by one; and alone."""
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("HFREDUCE_")}
+    assert "rank 0 of 1" in run([c_program], env=bare)
+    with reserved_address() as address:
+        shared = {**bare, "HFREDUCE_NRANKS": "2", "HFREDUCE_ADDR": address, "HFREDUCE_SECRET": secrets.token_hex(16)}
+        other = subprocess.Popen([c_program], env={**shared, "HFREDUCE_RANK": "1"}, stdout=subprocess.PIPE, text=True)
+        try:
+            assert "rank 0 of 2" in run([c_program], env={**shared, "HFREDUCE_RANK": "0"})
+            out, _ = other.communicate(timeout=30)
+            assert other.returncode == 0 and "rank 1 of 2" in out
+        finally:
+            other.kill()
+            other.wait()
+
+
+def test_c_program_says_what_is_wrong(c_program: str) -> None:
+    env = {**os.environ, "HFREDUCE_RANK": "2", "HFREDUCE_NRANKS": "2", "HFREDUCE_ADDR": "127.0.0.1:1"}
+    text = run([c_program], 1, env)
+    assert text.startswith("all_reduce: ") and "rank" in text
+
+
+def test_the_header_is_all_that_is_included() -> None:
+    text = (EXAMPLES / "all_reduce.c").read_text()
+    assert set(re.findall(r"#include <(.*)>", text)) == {"hfreduce.h", "stdio.h", "stdlib.h"}
