@@ -59,12 +59,12 @@ def table(text: str) -> list[list[str]]:
 
 def test_hello() -> None:
     text = run_ranks(4, str(EXAMPLES / "hello.py"))
-    assert sorted(text.splitlines()) == [f"rank {r} of 4 on node 0 of 1: the sum is 10" for r in range(4)]
+    assert all(text.count(f"rank {r} of 4 on node 0 of 1: the sum is 10") == 1 for r in range(4)), text
 
 
 def test_hello_on_several_nodes() -> None:
     text = run_nodes(3, 2, sys.executable, str(EXAMPLES / "hello.py"))
-    assert sorted(text.splitlines()) == [f"rank {r} of 3 on node {r // 2} of 2: the sum is 6" for r in range(3)]
+    assert all(text.count(f"rank {r} of 3 on node {r // 2} of 2: the sum is 6") == 1 for r in range(3)), text
 
 
 # --- train_digits ---

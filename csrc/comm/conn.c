@@ -39,8 +39,9 @@ void hfr_conn_flush(struct hfr_conn *c) {
     ssize_t n = send(c->fd, c->tx, c->tx_have, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && errno == EAGAIN) return;
-    if (n < 0) {
-      c->dead = 1;
+    if (n < 0) { /* what the other side sent before it went must still be read: fill() finds the end */
+      c->mute = 1;
+      c->tx_have = 0;
       return;
     }
     memmove(c->tx, c->tx + n, c->tx_have - (size_t)n);
@@ -50,7 +51,7 @@ void hfr_conn_flush(struct hfr_conn *c) {
 
 void hfr_conn_send(struct hfr_conn *c, enum hfr_frame type, const void *payload, size_t bytes) {
   struct frame_header h = {(uint32_t)type, (uint32_t)bytes};
-  if (c->dead || reserve(&c->tx, &c->tx_cap, c->tx_have + sizeof h + bytes)) return;
+  if (c->dead || c->mute || reserve(&c->tx, &c->tx_cap, c->tx_have + sizeof h + bytes)) return;
   memcpy(c->tx + c->tx_have, &h, sizeof h);
   if (bytes) memcpy(c->tx + c->tx_have + sizeof h, payload, bytes);
   c->tx_have += sizeof h + bytes;

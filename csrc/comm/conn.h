@@ -16,7 +16,8 @@ enum hfr_frame {
 
 struct hfr_conn {
   int fd;
-  int dead;
+  int dead; /* nothing more can be read */
+  int mute; /* nothing more can be sent */
   uint8_t *rx, *tx;
   size_t rx_have, rx_cap, tx_have, tx_cap;
   size_t max_payload; /* longer frames break the connection */
