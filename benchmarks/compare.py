@@ -159,9 +159,7 @@ def human(size: int) -> str:
 
 def main() -> int:
     """Measure and print; the exit status is 1 if hfreduce is slower than a peer at some size and --strict was given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25, help="batches a library and size")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="multiples of 4")
     parser.add_argument(
@@ -181,10 +179,17 @@ def main() -> int:
         libraries = open_all(comm, args.libraries)
         if comm.rank == 0:
             cores = len(os.sched_getaffinity(0))
-            print(f"# all_reduce, float32, sum, in place; {comm.nranks} ranks on {comm.nodes} nodes, {cores} cores, {processor()}")
+            print(
+                f"# all_reduce, float32, sum, in place; {comm.nranks} ranks on {comm.nodes} nodes, {cores} cores, {processor()}"
+            )
             print(f"# {'; '.join(f'{library.name}: {library.version}' for library in libraries)}")
-            print(f"# time of a call in us: median (p10 to p90) of {args.rounds} alternating batches; ratio: best peer / hfreduce")
-            print(f"# {'size':>8}" + "".join(f"{library.name:>28}" for library in libraries) + f"{'ratio':>8}  best peer", flush=True)
+            print(
+                f"# time of a call in us: median (p10 to p90) of {args.rounds} alternating batches; ratio: best peer / hfreduce"
+            )
+            print(
+                f"# {'size':>8}" + "".join(f"{library.name:>28}" for library in libraries) + f"{'ratio':>8}  best peer",
+                flush=True,
+            )
         results = []
         for size in args.sizes:
             times = measure(comm, libraries, size, args.rounds)
@@ -205,9 +210,16 @@ def main() -> int:
         slower = [r["size"] for r in results if r["ratio"] is not None and r["ratio"] < 1]
         if comm.rank == 0:
             if any(r["ratio"] is not None for r in results):
-                print(f"# hfreduce is {'slower than a peer at ' + ', '.join(map(human, slower)) if slower else 'fastest at every size'}")
+                print(
+                    f"# hfreduce is {'slower than a peer at ' + ', '.join(map(human, slower)) if slower else 'fastest at every size'}"
+                )
             if args.json:
-                about = {"nranks": comm.nranks, "nodes": comm.nodes, "transports": comm.transports, "machine": platform.platform()}
+                about = {
+                    "nranks": comm.nranks,
+                    "nodes": comm.nodes,
+                    "transports": comm.transports,
+                    "machine": platform.platform(),
+                }
                 about |= {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "rounds": args.rounds}
                 versions = {library.name: library.version for library in libraries}
                 with open(args.json, "w") as file:

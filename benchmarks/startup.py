@@ -34,7 +34,9 @@ def import_times(repeats: int) -> dict[str, float]:
     """Median milliseconds in a new process: numpy, then hfreduce on top of it."""
     rows = []
     for turn in range(repeats + 1):
-        text = subprocess.run([sys.executable, "-c", IMPORT.format(module="hfreduce")], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [sys.executable, "-c", IMPORT.format(module="hfreduce")], capture_output=True, text=True, check=True
+        )
         if turn:  # the first one reads the files from disk
             rows.append([float(value) for value in text.stdout.split()])
     numpy, ours = (statistics.median(column) for column in zip(*rows))
@@ -111,9 +113,7 @@ def start(nranks: int) -> dict[str, Any]:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 64], metavar="N")
     parser.add_argument("--imports", type=int, default=11, help="processes that import; 0: leave it out")
     parser.add_argument("--json", metavar="FILE", help="also write the results")

@@ -66,9 +66,7 @@ def median(comm: hfreduce.Communicator, call: Callable[[], object], repeats: int
 
 def main() -> int:
     """Print a line for each kind of computing; the exit status is 1 if a sum was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", type=float, default=16, metavar="MIB", help="bytes to reduce")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()

@@ -225,9 +225,7 @@ def same_as_alone(data: Data, weights: Array, args: argparse.Namespace) -> bool:
 
 def main() -> int:
     """Train, report, check; the exit status is 1 if a check failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=240, help="samples of a global batch, all ranks together")
     parser.add_argument("--hidden", type=int, nargs="*", default=[256, 128], help="widths of the hidden layers")

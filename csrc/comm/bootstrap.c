@@ -83,6 +83,7 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
   const char *algo = hfr_param_text(HFR_PARAM_ALGO);
   r->algo = !strcmp(algo, "tree") ? HFR_ALGO_TREE : !strcmp(algo, "direct") ? HFR_ALGO_DIRECT : HFR_ALGO_AUTO;
+  if (*algo && r->algo == HFR_ALGO_AUTO) HFR_WARN("HFREDUCE_ALGO is \"%s\"; it can be tree or direct: choosing by size and node count", algo);
   r->streams = (uint32_t)hfr_param_int(HFR_PARAM_TCP_STREAMS);
   r->checksum = (uint32_t)hfr_param_int(HFR_PARAM_CHECKSUM);
 }
@@ -214,7 +215,7 @@ static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t d
       v[nvisitors].done = 0;
       hfr_auth_server(&v[nvisitors++].auth, fd, arena_secret, c);
     }
-    if (c->early.code) *hfr_last_error() = c->early, result = (hfreduceResult_t)c->early.code;
+    if (c->failed) *hfr_last_error() = c->early, result = (hfreduceResult_t)c->early.code;
     else if (served < n && hfr_now_ns() > deadline_ns)
       result = hfr_fail(hfreduceTimeout, "rank %d: %d of %d local ranks did not fetch the shared memory within %.3g s", c->rank, n - served, n, c->timeout);
   }
@@ -295,7 +296,7 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
   }
   for (;;) {
     uint32_t seen = atomic_load(&c->go);
-    if (c->early.code) {
+    if (c->failed) {
       *hfr_last_error() = c->early;
       return (hfreduceResult_t)c->early.code;
     }

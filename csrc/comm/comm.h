@@ -40,7 +40,7 @@ struct hfreduceComm {
   struct hfr_arena arena;
   struct hfr_net net;
   struct hfr_engine engine;
-  int engine_up; /* engine and arena are usable */
+  _Atomic int engine_up; /* engine and arena are usable; the watcher looks */
   char (*hosts)[64];
   struct hfr_addr *addrs;
   hfreduceConfig_t config;
@@ -48,10 +48,11 @@ struct hfreduceComm {
   _Atomic int closing;
   /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */
   struct hfr_conn *control;
-  int ncontrol, ready;
-  _Atomic uint32_t go; /* futex: moves when the state below does */
-  int gone, went;      /* all are ready; an error came before */
-  hfreduceErrorInfo_t early;
+  int ncontrol;
+  /* written by the watcher, awaited by who joins */
+  _Atomic uint32_t go;              /* futex: moves when the state below does */
+  _Atomic int ready, went, failed;  /* rank 0: how many others are; all are ready; an error came before that */
+  hfreduceErrorInfo_t early;        /* valid once failed */
   struct hfreduceComm *next; /* registered */
   /* user-made ops: values from hfreduceNumOps */
   struct hfr_premul {

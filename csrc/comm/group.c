@@ -142,16 +142,19 @@ hfreduceResult_t hfreduceGroupStart(void) {
   return hfreduceSuccess;
 }
 
-/* Close one level. 1: it was the outermost, *n calls are to be launched, or *result says why not. */
-static int close_level(int *n, hfreduceResult_t *result) {
+/* Close one level. 1: it was the outermost, the *n calls of *list are to be launched, or *result says why not. The list is the caller's to free: a thread
+   may end after any group. */
+static int close_level(struct grouped **list, int *n, hfreduceResult_t *result) {
   *result = hfreduceSuccess;
   if (!group.depth) {
     *result = hfr_fail(hfreduceInvalidUsage, "hfreduceGroupEnd without hfreduceGroupStart on this thread");
     return 1;
   }
   if (--group.depth) return 0;
+  *list = group.list;
   *n = group.n;
-  group.n = 0;
+  group.list = NULL;
+  group.n = group.cap = 0;
   if (group.error) {
     *result = group.error;
     *hfr_last_error() = group.info;
@@ -162,23 +165,26 @@ static int close_level(int *n, hfreduceResult_t *result) {
 
 hfreduceResult_t hfreduceGroupEnd(void) {
   int n = 0;
+  struct grouped *list = NULL;
   hfreduceResult_t r;
-  if (!close_level(&n, &r) || r || !n) return r;
-  struct grouped *list = group.list; /* out of the way: nothing in here opens a group */
-  return run_blocking(list, n);
+  if (!close_level(&list, &n, &r)) return r;
+  if (!r && n) r = run_blocking(list, n);
+  free(list);
+  return r;
 }
 
 hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
   int n = 0;
+  struct grouped *list = NULL;
   hfreduceResult_t r;
   if (!work) return hfr_fail(hfreduceInvalidArgument, "hfreduceGroupEndAsync: work is NULL");
   *work = NULL;
-  if (!close_level(&n, &r)) return hfr_fail(hfreduceInvalidUsage, "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
-  if (r) return r;
-  HFR_TRY(launch(group.list, n, work));
-  for (int i = 0; i < n; i++)
-    if (!i || group.list[i].comm != group.list[i - 1].comm) hfr_drive_async(&group.list[i].comm->engine);
-  return hfreduceSuccess;
+  if (!close_level(&list, &n, &r)) return hfr_fail(hfreduceInvalidUsage, "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
+  if (!r) r = launch(list, n, work);
+  for (int i = 0; !r && i < n; i++)
+    if (!i || list[i].comm != list[i - 1].comm) hfr_drive_async(&list[i].comm->engine);
+  free(list);
+  return r;
 }
 
 hfreduceResult_t hfreduceWorkWait(hfreduceWork_t work, double timeout) {

@@ -181,7 +181,10 @@ static void moved(struct hfreduceComm *c) {
 
 /* An error reached this rank from outside. */
 static void take_error(struct hfreduceComm *c, const hfreduceErrorInfo_t *info) {
-  if (!c->early.code) c->early = *info;
+  if (!c->failed) {
+    c->early = *info;
+    c->failed = 1; /* pairs with who joins (bootstrap.c): the facts are whole */
+  }
   moved(c);
   if (c->engine_up) hfr_engine_break(&c->engine, info);
 }
@@ -213,7 +216,10 @@ static void control_frame(struct hfreduceComm *c, int peer, enum hfr_frame type,
   int32_t rank;
   switch (type) {
     case HFR_FRAME_READY:
-      if (c->rank == 0) c->ready++, moved(c);
+      if (c->rank == 0) {
+        c->ready++;
+        moved(c);
+      }
       break;
     case HFR_FRAME_GO:
       c->went = 1;

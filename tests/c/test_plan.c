@@ -930,17 +930,18 @@ static struct cost cost_of(int n, const int *label, size_t count, enum hfr_algo 
 static void check_costs(int n, int kind) {
   int label[MAX_RANKS];
   struct hfr_layout layout;
+  chance_state = mix((uint64_t)n * NLAYOUTS + (uint64_t)kind);
   make_labels(kind, n, label);
   if (hfr_layout_init(&layout, 0, n, label)) abort();
   int nodes = layout.nnodes;
   size_t chunk = 65536, count = 40 * chunk / 4 + 1234;
-  uint64_t bytes = 4 * count, links = (uint64_t)nodes - 1;
+  uint64_t bytes = 4 * count, links = (uint64_t)nodes - 1; /* a tree's */
   if (nodes > 1) {
     struct cost tree = cost_of(n, label, count, HFR_ALGO_TREE, chunk), direct = cost_of(n, label, count, HFR_ALGO_DIRECT, chunk);
-    uint64_t apart_ = tree.by_tree[0] > tree.by_tree[1] ? tree.by_tree[0] - tree.by_tree[1] : tree.by_tree[1] - tree.by_tree[0];
+    uint64_t gap = tree.by_tree[0] > tree.by_tree[1] ? tree.by_tree[0] - tree.by_tree[1] : tree.by_tree[1] - tree.by_tree[0];
     CHECK(tree.peers <= 6, "n %d, %s: %d peers", n, layout_name[kind], tree.peers);
     CHECK(tree.total == 2 * links * bytes, "n %d, %s: tree sends %" PRIu64 " in all", n, layout_name[kind], tree.total);
-    CHECK(tree.by_tree[0] + tree.by_tree[1] == links * bytes && apart_ <= links * chunk, "n %d, %s: %" PRIu64 " and %" PRIu64 " up the trees", n,
+    CHECK(tree.by_tree[0] + tree.by_tree[1] == links * bytes && gap <= links * chunk, "n %d, %s: %" PRIu64 " and %" PRIu64 " up the trees", n,
           layout_name[kind], tree.by_tree[0], tree.by_tree[1]);
     CHECK(tree.most <= 2 * bytes + 2 * chunk, "n %d, %s: a node sends %" PRIu64 " of %" PRIu64, n, layout_name[kind], tree.most, bytes);
     /* Blocks are whole multiples of 64 bytes: the largest is up to 72 bytes above its share, and goes to all others. */
