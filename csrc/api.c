@@ -21,7 +21,7 @@ hfreduceResult_t hfreduceGetVersion(int *version) {
 
 const char *hfreduceGetErrorString(hfreduceResult_t result) {
   static const char *const text[hfreduceNumResults] = {
-      "no error",         "unhandled CUDA error", "system error",    "internal error",       "invalid argument", "invalid usage",
+      "no error",        "unhandled CUDA error", "system error",    "internal error", "invalid argument", "invalid usage",
       "a peer was lost", "in progress",          "deadline passed", "ranks disagree", "aborted",          "data corrupted"};
   return (unsigned)result < hfreduceNumResults ? text[result] : "unknown result code";
 }
@@ -36,8 +36,10 @@ const char *hfreduceGetLastError(hfreduceComm_t comm) {
 hfreduceResult_t hfreduceGetErrorInfo(hfreduceComm_t comm, hfreduceErrorInfo_t *info) {
   if (!info) return hfr_fail(hfreduceInvalidArgument, "hfreduceGetErrorInfo: info is NULL");
   hfr_error_clear(info);
-  if (!comm) *info = *hfr_last_error();
-  else if (usable(comm)) hfr_engine_error(&comm->engine, info);
+  if (!comm)
+    *info = *hfr_last_error();
+  else if (usable(comm))
+    hfr_engine_error(&comm->engine, info);
   return hfreduceSuccess;
 }
 
@@ -45,9 +47,11 @@ int hfreduceParamCount(void) { return HFR_PARAM_COUNT; }
 
 hfreduceResult_t hfreduceParamGet(int index, hfreduceParam_t *param) {
   if (!param) return hfr_fail(hfreduceInvalidArgument, "hfreduceParamGet: param is NULL");
-  if (index < 0 || index >= HFR_PARAM_COUNT) return hfr_fail(hfreduceInvalidArgument, "hfreduceParamGet: index %d; there are %d parameters", index, HFR_PARAM_COUNT);
+  if (index < 0 || index >= HFR_PARAM_COUNT)
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceParamGet: index %d; there are %d parameters", index, HFR_PARAM_COUNT);
   enum hfr_param id = (enum hfr_param)index;
-  *param = (hfreduceParam_t){hfr_param_name(id), hfr_param_value(id), hfr_param_preset(id), hfr_param_help(id), hfr_param_is_set(id)};
+  *param =
+      (hfreduceParam_t){hfr_param_name(id), hfr_param_value(id), hfr_param_preset(id), hfr_param_help(id), hfr_param_is_set(id)};
   return hfreduceSuccess;
 }
 
@@ -56,17 +60,21 @@ size_t hfreduceDescribe(char *text, size_t size) {
   struct hfr_addr addr;
   int found = !hfr_nic_choose(&addr, nic);
   hfr_host_name(host);
-  int n = snprintf(out, sizeof out,
-                   "version: %d.%d.%d\ncompiler: %s\nhost: %s\ncpus: %d\nsimd: %s\n", HFREDUCE_MAJOR, HFREDUCE_MINOR, HFREDUCE_PATCH, __VERSION__, host, hfr_ncpus(),
-                   hfr_simd_level());
+  int n = snprintf(out, sizeof out, "version: %d.%d.%d\ncompiler: %s\nhost: %s\ncpus: %d\nsimd: %s\n", HFREDUCE_MAJOR,
+                   HFREDUCE_MINOR, HFREDUCE_PATCH, __VERSION__, host, hfr_ncpus(), hfr_simd_level());
   if (hfr_simd_reason()[0]) n += snprintf(out + n, sizeof out - (size_t)n, "simd reason: %s\n", hfr_simd_reason());
   n += snprintf(out + n, sizeof out - (size_t)n, "transport shm: in use between ranks of one node (memfd)\n");
-  if (found) n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: in use between nodes, on %s (%s)\n", nic, hfr_addr_text(&addr, address));
-  else n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: loopback only: %.300s\n", hfr_last_error()->text);
+  if (found)
+    n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: in use between nodes, on %s (%s)\n", nic,
+                  hfr_addr_text(&addr, address));
+  else
+    n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: loopback only: %.300s\n", hfr_last_error()->text);
   n += snprintf(out + n, sizeof out - (size_t)n, "transport verbs: not in this version\n");
   for (int i = 0; hfr_device_at(i); i++)
-    n += snprintf(out + n, sizeof out - (size_t)n, "device %s: %s\n", hfr_device_at(i)->name, hfr_device_at(i)->why_absent() ? hfr_device_at(i)->why_absent() : "in use");
-  n += snprintf(out + n, sizeof out - (size_t)n, "device cuda: not in this version; pass host memory\nstrangers refused: %ld\n", hfr_runtime_refused());
+    n += snprintf(out + n, sizeof out - (size_t)n, "device %s: %s\n", hfr_device_at(i)->name,
+                  hfr_device_at(i)->why_absent() ? hfr_device_at(i)->why_absent() : "in use");
+  n += snprintf(out + n, sizeof out - (size_t)n, "device cuda: not in this version; pass host memory\nstrangers refused: %ld\n",
+                hfr_runtime_refused());
   if (size) {
     size_t take = (size_t)n < size - 1 ? (size_t)n : size - 1;
     memcpy(text, out, take);
@@ -82,22 +90,31 @@ hfreduceResult_t hfr_group_latch(hfreduceResult_t result);
 static hfreduceResult_t check_comm(hfreduceComm_t c, const char *f, hfreduceStream_t stream) {
   if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", f);
   if (!usable(c)) return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", f);
-  if (c->pid != getpid()) return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork; make a new one here", f, (int)c->pid);
-  if (stream) return hfr_fail(hfreduceInvalidArgument, "%s: a stream was given, but this build has no device layer; pass NULL with host memory", f);
-  if (atomic_load_explicit(&c->engine.error, memory_order_acquire)) return (hfreduceResult_t)hfr_engine_error(&c->engine, hfr_last_error());
+  if (c->pid != getpid())
+    return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork; make a new one here", f,
+                    (int)c->pid);
+  if (stream)
+    return hfr_fail(hfreduceInvalidArgument,
+                    "%s: a stream was given, but this build has no device layer; pass NULL with host memory", f);
+  if (atomic_load_explicit(&c->engine.error, memory_order_acquire))
+    return (hfreduceResult_t)hfr_engine_error(&c->engine, hfr_last_error());
   return hfreduceSuccess;
 }
 
 static hfreduceResult_t check_count(hfreduceComm_t c, const char *f, size_t count, hfreduceDataType_t dtype, int times) {
   size_t esize = hfr_dtype_size(dtype);
-  if (!esize) return hfr_fail(hfreduceInvalidArgument, "%s: datatype is %d; it must be 0 to %d", f, (int)dtype, hfreduceNumTypes - 1);
+  if (!esize)
+    return hfr_fail(hfreduceInvalidArgument, "%s: datatype is %d; it must be 0 to %d", f, (int)dtype, hfreduceNumTypes - 1);
   if (count > PTRDIFF_MAX / esize / (size_t)times)
-    return hfr_fail(hfreduceInvalidArgument, "%s: rank %d: count %zu of %zu-byte elements times %d exceeds the address space", f, c->rank, count, esize, times);
+    return hfr_fail(hfreduceInvalidArgument, "%s: rank %d: count %zu of %zu-byte elements times %d exceeds the address space", f,
+                    c->rank, count, esize, times);
   return hfreduceSuccess;
 }
 
 static hfreduceResult_t check_root(hfreduceComm_t c, const char *f, const char *what, int root) {
-  if (root < 0 || root >= c->nranks) return hfr_fail(hfreduceInvalidArgument, "%s: %s is %d; with %d ranks it must be 0 to %d", f, what, root, c->nranks, c->nranks - 1);
+  if (root < 0 || root >= c->nranks)
+    return hfr_fail(hfreduceInvalidArgument, "%s: %s is %d; with %d ranks it must be 0 to %d", f, what, root, c->nranks,
+                    c->nranks - 1);
   return hfreduceSuccess;
 }
 
@@ -107,14 +124,17 @@ static hfreduceResult_t check_pointer(const char *f, const char *what, const voi
 }
 
 /* In place means: the input lies where the rule of the call says. Any other overlap would be read half overwritten. */
-static hfreduceResult_t check_overlap(const char *f, const void *send, size_t send_bytes, const void *recv, size_t recv_bytes, const void *legal) {
+static hfreduceResult_t check_overlap(const char *f, const void *send, size_t send_bytes, const void *recv, size_t recv_bytes,
+                                      const void *legal) {
   uintptr_t s = (uintptr_t)send, r = (uintptr_t)recv;
-  if (!send || !recv || send == legal || s + send_bytes <= r || r + recv_bytes <= s || !send_bytes || !recv_bytes) return hfreduceSuccess;
+  if (!send || !recv || send == legal || s + send_bytes <= r || r + recv_bytes <= s || !send_bytes || !recv_bytes)
+    return hfreduceSuccess;
   return hfr_fail(hfreduceInvalidArgument, "%s: sendbuff and recvbuff overlap, but not as in-place operation allows", f);
 }
 
 /* The op as the engine wants it: premultiplied sums resolved. */
-static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedOp_t op, hfreduceDataType_t dtype, struct hfr_call *call) {
+static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedOp_t op, hfreduceDataType_t dtype,
+                                   struct hfr_call *call) {
   if ((int)op >= 0 && (int)op < hfreduceNumOps) {
     call->op = op;
     return hfreduceSuccess;
@@ -122,8 +142,13 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
   int i = (int)op - hfreduceNumOps;
   hfreduceResult_t r = hfreduceSuccess;
   pthread_mutex_lock(&c->ops_lock);
-  if (i < 0 || i >= c->nops || !c->ops[i].used) r = hfr_fail(hfreduceInvalidArgument, "%s: op is %d; it must be 0 to %d or one made by hfreduceRedOpCreatePreMulSum on this communicator", f, (int)op, hfreduceNumOps - 1);
-  else if (c->ops[i].dtype != dtype) r = hfr_fail(hfreduceInvalidArgument, "%s: the op was made for %s, the data is %s", f, hfr_dtype_name(c->ops[i].dtype), hfr_dtype_name(dtype));
+  if (i < 0 || i >= c->nops || !c->ops[i].used)
+    r = hfr_fail(hfreduceInvalidArgument,
+                 "%s: op is %d; it must be 0 to %d or one made by hfreduceRedOpCreatePreMulSum on this communicator", f, (int)op,
+                 hfreduceNumOps - 1);
+  else if (c->ops[i].dtype != dtype)
+    r = hfr_fail(hfreduceInvalidArgument, "%s: the op was made for %s, the data is %s", f, hfr_dtype_name(c->ops[i].dtype),
+                 hfr_dtype_name(dtype));
   if (!r) {
     call->op = hfreduceSum;
     call->premul = 1;
@@ -138,7 +163,8 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
 
 /* ---------------------------------------------------------------- collectives */
 
-static hfreduceResult_t all_reduce(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op, hfreduceComm_t c, hfreduceStream_t stream) {
+static hfreduceResult_t all_reduce(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op,
+                                   hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceAllReduce";
   struct hfr_call call = {.coll = HFR_ALL_REDUCE, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
   HFR_TRY(check_comm(c, f, stream));
@@ -149,13 +175,13 @@ static hfreduceResult_t all_reduce(const void *send, void *recv, size_t count, h
   HFR_TRY(resolve_op(c, f, op, dtype, &call));
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceAllReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, hfreduceRedOp_t op, hfreduceComm_t comm,
-                                   hfreduceStream_t stream) {
+hfreduceResult_t hfreduceAllReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
+                                   hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(all_reduce(sendbuff, recvbuff, count, datatype, op, comm, stream));
 }
 
-static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op, int root, hfreduceComm_t c,
-                               hfreduceStream_t stream) {
+static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op, int root,
+                               hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceReduce";
   struct hfr_call call = {.coll = HFR_REDUCE, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
   HFR_TRY(check_comm(c, f, stream));
@@ -169,12 +195,13 @@ static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfred
   HFR_TRY(resolve_op(c, f, op, dtype, &call));
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, hfreduceRedOp_t op, int root, hfreduceComm_t comm,
-                                hfreduceStream_t stream) {
+hfreduceResult_t hfreduceReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
+                                hfreduceRedOp_t op, int root, hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(reduce(sendbuff, recvbuff, count, datatype, op, root, comm, stream));
 }
 
-static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int root, hfreduceComm_t c, hfreduceStream_t stream) {
+static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int root,
+                                  hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceBroadcast";
   struct hfr_call call = {.coll = HFR_BROADCAST, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
   HFR_TRY(check_comm(c, f, stream));
@@ -187,15 +214,17 @@ static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hf
   }
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceBroadcast(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm,
-                                   hfreduceStream_t stream) {
+hfreduceResult_t hfreduceBroadcast(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                   hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(broadcast(sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
-hfreduceResult_t hfreduceBcast(void *buff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceBcast(void *buff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm,
+                               hfreduceStream_t stream) {
   CALL(broadcast(buff, buff, count, datatype, root, comm, stream));
 }
 
-static hfreduceResult_t all_gather(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c, hfreduceStream_t stream) {
+static hfreduceResult_t all_gather(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c,
+                                   hfreduceStream_t stream) {
   static const char f[] = "hfreduceAllGather";
   struct hfr_call call = {.coll = HFR_ALL_GATHER, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
   HFR_TRY(check_comm(c, f, stream));
@@ -206,12 +235,13 @@ static hfreduceResult_t all_gather(const void *send, void *recv, size_t count, h
   HFR_TRY(check_overlap(f, send, bytes, recv, bytes * (size_t)c->nranks, (char *)recv + (size_t)c->rank * bytes));
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceAllGather(const void *sendbuff, void *recvbuff, size_t sendcount, hfreduceDataType_t datatype, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceAllGather(const void *sendbuff, void *recvbuff, size_t sendcount, hfreduceDataType_t datatype,
+                                   hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(all_gather(sendbuff, recvbuff, sendcount, datatype, comm, stream));
 }
 
-static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op, hfreduceComm_t c,
-                                       hfreduceStream_t stream) {
+static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op,
+                                       hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceReduceScatter";
   struct hfr_call call = {.coll = HFR_REDUCE_SCATTER, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
   HFR_TRY(check_comm(c, f, stream));
@@ -219,16 +249,18 @@ static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t coun
   HFR_TRY(check_pointer(f, "sendbuff", send, count));
   HFR_TRY(check_pointer(f, "recvbuff", recv, count));
   size_t bytes = count * hfr_dtype_size(dtype);
-  if (recv != (const char *)send + (size_t)c->rank * bytes) HFR_TRY(check_overlap(f, send, bytes * (size_t)c->nranks, recv, bytes, NULL));
+  if (recv != (const char *)send + (size_t)c->rank * bytes)
+    HFR_TRY(check_overlap(f, send, bytes * (size_t)c->nranks, recv, bytes, NULL));
   HFR_TRY(resolve_op(c, f, op, dtype, &call));
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceReduceScatter(const void *sendbuff, void *recvbuff, size_t recvcount, hfreduceDataType_t datatype, hfreduceRedOp_t op, hfreduceComm_t comm,
-                                       hfreduceStream_t stream) {
+hfreduceResult_t hfreduceReduceScatter(const void *sendbuff, void *recvbuff, size_t recvcount, hfreduceDataType_t datatype,
+                                       hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(reduce_scatter(sendbuff, recvbuff, recvcount, datatype, op, comm, stream));
 }
 
-static hfreduceResult_t all_to_all(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c, hfreduceStream_t stream) {
+static hfreduceResult_t all_to_all(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c,
+                                   hfreduceStream_t stream) {
   static const char f[] = "hfreduceAlltoAll";
   struct hfr_call call = {.coll = HFR_ALL_TO_ALL, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
   HFR_TRY(check_comm(c, f, stream));
@@ -239,48 +271,62 @@ static hfreduceResult_t all_to_all(const void *send, void *recv, size_t count, h
   HFR_TRY(check_overlap(f, send, bytes, recv, bytes, recv));
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceAlltoAll(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceAlltoAll(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
+                                  hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(all_to_all(sendbuff, recvbuff, count, datatype, comm, stream));
 }
 
 /* Bytes from the start of the buffer to the end of its last block. */
-static hfreduceResult_t check_extents(hfreduceComm_t c, const char *f, const char *what, const size_t *counts, const size_t *displs, size_t esize, size_t *bytes) {
+static hfreduceResult_t check_extents(hfreduceComm_t c, const char *f, const char *what, const size_t *counts,
+                                      const size_t *displs, size_t esize, size_t *bytes) {
   *bytes = 0;
   for (int r = 0; r < c->nranks; r++) {
     size_t limit = PTRDIFF_MAX / esize;
     if (counts[r] > limit || displs[r] > limit || counts[r] + displs[r] > limit)
-      return hfr_fail(hfreduceInvalidArgument, "%s: %s count %zu at %zu for rank %d exceeds the address space", f, what, counts[r], displs[r], r);
+      return hfr_fail(hfreduceInvalidArgument, "%s: %s count %zu at %zu for rank %d exceeds the address space", f, what,
+                      counts[r], displs[r], r);
     if (counts[r] && (counts[r] + displs[r]) * esize > *bytes) *bytes = (counts[r] + displs[r]) * esize;
   }
   return hfreduceSuccess;
 }
 
-static hfreduceResult_t all_to_allv(const void *send, const size_t *sendcounts, const size_t *senddispls, void *recv, const size_t *recvcounts,
-                                    const size_t *recvdispls, hfreduceDataType_t dtype, hfreduceComm_t c, hfreduceStream_t stream) {
+static hfreduceResult_t all_to_allv(const void *send, const size_t *sendcounts, const size_t *senddispls, void *recv,
+                                    const size_t *recvcounts, const size_t *recvdispls, hfreduceDataType_t dtype,
+                                    hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceAlltoAllv";
-  struct hfr_call call = {.coll = HFR_ALL_TO_ALL, .send = send, .recv = recv, .dtype = dtype, .root = -1, .sendcounts = sendcounts, .senddispls = senddispls,
-                          .recvcounts = recvcounts, .recvdispls = recvdispls};
+  struct hfr_call call = {.coll = HFR_ALL_TO_ALL,
+                          .send = send,
+                          .recv = recv,
+                          .dtype = dtype,
+                          .root = -1,
+                          .sendcounts = sendcounts,
+                          .senddispls = senddispls,
+                          .recvcounts = recvcounts,
+                          .recvdispls = recvdispls};
   size_t send_bytes, recv_bytes;
   HFR_TRY(check_comm(c, f, stream));
   HFR_TRY(check_count(c, f, 0, dtype, 1));
-  if (!sendcounts || !senddispls || !recvcounts || !recvdispls) return hfr_fail(hfreduceInvalidArgument, "%s: an array of counts or displacements is NULL", f);
+  if (!sendcounts || !senddispls || !recvcounts || !recvdispls)
+    return hfr_fail(hfreduceInvalidArgument, "%s: an array of counts or displacements is NULL", f);
   HFR_TRY(check_extents(c, f, "send", sendcounts, senddispls, hfr_dtype_size(dtype), &send_bytes));
   HFR_TRY(check_extents(c, f, "recv", recvcounts, recvdispls, hfr_dtype_size(dtype), &recv_bytes));
   HFR_TRY(check_pointer(f, "sendbuff", send, send_bytes));
   HFR_TRY(check_pointer(f, "recvbuff", recv, recv_bytes));
   HFR_TRY(check_overlap(f, send, send_bytes, recv, recv_bytes, NULL));
   if (sendcounts[c->rank] != recvcounts[c->rank])
-    return hfr_fail(hfreduceInvalidArgument, "%s: rank %d sends %zu elements to itself but expects %zu", f, c->rank, sendcounts[c->rank], recvcounts[c->rank]);
+    return hfr_fail(hfreduceInvalidArgument, "%s: rank %d sends %zu elements to itself but expects %zu", f, c->rank,
+                    sendcounts[c->rank], recvcounts[c->rank]);
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceAlltoAllv(const void *sendbuff, const size_t *sendcounts, const size_t *senddispls, void *recvbuff, const size_t *recvcounts,
-                                   const size_t *recvdispls, hfreduceDataType_t datatype, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceAlltoAllv(const void *sendbuff, const size_t *sendcounts, const size_t *senddispls, void *recvbuff,
+                                   const size_t *recvcounts, const size_t *recvdispls, hfreduceDataType_t datatype,
+                                   hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(all_to_allv(sendbuff, sendcounts, senddispls, recvbuff, recvcounts, recvdispls, datatype, comm, stream));
 }
 
 /* gather and scatter: the root's large buffer and everybody's small one. */
-static hfreduceResult_t rooted(enum hfr_coll coll, const char *f, const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int root, hfreduceComm_t c,
-                               hfreduceStream_t stream) {
+static hfreduceResult_t rooted(enum hfr_coll coll, const char *f, const void *send, void *recv, size_t count,
+                               hfreduceDataType_t dtype, int root, hfreduceComm_t c, hfreduceStream_t stream) {
   struct hfr_call call = {.coll = coll, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
   HFR_TRY(check_comm(c, f, stream));
   HFR_TRY(check_count(c, f, count, dtype, c->nranks));
@@ -290,29 +336,36 @@ static hfreduceResult_t rooted(enum hfr_coll coll, const char *f, const void *se
   if (!gather || at_root) HFR_TRY(check_pointer(f, "recvbuff", recv, count));
   size_t bytes = count * hfr_dtype_size(dtype), all = bytes * (size_t)c->nranks;
   if (at_root && gather) HFR_TRY(check_overlap(f, send, bytes, recv, all, (char *)recv + (size_t)root * bytes));
-  if (at_root && !gather && recv != (const char *)send + (size_t)root * bytes) HFR_TRY(check_overlap(f, send, all, recv, bytes, NULL));
+  if (at_root && !gather && recv != (const char *)send + (size_t)root * bytes)
+    HFR_TRY(check_overlap(f, send, all, recv, bytes, NULL));
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(rooted(HFR_GATHER, "hfreduceGather", sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
-hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                 hfreduceComm_t comm, hfreduceStream_t stream) {
   CALL(rooted(HFR_SCATTER, "hfreduceScatter", sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
 
-static hfreduceResult_t p2p(int receiving, const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int peer, hfreduceComm_t c, hfreduceStream_t stream) {
+static hfreduceResult_t p2p(int receiving, const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int peer,
+                            hfreduceComm_t c, hfreduceStream_t stream) {
   const char *f = receiving ? "hfreduceRecv" : "hfreduceSend";
-  struct hfr_call call = {.coll = HFR_P2P, .receiving = receiving, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = peer};
+  struct hfr_call call = {
+      .coll = HFR_P2P, .receiving = receiving, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = peer};
   HFR_TRY(check_comm(c, f, stream));
   HFR_TRY(check_count(c, f, count, dtype, 1));
   HFR_TRY(check_root(c, f, "peer", peer));
   HFR_TRY(check_pointer(f, receiving ? "recvbuff" : "sendbuff", receiving ? recv : send, count));
   return hfr_issue(c, &call);
 }
-hfreduceResult_t hfreduceSend(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceSend(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
+                              hfreduceStream_t stream) {
   CALL(p2p(0, sendbuff, NULL, count, datatype, peer, comm, stream));
 }
-hfreduceResult_t hfreduceRecv(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceRecv(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
+                              hfreduceStream_t stream) {
   CALL(p2p(1, NULL, recvbuff, count, datatype, peer, comm, stream));
 }
 
@@ -325,12 +378,14 @@ hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream) {
 
 /* ---------------------------------------------------------------- user ops */
 
-hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype, hfreduceScalarResidence_t residence, hfreduceComm_t comm) {
+hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
+                                              hfreduceScalarResidence_t residence, hfreduceComm_t comm) {
   static const char f[] = "hfreduceRedOpCreatePreMulSum";
   HFR_TRY(check_comm(comm, f, NULL));
   if (!op || !scalar) return hfr_fail(hfreduceInvalidArgument, "%s: %s is NULL", f, op ? "scalar" : "op");
   HFR_TRY(check_count(comm, f, 1, datatype, 1));
-  if (residence != hfreduceScalarDevice && residence != hfreduceScalarHostImmediate) return hfr_fail(hfreduceInvalidArgument, "%s: residence is %d", f, (int)residence);
+  if (residence != hfreduceScalarDevice && residence != hfreduceScalarHostImmediate)
+    return hfr_fail(hfreduceInvalidArgument, "%s: residence is %d", f, (int)residence);
   int fp8 = datatype == hfreduceFloat8e4m3 || datatype == hfreduceFloat8e5m2, slot = 0;
   hfreduceResult_t r = hfreduceSuccess;
   pthread_mutex_lock(&comm->ops_lock);
@@ -361,8 +416,10 @@ hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm) {
   int i = (int)op - hfreduceNumOps;
   hfreduceResult_t r = hfreduceSuccess;
   pthread_mutex_lock(&comm->ops_lock);
-  if (i < 0 || i >= comm->nops || !comm->ops[i].used) r = hfr_fail(hfreduceInvalidArgument, "%s: op %d was not made by hfreduceRedOpCreatePreMulSum, or is destroyed", f, (int)op);
-  else comm->ops[i].used = 0;
+  if (i < 0 || i >= comm->nops || !comm->ops[i].used)
+    r = hfr_fail(hfreduceInvalidArgument, "%s: op %d was not made by hfreduceRedOpCreatePreMulSum, or is destroyed", f, (int)op);
+  else
+    comm->ops[i].used = 0;
   pthread_mutex_unlock(&comm->ops_lock);
   return r;
 }

@@ -38,7 +38,15 @@ def flags_for(source: Path, machine: str) -> list[str]:
     return []
 
 
-def compile_objects(out: Path, files: list[Path], *, sanitize: str = "", werror: bool = False, cc: str | None = None, extra: list[str] | None = None) -> list[Path]:
+def compile_objects(
+    out: Path,
+    files: list[Path],
+    *,
+    sanitize: str = "",
+    werror: bool = False,
+    cc: str | None = None,
+    extra: list[str] | None = None,
+) -> list[Path]:
     """Compile what is older than its sources or any header; return the objects. Raises SystemExit with the compiler's output on failure."""
     cc = cc or os.environ.get("CC", "gcc")
     out.mkdir(parents=True, exist_ok=True)

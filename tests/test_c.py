@@ -30,7 +30,10 @@ THREADED = ["test_base", "test_collectives"]
 RUN_LIMIT = 240
 BUILD_LIMIT = 400
 OPTIONS = {
-    "address": {"ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    "address": {
+        "ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    },
     "thread": {"TSAN_OPTIONS": "second_deadlock_stack=1:history_size=4"},
 }
 
@@ -90,8 +93,17 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
         target = build.build_program(out, ROOT / "tests" / "c" / f"{program}.c", sanitize=sanitize)
     arguments = QUICK.get(program, []) if sanitize else []
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HFREDUCE_")} | OPTIONS.get(variant, {})
-    with (tmp_path / "output").open("w+", errors="replace") as output:  # a file: ranks that outlive the program cannot hold a pipe open
-        process = subprocess.Popen([str(target), *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path, start_new_session=True)
+    with (tmp_path / "output").open(
+        "w+", errors="replace"
+    ) as output:  # a file: ranks that outlive the program cannot hold a pipe open
+        process = subprocess.Popen(
+            [str(target), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
         try:
             code: int | None = process.wait(RUN_LIMIT)
         except subprocess.TimeoutExpired:
@@ -104,7 +116,9 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
         text = output.read()
     if code != 0:
         if sanitize and only_known(text):
-            pytest.xfail("tests/c/test_collectives.c: one_size() itself stores through misaligned float pointers, which UBSan ends")
+            pytest.xfail(
+                "tests/c/test_collectives.c: one_size() itself stores through misaligned float pointers, which UBSan ends"
+            )
         how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
         pytest.fail(f"{program} ({variant}) {how}\n{shorten(text)}", pytrace=False)
     with capsys.disabled():
@@ -113,7 +127,9 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
 
 def only_known(text: str) -> bool:
     """Whether all that the sanitizers say concerns the misaligned stores of test_collectives.c's own one_size()."""
-    said = [line for line in text.splitlines() if "runtime error:" in line or "ERROR: " in line or "WARNING: ThreadSanitizer" in line]
+    said = [
+        line for line in text.splitlines() if "runtime error:" in line or "ERROR: " in line or "WARNING: ThreadSanitizer" in line
+    ]
     return bool(said) and all("test_collectives.c:" in line and "misaligned address" in line for line in said)
 
 

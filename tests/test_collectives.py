@@ -33,7 +33,20 @@ CHUNK = 4096
 GUARD = 64
 DTYPES = [
     np.dtype(t)
-    for t in ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+    for t in (
+        "i1",
+        "u1",
+        "i4",
+        "u4",
+        "i8",
+        "u8",
+        "f2",
+        "f4",
+        "f8",
+        ml_dtypes.bfloat16,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e5m2,
+    )
 ]
 OPS = ("sum", "prod", "max", "min", "avg", "premul")
 REDUCING = ("all_reduce", "reduce", "reduce_scatter")
@@ -600,7 +613,9 @@ def huge(comm: Any) -> dict[str, int]:
     places = [0, (1 << 31) - BLOCK // 2, (1 << 32) - BLOCK // 2, HUGE - BLOCK // 2]
     blocks = [slice(max(0, p), min(p + BLOCK, HUGE)) for p in places]
     for number, block in enumerate(blocks):
-        x[block] = np.arange(block.stop - block.start, dtype=np.uint64).astype(np.uint8) * np.uint8(2 * comm.rank + 1) + np.uint8(number)
+        x[block] = np.arange(block.stop - block.start, dtype=np.uint64).astype(np.uint8) * np.uint8(2 * comm.rank + 1) + np.uint8(
+            number
+        )
     comm.all_reduce(x)
     for number, block in reversed(list(enumerate(blocks))):  # the last two overlap: the later write counts
         end = block.stop if number != 2 else min(block.stop, blocks[3].start)

@@ -54,7 +54,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     lib = ctypes.CDLL(str(target))
     lib.test_level.restype = lib.test_dtype_name.restype = ctypes.c_char_p
-    lib.test_reduce.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_double, ctypes.c_uint64]
+    lib.test_reduce.argtypes = (
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+        + [ctypes.c_int] * 3
+        + [ctypes.c_double, ctypes.c_uint64]
+    )
     lib.test_reduce.restype = None
     lib.test_convert.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
     return lib
@@ -74,7 +78,9 @@ def convert(lib: ctypes.CDLL, x: np.ndarray, src: int, dst: int) -> np.ndarray:
     return out
 
 
-def reduce(lib: ctypes.CDLL, sources: list[np.ndarray], code: int, op: int, npre: int = 0, pre: float = 0.0, div: int = 0) -> np.ndarray:
+def reduce(
+    lib: ctypes.CDLL, sources: list[np.ndarray], code: int, op: int, npre: int = 0, pre: float = 0.0, div: int = 0
+) -> np.ndarray:
     out = np.empty_like(sources[0])
     pointers = (ctypes.c_void_p * len(sources))(*[s.ctypes.data for s in sources])
     lib.test_reduce(out.ctypes.data, ctypes.cast(pointers, ctypes.c_void_p), len(sources), out.size, code, op, npre, pre, div)

@@ -42,7 +42,9 @@ ENDED = 0.3  # what a busy test machine may add to either: 2 cores, up to 8 proc
 class Hosts:
     """The variables of the ranks: rank r plays host nodes[r]; `more` for all, `special` for some."""
 
-    def __init__(self, nodes: tuple[int, ...], more: dict[str, str] | None = None, special: dict[int, dict[str, str]] | None = None):
+    def __init__(
+        self, nodes: tuple[int, ...], more: dict[str, str] | None = None, special: dict[int, dict[str, str]] | None = None
+    ):
         self.nodes, self.more, self.special = nodes, more or {}, special or {}
 
     def __call__(self, rank: int) -> dict[str, str]:
@@ -306,9 +308,7 @@ def test_deadline(run_ranks: Any, nodes: tuple[int, ...], count: int, way: str) 
     if way == "barrier" and count > 4:
         pytest.skip("a barrier has no count")
     victim = 1
-    outcomes = run_ranks(
-        absent, len(nodes), victim, count, way, env=Hosts(nodes), comm_timeout=1.5, timeout=20, check=False
-    )
+    outcomes = run_ranks(absent, len(nodes), victim, count, way, env=Hosts(nodes), comm_timeout=1.5, timeout=20, check=False)
     for outcome in outcomes:
         if outcome.rank == victim:
             continue
@@ -341,7 +341,9 @@ def _broadcast(comm: Communicator, **how: Any) -> Any:
 
 
 def _reduce(comm: Communicator, **how: Any) -> Any:
-    return comm.reduce(np.ones(how["count"], np.float32), op=how.get("op", "sum"), root=how.get("root", 0), async_op=how["async_op"])
+    return comm.reduce(
+        np.ones(how["count"], np.float32), op=how.get("op", "sum"), root=how.get("root", 0), async_op=how["async_op"]
+    )
 
 
 def _all_gather(comm: Communicator, **how: Any) -> Any:
@@ -916,4 +918,6 @@ def test_64_local_ranks(run_ranks: Any) -> None:
     begin = time.monotonic() + 5
     results = run_ranks(time_to_join, 64, 64, begin, comm=False, timeout=100)
     first, last = min(start for start, _ in results), max(start + took for start, took in results)
-    print(f"64 local ranks: {last - first:.2f} s from the first call to the last return, slowest call {max(t for _, t in results):.2f} s")
+    print(
+        f"64 local ranks: {last - first:.2f} s from the first call to the last return, slowest call {max(t for _, t in results):.2f} s"
+    )

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-FLOORS = [{"include"}, {"base"}, {"topo", "simd", "device"}, {"node"}, {"transport"}, {"engine"}, {"coll"}, {"comm"}, {"api"}, {"nccl"}]
+FLOORS = [
+    {"include"},
+    {"base"},
+    {"topo", "simd", "device"},
+    {"node"},
+    {"transport"},
+    {"engine"},
+    {"coll"},
+    {"comm"},
+    {"api"},
+    {"nccl"},
+]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".c", ".h", ".inc", ".cu"})
 

@@ -43,12 +43,18 @@ static void proof_mac(const struct hfr_auth *a, uint8_t mac[16]) {
   hfr_mac(a->secret, text, sizeof text, mac);
 }
 
-void hfr_auth_client(struct hfr_auth *a, int fd, enum hfr_auth_kind kind, uint64_t comm_id, const uint8_t secret[16], int rank, int target, int vc,
-                     int stream) {
+void hfr_auth_client(struct hfr_auth *a, int fd, enum hfr_auth_kind kind, uint64_t comm_id, const uint8_t secret[16], int rank,
+                     int target, int vc, int stream) {
   *a = (struct hfr_auth){.fd = fd};
   memcpy(a->secret, secret, 16);
-  a->hello = (struct hfr_auth_hello){.magic = MAGIC_CLIENT, .version = HFR_PROTOCOL_VERSION, .kind = (uint8_t)kind, .vc = (uint8_t)vc,
-                                     .stream = (uint16_t)stream, .rank = rank, .target = target, .comm_id = comm_id};
+  a->hello = (struct hfr_auth_hello){.magic = MAGIC_CLIENT,
+                                     .version = HFR_PROTOCOL_VERSION,
+                                     .kind = (uint8_t)kind,
+                                     .vc = (uint8_t)vc,
+                                     .stream = (uint16_t)stream,
+                                     .rank = rank,
+                                     .target = target,
+                                     .comm_id = comm_id};
   hfr_random(a->hello.nonce, 16);
   expect(a, RECV_GREETING, sizeof(struct greeting));
 }
@@ -72,8 +78,11 @@ static int transfer(struct hfr_auth *a) {
     } else if (n < 0 && (errno == EAGAIN || errno == EINTR || errno == ENOTCONN)) {
       return 0;
     } else {
-      hfr_fail(hfreduceRemoteError, n == 0 ? "the other side closed the connection during the handshake (another secret, another communicator, or not hfreduce)"
-                                           : "connection broke during the handshake: %s", strerror(errno));
+      hfr_fail(hfreduceRemoteError,
+               n == 0 ? "the other side closed the connection during the handshake (another secret, another communicator, or not "
+                        "hfreduce)"
+                      : "connection broke during the handshake: %s",
+               strerror(errno));
       return -1;
     }
   }
@@ -89,7 +98,8 @@ static int got_hello(struct hfr_auth *a) {
   uint8_t mac[16];
   memcpy(&a->hello, a->buf, sizeof a->hello);
   if (a->hello.magic != MAGIC_CLIENT) return refuse("a stranger that does not speak this protocol");
-  if (a->hello.version != HFR_PROTOCOL_VERSION) return refuse("the peer speaks another version of the protocol; install the same hfreduce everywhere");
+  if (a->hello.version != HFR_PROTOCOL_VERSION)
+    return refuse("the peer speaks another version of the protocol; install the same hfreduce everywhere");
   if (a->lookup(a->arg, &a->hello, a->secret)) return refuse("unknown communicator");
   hello_mac(a, mac);
   if (!hfr_mac_equal(mac, a->hello.mac)) return refuse("wrong secret");
@@ -102,7 +112,8 @@ static int got_greeting(struct hfr_auth *a) {
   struct greeting g;
   memcpy(&g, a->buf, sizeof g);
   if (g.magic != MAGIC_SERVER) return refuse("what listens there is not hfreduce; check address and port");
-  if (g.version != HFR_PROTOCOL_VERSION) return refuse("the peer speaks another version of the protocol; install the same hfreduce everywhere");
+  if (g.version != HFR_PROTOCOL_VERSION)
+    return refuse("the peer speaks another version of the protocol; install the same hfreduce everywhere");
   memcpy(a->nonce_s, g.nonce, 16);
   hello_mac(a, a->hello.mac);
   expect(a, SEND_HELLO, sizeof a->hello);

@@ -39,8 +39,8 @@ struct hfr_auth {
 };
 
 /* Start on a connected (or, for the client, connecting and now writable) socket. The auth does not own the descriptor. */
-void hfr_auth_client(struct hfr_auth *auth, int fd, enum hfr_auth_kind kind, uint64_t comm_id, const uint8_t secret[16], int rank, int target,
-                     int vc, int stream);
+void hfr_auth_client(struct hfr_auth *auth, int fd, enum hfr_auth_kind kind, uint64_t comm_id, const uint8_t secret[16], int rank,
+                     int target, int vc, int stream);
 void hfr_auth_server(struct hfr_auth *auth, int fd, int (*lookup)(void *, const struct hfr_auth_hello *, uint8_t[16]), void *arg);
 /* Go on. 1: both sides proven. 0: waits for auth->events. -1: refused or broken; hfr_last_error() says why. */
 int hfr_auth_step(struct hfr_auth *auth);

@@ -1,4 +1,5 @@
-/* Log lines to stderr or HFREDUCE_DEBUG_FILE: "hfreduce [host:pid:rank] LEVEL text". One write(2) a line, so lines of ranks do not mix. */
+/* Log lines to stderr or HFREDUCE_DEBUG_FILE: "hfreduce [host:pid:rank] LEVEL text". One write(2) a line, so lines of ranks do
+ * not mix. */
 #ifndef HFR_BASE_LOG_H_
 #define HFR_BASE_LOG_H_
 enum hfr_log_level { HFR_LOG_NONE, HFR_LOG_WARN, HFR_LOG_INFO, HFR_LOG_TRACE };
@@ -8,8 +9,12 @@ enum hfr_log_level hfr_log_level(void);
 void hfr_log_set_rank(int rank);
 void hfr_log_write(enum hfr_log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
 #define HFR_WARN(...) hfr_log_write(HFR_LOG_WARN, __VA_ARGS__)
-#define HFR_INFO(...) \
-  do { if (hfr_log_level() >= HFR_LOG_INFO) hfr_log_write(HFR_LOG_INFO, __VA_ARGS__); } while (0)
-#define HFR_TRACE(...) \
-  do { if (hfr_log_level() >= HFR_LOG_TRACE) hfr_log_write(HFR_LOG_TRACE, __VA_ARGS__); } while (0)
+#define HFR_INFO(...)                                                              \
+  do {                                                                             \
+    if (hfr_log_level() >= HFR_LOG_INFO) hfr_log_write(HFR_LOG_INFO, __VA_ARGS__); \
+  } while (0)
+#define HFR_TRACE(...)                                                               \
+  do {                                                                               \
+    if (hfr_log_level() >= HFR_LOG_TRACE) hfr_log_write(HFR_LOG_TRACE, __VA_ARGS__); \
+  } while (0)
 #endif

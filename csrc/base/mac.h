@@ -1,4 +1,5 @@
-/* Keyed message authentication: SipHash-2-4 with a 128-bit key and 128-bit tag (Aumasson and Bernstein 2012, and its 128-bit variant). */
+/* Keyed message authentication: SipHash-2-4 with a 128-bit key and 128-bit tag (Aumasson and Bernstein 2012, and its 128-bit
+ * variant). */
 #ifndef HFR_BASE_MAC_H_
 #define HFR_BASE_MAC_H_
 #include <stddef.h>

@@ -1,32 +1,32 @@
-/* Every HFREDUCE_ parameter, in one table: name, kind, preset, bounds, meaning. Values are read from the environment at first use and do not
-   change afterwards (hfr_param_reload is for tests). A malformed or out-of-range value is warned of once and the preset (or nearest
-   bound) taken. Sizes take suffixes K, M, G (1024-based). */
+/* Every HFREDUCE_ parameter, in one table: name, kind, preset, bounds, meaning. Values are read from the environment at first use
+   and do not change afterwards (hfr_param_reload is for tests). A malformed or out-of-range value is warned of once and the
+   preset (or nearest bound) taken. Sizes take suffixes K, M, G (1024-based). */
 #ifndef HFR_BASE_PARAM_H_
 #define HFR_BASE_PARAM_H_
 #include <stdint.h>
 
-/* X(id, name, kind, preset, min, max, help): kind INT, SIZE, REAL or TEXT. The NCCL spelling (NCCL_ for HFREDUCE_) of entries whose id is
-   in HFR_PARAM_NCCL_ALIASES in param.c is understood when ours is unset. */
-#define HFR_PARAMS(X)                                                                                                              \
-  X(RANK, "HFREDUCE_RANK", INT, "-1", -1, 1000000, "rank of this process for init() (-1: from the launcher)")                      \
-  X(NRANKS, "HFREDUCE_NRANKS", INT, "-1", -1, 1000000, "number of ranks for init() (-1: from the launcher)")                       \
-  X(ADDR, "HFREDUCE_ADDR", TEXT, "", 0, 0, "host:port on which rank 0 listens")                                                    \
-  X(SECRET, "HFREDUCE_SECRET", TEXT, "", 0, 0, "shared secret in hex; without it HFREDUCE_ADDR must be a loopback address")        \
-  X(HOSTID, "HFREDUCE_HOSTID", TEXT, "", 0, 0, "overrides what tells nodes apart (boot id and network namespace)")                 \
-  X(TIMEOUT, "HFREDUCE_TIMEOUT", REAL, "30", 0, 1000000, "seconds that any wait may take")                                         \
-  X(HEARTBEAT, "HFREDUCE_HEARTBEAT", REAL, "8", 0, 100000, "seconds of silence after which a peer counts as lost (0: never)")      \
-  X(SOCKET_IFNAME, "HFREDUCE_SOCKET_IFNAME", TEXT, "", 0, 0, "interfaces by prefix; ^a,b excludes, =a,b is exact")                 \
-  X(SOCKET_FAMILY, "HFREDUCE_SOCKET_FAMILY", TEXT, "", 0, 0, "AF_INET or AF_INET6: addresses to prefer")                           \
-  X(TCP_STREAMS, "HFREDUCE_TCP_STREAMS", INT, "1", 1, 16, "TCP connections a channel between two ranks")                           \
-  X(TCP_BUFFER, "HFREDUCE_TCP_BUFFER", SIZE, "0", 0, 1073741824, "socket buffer in bytes (0: the system's autotuning)")            \
-  X(CHECKSUM, "HFREDUCE_CHECKSUM", INT, "1", 0, 1, "1: CRC32C on every message over TCP")                                          \
-  X(TRANSPORT, "HFREDUCE_TRANSPORT", TEXT, "", 0, 0, "transports between nodes, in order of preference (empty: automatic)")        \
-  X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)")   \
-  X(SLOTS, "HFREDUCE_SLOTS", INT, "4", 2, 16, "staging slots a rank (rank 0's holds)")                                             \
-  X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0, "network algorithm: tree or direct (empty: by size and node count; rank 0's holds)")    \
-  X(SPIN, "HFREDUCE_SPIN", INT, "-1", -1, 1000000000, "polls before a wait yields and sleeps (-1: by ranks and cores)")            \
-  X(SIMD, "HFREDUCE_SIMD", TEXT, "", 0, 0, "scalar, avx2, avx512 or neon: the level to use at most (empty: the best there is)")    \
-  X(DEBUG, "HFREDUCE_DEBUG", TEXT, "WARN", 0, 0, "log level: NONE, WARN, INFO, TRACE")                                             \
+/* X(id, name, kind, preset, min, max, help): kind INT, SIZE, REAL or TEXT. The NCCL spelling (NCCL_ for HFREDUCE_) of entries
+   whose id is in HFR_PARAM_NCCL_ALIASES in param.c is understood when ours is unset. */
+#define HFR_PARAMS(X)                                                                                                            \
+  X(RANK, "HFREDUCE_RANK", INT, "-1", -1, 1000000, "rank of this process for init() (-1: from the launcher)")                    \
+  X(NRANKS, "HFREDUCE_NRANKS", INT, "-1", -1, 1000000, "number of ranks for init() (-1: from the launcher)")                     \
+  X(ADDR, "HFREDUCE_ADDR", TEXT, "", 0, 0, "host:port on which rank 0 listens")                                                  \
+  X(SECRET, "HFREDUCE_SECRET", TEXT, "", 0, 0, "shared secret in hex; without it HFREDUCE_ADDR must be a loopback address")      \
+  X(HOSTID, "HFREDUCE_HOSTID", TEXT, "", 0, 0, "overrides what tells nodes apart (boot id and network namespace)")               \
+  X(TIMEOUT, "HFREDUCE_TIMEOUT", REAL, "30", 0, 1000000, "seconds that any wait may take")                                       \
+  X(HEARTBEAT, "HFREDUCE_HEARTBEAT", REAL, "8", 0, 100000, "seconds of silence after which a peer counts as lost (0: never)")    \
+  X(SOCKET_IFNAME, "HFREDUCE_SOCKET_IFNAME", TEXT, "", 0, 0, "interfaces by prefix; ^a,b excludes, =a,b is exact")               \
+  X(SOCKET_FAMILY, "HFREDUCE_SOCKET_FAMILY", TEXT, "", 0, 0, "AF_INET or AF_INET6: addresses to prefer")                         \
+  X(TCP_STREAMS, "HFREDUCE_TCP_STREAMS", INT, "1", 1, 16, "TCP connections a channel between two ranks")                         \
+  X(TCP_BUFFER, "HFREDUCE_TCP_BUFFER", SIZE, "0", 0, 1073741824, "socket buffer in bytes (0: the system's autotuning)")          \
+  X(CHECKSUM, "HFREDUCE_CHECKSUM", INT, "1", 0, 1, "1: CRC32C on every message over TCP")                                        \
+  X(TRANSPORT, "HFREDUCE_TRANSPORT", TEXT, "", 0, 0, "transports between nodes, in order of preference (empty: automatic)")      \
+  X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)") \
+  X(SLOTS, "HFREDUCE_SLOTS", INT, "4", 2, 16, "staging slots a rank (rank 0's holds)")                                           \
+  X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0, "network algorithm: tree or direct (empty: by size and node count; rank 0's holds)")  \
+  X(SPIN, "HFREDUCE_SPIN", INT, "-1", -1, 1000000000, "polls before a wait yields and sleeps (-1: by ranks and cores)")          \
+  X(SIMD, "HFREDUCE_SIMD", TEXT, "", 0, 0, "scalar, avx2, avx512 or neon: the level to use at most (empty: the best there is)")  \
+  X(DEBUG, "HFREDUCE_DEBUG", TEXT, "WARN", 0, 0, "log level: NONE, WARN, INFO, TRACE")                                           \
   X(DEBUG_FILE, "HFREDUCE_DEBUG_FILE", TEXT, "", 0, 0, "file for log lines; %h is the host, %p the process id")
 
 enum hfr_param {

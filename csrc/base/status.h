@@ -7,17 +7,17 @@
    and what to do. */
 hfreduceResult_t hfr_fail(hfreduceResult_t code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* This thread's last error. Never NULL; code 0 and empty text when there was none. Fields beside code and text may be filled by the
-   caller through it. */
+/* This thread's last error. Never NULL; code 0 and empty text when there was none. Fields beside code and text may be filled by
+   the caller through it. */
 hfreduceErrorInfo_t *hfr_last_error(void);
 
 /* Reset an info: code 0, numbers -1, strings empty. */
 void hfr_error_clear(hfreduceErrorInfo_t *info);
 
 /* `expr` failed: return its code from the calling function. */
-#define HFR_TRY(expr)                               \
-  do {                                              \
-    hfreduceResult_t hfr_try_ = (expr);             \
+#define HFR_TRY(expr)                                 \
+  do {                                                \
+    hfreduceResult_t hfr_try_ = (expr);               \
     if (hfr_try_ != hfreduceSuccess) return hfr_try_; \
   } while (0)
 #endif

@@ -28,7 +28,9 @@ static inline void hfr_futex_wait(_Atomic uint32_t *word, uint32_t expected, int
   syscall(SYS_futex, word, FUTEX_WAIT, expected, timeout_ns < 0 ? NULL : &t, NULL, 0);
 }
 
-static inline void hfr_futex_wake(_Atomic uint32_t *word, int count) { syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0); }
+static inline void hfr_futex_wake(_Atomic uint32_t *word, int count) {
+  syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
+}
 
 /* CPUs that this process may run on. */
 int hfr_ncpus(void);

@@ -1,6 +1,7 @@
 /*
- * all_reduce. On one node: one-shot (small) or staged chunks of which each rank reduces its share. Between nodes each lane carries a slice of
- * every chunk, over the double binary tree (even chunks one tree, odd chunks the other) or, for few nodes, by direct exchange:
+ * all_reduce. On one node: one-shot (small) or staged chunks of which each rank reduces its share. Between nodes each lane
+ * carries a slice of every chunk, over the double binary tree (even chunks one tree, odd chunks the other) or, for few nodes, by
+ * direct exchange:
  *
  *   IN ── all ranks ──► RED | UP ─► UPSEND ─► parent                      tree: partial sums up, the result down
  *                             ▲ children    DOWN ◄─ parent ─► DSEND ─► children
@@ -67,7 +68,8 @@ static void part_node(const struct hfr_plan *p, int stage, int64_t k, int j, str
     default:
       if (p->count[ROLE_RED]) {
         len = hfr_split(hfr_chunk_len(p, p->call.count, k), l->nlocal, j, p->esize, &off);
-        *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, 0), hfr_user(HFR_RECV, bytes_of(p, (size_t)k * p->elems + off)), bytes_of(p, len)};
+        *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, 0), hfr_user(HFR_RECV, bytes_of(p, (size_t)k * p->elems + off)),
+                                  bytes_of(p, len)};
       } else {
         part->src = hfr_slot(HFR_IN, j, k, 0);
       }
@@ -103,7 +105,8 @@ static void step_out(const struct hfr_plan *p, int64_t k, struct hfr_step *s) {
 
 static void part_out(const struct hfr_plan *p, int64_t k, int j, struct hfr_part *part) {
   size_t off, len = hfr_lane_slice(p, k, j, &off);
-  *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, bytes_of(p, off)), hfr_user(HFR_RECV, bytes_of(p, (size_t)k * p->elems + off)), bytes_of(p, len)};
+  *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, bytes_of(p, off)),
+                            hfr_user(HFR_RECV, bytes_of(p, (size_t)k * p->elems + off)), bytes_of(p, len)};
 }
 
 static hfreduceResult_t add_staging(struct hfr_plan *p, int before) {
@@ -157,8 +160,10 @@ static void step_tree(const struct hfr_plan *p, int stage, int64_t i, struct hfr
       s->nparts = (p->direct ? 1 : l->nlocal) + (p->pos[t].child[0] >= 0) + (p->pos[t].child[1] >= 0);
       break;
     case ROLE_UPSEND:
-      if (hfr_tree_stage(p, ROLE_UP, t) >= 0) hfr_after_stage(s, hfr_tree_stage(p, ROLE_UP, t), i + 1);
-      else s->src = local_source(p, k, 0, off);
+      if (hfr_tree_stage(p, ROLE_UP, t) >= 0)
+        hfr_after_stage(s, hfr_tree_stage(p, ROLE_UP, t), i + 1);
+      else
+        s->src = local_source(p, k, 0, off);
       break;
     case ROLE_DOWN: hfr_after_stage(s, hfr_tree_stage(p, ROLE_UPSEND, t), i + 1); break;
     default: hfr_after_stage(s, top, i + 1); /* DSEND */
@@ -256,9 +261,7 @@ static void step_direct(const struct hfr_plan *p, int stage, int64_t k, struct h
       s->bytes = bytes_of(p, block(p, k, st->arg, &off));
       s->dst = mine(p, k, off);
       break;
-    default: /* PUB */
-      hfr_after_role(p, s, ROLE_RED, k + 1);
-      hfr_after_role(p, s, ROLE_GRECV, k + 1);
+    default: /* PUB */ hfr_after_role(p, s, ROLE_RED, k + 1); hfr_after_role(p, s, ROLE_GRECV, k + 1);
   }
 }
 
@@ -274,8 +277,10 @@ static void part_direct(const struct hfr_plan *p, int stage, int64_t k, int j, s
       break;
     default:
       block(p, k, l->node, &off);
-      if (j != l->node) part->src = hfr_message(hfr_rank_at(l, j, l->local), HFR_VC_A);
-      else part->src = p->direct ? local_source(p, k, 0, off) : mine(p, k, off);
+      if (j != l->node)
+        part->src = hfr_message(hfr_rank_at(l, j, l->local), HFR_VC_A);
+      else
+        part->src = p->direct ? local_source(p, k, 0, off) : mine(p, k, off);
   }
 }
 

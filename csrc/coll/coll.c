@@ -98,7 +98,8 @@ static hfreduceResult_t plan_alone(struct hfr_plan *p) {
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *layout, const struct hfr_geometry *geometry, const struct hfr_call *call) {
+hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *layout, const struct hfr_geometry *geometry,
+                                const struct hfr_call *call) {
   p->layout = layout;
   p->geometry = *geometry;
   p->call = *call;
@@ -112,7 +113,8 @@ hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *lay
     return hfr_plan_agree(p);
   }
   if (layout->nranks == 1) return plan_alone(p);
-  /* Partial sums of narrow floats travel between nodes in their own type: scale before they are rounded, or fp16 overflows where the average would not. */
+  /* Partial sums of narrow floats travel between nodes in their own type: scale before they are rounded, or fp16 overflows where
+   * the average would not. */
   p->avg_pre = call->op == hfreduceAvg && layout->nnodes > 1 &&
                (call->dtype == hfreduceFloat16 || call->dtype == hfreduceFloat8e4m3 || call->dtype == hfreduceFloat8e5m2);
   p->direct = layout->max_local == 1 && !call->premul && !p->avg_pre;

@@ -3,28 +3,30 @@
 #define HFR_COLL_COLL_H_
 #include "../engine/plan.h"
 
-/* Plan a call for this rank. `plan` comes zeroed but for `stage` and `cap` (reused memory). The call must have been checked. SystemError when out of memory. */
-hfreduceResult_t hfr_plan_build(struct hfr_plan *plan, const struct hfr_layout *layout, const struct hfr_geometry *geometry, const struct hfr_call *call);
+/* Plan a call for this rank. `plan` comes zeroed but for `stage` and `cap` (reused memory). The call must have been checked.
+ * SystemError when out of memory. */
+hfreduceResult_t hfr_plan_build(struct hfr_plan *plan, const struct hfr_layout *layout, const struct hfr_geometry *geometry,
+                                const struct hfr_call *call);
 
 /* Below: for planners only. Roles of stages; a planner uses those that it needs. */
 enum hfr_role {
-  ROLE_IN,       /* user -> IN slot, published */
-  ROLE_RED,      /* IN slots -> my share in my RES slot */
-  ROLE_OUT,      /* slots -> user, published */
-  ROLE_UP,       /* local sources and children -> partial sum; two, one a tree */
-  ROLE_UPSEND,   /* partial -> parent; two */
-  ROLE_XSEND,    /* to or from a root that is not the tree's: extra hop; two */
+  ROLE_IN,     /* user -> IN slot, published */
+  ROLE_RED,    /* IN slots -> my share in my RES slot */
+  ROLE_OUT,    /* slots -> user, published */
+  ROLE_UP,     /* local sources and children -> partial sum; two, one a tree */
+  ROLE_UPSEND, /* partial -> parent; two */
+  ROLE_XSEND,  /* to or from a root that is not the tree's: extra hop; two */
   ROLE_XRECV,
-  ROLE_DOWN,     /* result from the parent; two */
-  ROLE_DSEND,    /* result -> children; up to four, `tree` and arg = child */
-  ROLE_PUB,      /* publish RED */
-  ROLE_NSEND,    /* to a rank of another node; arg = rank or node */
+  ROLE_DOWN,  /* result from the parent; two */
+  ROLE_DSEND, /* result -> children; up to four, `tree` and arg = child */
+  ROLE_PUB,   /* publish RED */
+  ROLE_NSEND, /* to a rank of another node; arg = rank or node */
   ROLE_NRECV,
-  ROLE_GSEND,    /* second exchange of the direct algorithm */
+  ROLE_GSEND, /* second exchange of the direct algorithm */
   ROLE_GRECV,
-  ROLE_PARTIAL,  /* node's sum of a remote rank's block */
+  ROLE_PARTIAL, /* node's sum of a remote rank's block */
   ROLE_COPY,
-  ROLE_VUPRECV,  /* agreement between nodes (agree.c) */
+  ROLE_VUPRECV, /* agreement between nodes (agree.c) */
   ROLE_VUPSEND,
   ROLE_VDOWN,
   ROLE_VDSEND,
@@ -41,14 +43,14 @@ hfreduceResult_t hfr_plan_all_gather(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_reduce_scatter(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_exchange(struct hfr_plan *plan); /* all_to_all, gather, scatter, send/recv */
 
-/* Stages by which all nodes agree that all ranks make this call: a gather up and a release down tree 0, no payload. For operations whose data does not by itself
-   bring every rank in touch with every other: rooted ones, barriers, and count 0. */
+/* Stages by which all nodes agree that all ranks make this call: a gather up and a release down tree 0, no payload. For
+   operations whose data does not by itself bring every rank in touch with every other: rooted ones, barriers, and count 0. */
 hfreduceResult_t hfr_plan_agree(struct hfr_plan *plan);
 /* Handles the stages of hfr_plan_agree; 1 if `stage` is one. */
 int hfr_step_agree(const struct hfr_plan *plan, int stage, struct hfr_step *step);
 
-#define HFR_ADD(var, plan, role, kind, niter, name)                                      \
-  struct hfr_stage *var = hfr_plan_add(plan, role, kind, niter, name);                   \
+#define HFR_ADD(var, plan, role, kind, niter, name)                    \
+  struct hfr_stage *var = hfr_plan_add(plan, role, kind, niter, name); \
   if (!var) return hfr_fail(hfreduceSystemError, "out of memory for a plan of %d stages", (plan)->nstages)
 
 /* Iterations of tree t out of n chunks: chunk k belongs to tree k % 2. */

@@ -1,4 +1,5 @@
-/* What is made of messages alone: send/recv, all_to_all (even and uneven), gather, scatter. Between local ranks they go through rings, else over the network. */
+/* What is made of messages alone: send/recv, all_to_all (even and uneven), gather, scatter. Between local ranks they go through
+ * rings, else over the network. */
 #include "coll.h"
 
 /* Largest message to or from a peer. */
@@ -41,7 +42,8 @@ static void part_exchange(const struct hfr_plan *p, int stage, int64_t i, int j,
 /* An empty message is sent too: that is how the other side knows. */
 static hfreduceResult_t add_message_stage(struct hfr_plan *p, int sending, int peer, const char *name) {
   size_t off, bytes = extent(p, sending, peer, &off), unit = message_bytes(p, peer);
-  HFR_ADD(s, p, sending ? ROLE_NSEND : ROLE_NRECV, sending ? HFR_STAGE_SEND : HFR_STAGE_RECV, bytes ? (int64_t)((bytes + unit - 1) / unit) : 1, name);
+  HFR_ADD(s, p, sending ? ROLE_NSEND : ROLE_NRECV, sending ? HFR_STAGE_SEND : HFR_STAGE_RECV,
+          bytes ? (int64_t)((bytes + unit - 1) / unit) : 1, name);
   s->peer = peer;
   s->vc = p->call.coll == HFR_P2P ? HFR_VC_P2P : HFR_VC_A;
   return hfreduceSuccess;
@@ -62,8 +64,10 @@ hfreduceResult_t hfr_plan_exchange(struct hfr_plan *p) {
   p->part = part_exchange;
   if (c->coll == HFR_P2P) return add_message_stage(p, !c->receiving, root, c->receiving ? "recv" : "send");
   int all = c->coll == HFR_ALL_TO_ALL;
-  int sends_to_all = all || (c->coll == HFR_SCATTER && me == root), receives_from_all = all || (c->coll == HFR_GATHER && me == root);
-  for (int d = 1; sends_to_all && d < n; d++) HFR_TRY(add_message_stage(p, 1, (me + d) % n, "send")); /* neighbours first: the load spreads */
+  int sends_to_all = all || (c->coll == HFR_SCATTER && me == root),
+      receives_from_all = all || (c->coll == HFR_GATHER && me == root);
+  for (int d = 1; sends_to_all && d < n; d++)
+    HFR_TRY(add_message_stage(p, 1, (me + d) % n, "send")); /* neighbours first: the load spreads */
   if (c->coll == HFR_GATHER && me != root) HFR_TRY(add_message_stage(p, 1, root, "send"));
   for (int d = 1; receives_from_all && d < n; d++) HFR_TRY(add_message_stage(p, 0, (me + n - d) % n, "recv"));
   if (c->coll == HFR_SCATTER && me != root) HFR_TRY(add_message_stage(p, 0, root, "recv"));

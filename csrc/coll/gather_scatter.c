@@ -1,9 +1,11 @@
 /*
- * all_gather and reduce_scatter, duals of each other. Inside a node data goes through the IN slots; between nodes every rank exchanges with one carrier rank on each other node
- * (its lane-mate, or where that node is smaller the one at its place modulo the size), so each block crosses once to each node.
+ * all_gather and reduce_scatter, duals of each other. Inside a node data goes through the IN slots; between nodes every rank
+ * exchanges with one carrier rank on each other node (its lane-mate, or where that node is smaller the one at its place modulo
+ * the size), so each block crosses once to each node.
  *
  *   all_gather:      IN ─► NSEND to the carriers; carriers: NRECV into RES, PUB; OUT copies all blocks
- *   reduce_scatter:  IN (all blocks) ─► PARTIAL, the node's sum of a remote rank's block, NSEND to it; OUT reduces local sources and the other nodes' partial sums
+ *   reduce_scatter:  IN (all blocks) ─► PARTIAL, the node's sum of a remote rank's block, NSEND to it; OUT reduces local sources
+ * and the other nodes' partial sums
  *
  * One rank a node: messages go from and to the user's buffers.
  */
@@ -12,7 +14,9 @@
 static size_t bytes_of(const struct hfr_plan *p, size_t elems) { return elems * p->esize; }
 
 /* Local rank of `node` that carries for a rank at place `local` of another node. */
-static int carrier(const struct hfr_plan *p, int node, int local) { return hfr_rank_at(p->layout, node, local % hfr_node_size(p->layout, node)); }
+static int carrier(const struct hfr_plan *p, int node, int local) {
+  return hfr_rank_at(p->layout, node, local % hfr_node_size(p->layout, node));
+}
 
 /* Do I carry for rank r of another node? */
 static int i_carry(const struct hfr_plan *p, int r) {
@@ -44,7 +48,8 @@ static struct hfr_loc block_of(const struct hfr_plan *p, enum hfr_space space, i
   return hfr_user(space, bytes_of(p, (size_t)r * p->call.count + (size_t)k * p->elems));
 }
 
-static hfreduceResult_t add_exchange(struct hfr_plan *p, int role, enum hfr_stage_kind kind, int peer, int arg, const char *name) {
+static hfreduceResult_t add_exchange(struct hfr_plan *p, int role, enum hfr_stage_kind kind, int peer, int arg,
+                                     const char *name) {
   HFR_ADD(s, p, role, kind, p->nchunks, name);
   s->peer = peer;
   s->arg = arg;
@@ -70,7 +75,8 @@ static void step_gather(const struct hfr_plan *p, int stage, int64_t k, struct h
       break;
     case ROLE_NRECV:
       if (!p->direct) hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_OUT, k + 1 - p->geometry.slots);
-      s->dst = p->direct ? block_of(p, HFR_RECV, st->arg, k) : hfr_slot(HFR_RES, l->local, k, bytes_of(p, (size_t)(stage - p->first[ROLE_NRECV]) * p->elems));
+      s->dst = p->direct ? block_of(p, HFR_RECV, st->arg, k)
+                         : hfr_slot(HFR_RES, l->local, k, bytes_of(p, (size_t)(stage - p->first[ROLE_NRECV]) * p->elems));
       s->bytes = bytes;
       break;
     case ROLE_PUB: hfr_after_role(p, s, ROLE_NRECV, k + 1); break;
@@ -95,12 +101,16 @@ static void part_gather(const struct hfr_plan *p, int stage, int64_t k, int j, s
   const struct hfr_layout *l = p->layout;
   size_t bytes = bytes_of(p, len(p, k));
   struct hfr_loc own = hfr_user(HFR_SEND, bytes_of(p, (size_t)k * p->elems));
-  if (p->stage[stage].role == ROLE_IN) *part = (struct hfr_part){own, hfr_slot(HFR_IN, l->local, k, 0), bytes};
-  else if (p->stage[stage].role == ROLE_COPY || j == l->rank) *part = (struct hfr_part){own, block_of(p, HFR_RECV, l->rank, k), bytes};
-  else if (l->node_of[j] == l->node) *part = (struct hfr_part){hfr_slot(HFR_IN, l->local_of[j], k, 0), block_of(p, HFR_RECV, j, k), bytes};
+  if (p->stage[stage].role == ROLE_IN)
+    *part = (struct hfr_part){own, hfr_slot(HFR_IN, l->local, k, 0), bytes};
+  else if (p->stage[stage].role == ROLE_COPY || j == l->rank)
+    *part = (struct hfr_part){own, block_of(p, HFR_RECV, l->rank, k), bytes};
+  else if (l->node_of[j] == l->node)
+    *part = (struct hfr_part){hfr_slot(HFR_IN, l->local_of[j], k, 0), block_of(p, HFR_RECV, j, k), bytes};
   else
-    *part = (struct hfr_part){hfr_slot(HFR_RES, l->local_of[j] % l->nlocal, k, bytes_of(p, (size_t)carried_place(p, j) * p->elems)),
-                              block_of(p, HFR_RECV, j, k), bytes};
+    *part =
+        (struct hfr_part){hfr_slot(HFR_RES, l->local_of[j] % l->nlocal, k, bytes_of(p, (size_t)carried_place(p, j) * p->elems)),
+                          block_of(p, HFR_RECV, j, k), bytes};
 }
 
 hfreduceResult_t hfr_plan_all_gather(struct hfr_plan *p) {
@@ -155,7 +165,8 @@ static void step_scatter(const struct hfr_plan *p, int stage, int64_t k, struct 
     case ROLE_NSEND:
       nth = stage - p->first[ROLE_NSEND];
       if (!p->direct) hfr_after_stage(s, p->first[ROLE_PARTIAL] + nth, k + 1);
-      s->src = p->direct ? block_of(p, HFR_SEND, st->arg, k) : hfr_slot(HFR_RES, l->local, k, bytes_of(p, (size_t)nth * p->elems));
+      s->src =
+          p->direct ? block_of(p, HFR_SEND, st->arg, k) : hfr_slot(HFR_RES, l->local, k, bytes_of(p, (size_t)nth * p->elems));
       break;
     default: /* OUT; it also says that I no longer read the others' IN slots */
       if (!p->direct) hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
@@ -172,7 +183,8 @@ static void part_scatter(const struct hfr_plan *p, int stage, int64_t k, int j, 
   int local = p->direct ? 1 : l->nlocal;
   switch (st->role) {
     case ROLE_IN:
-      *part = (struct hfr_part){block_of(p, HFR_SEND, j, k), hfr_slot(HFR_IN, l->local, k, bytes_of(p, (size_t)j * elems)), bytes_of(p, len(p, k))};
+      *part = (struct hfr_part){block_of(p, HFR_SEND, j, k), hfr_slot(HFR_IN, l->local, k, bytes_of(p, (size_t)j * elems)),
+                                bytes_of(p, len(p, k))};
       break;
     case ROLE_PARTIAL: part->src = hfr_slot(HFR_IN, j, k, bytes_of(p, (size_t)st->arg * elems)); break;
     default:

@@ -1,8 +1,9 @@
 /*
  * reduce and broadcast: the two halves of the tree all_reduce, with a root that the caller chose.
  *
- * The trees have roots of their own, so that each node stays inner in at most one of them; what the caller's root needs or has takes one more hop from or to them
- * (XSEND, XRECV). Everything is staged in slots. All ranks agree at the end (agree.c's stages): without it a leaf could leave before a mistake is known.
+ * The trees have roots of their own, so that each node stays inner in at most one of them; what the caller's root needs or has
+ * takes one more hop from or to them (XSEND, XRECV). Everything is staged in slots. All ranks agree at the end (agree.c's
+ * stages): without it a leaf could leave before a mistake is known.
  */
 #include "coll.h"
 
@@ -17,7 +18,8 @@ static struct hfr_loc user_chunk(const struct hfr_plan *p, enum hfr_space space,
   return hfr_user(space, bytes_of(p, (size_t)k * p->elems + off));
 }
 
-static hfreduceResult_t add_published(struct hfr_plan *p, int role, enum hfr_stage_kind kind, enum hfr_ctr ctr, const char *name) {
+static hfreduceResult_t add_published(struct hfr_plan *p, int role, enum hfr_stage_kind kind, enum hfr_ctr ctr,
+                                      const char *name) {
   HFR_ADD(s, p, role, kind, p->nchunks, name);
   s->ctr = (uint8_t)ctr;
   s->final = 1;
@@ -25,7 +27,8 @@ static hfreduceResult_t add_published(struct hfr_plan *p, int role, enum hfr_sta
   return hfreduceSuccess;
 }
 
-static hfreduceResult_t add_link(struct hfr_plan *p, int role, enum hfr_stage_kind kind, int t, int node, int vc, const char *name) {
+static hfreduceResult_t add_link(struct hfr_plan *p, int role, enum hfr_stage_kind kind, int t, int node, int vc,
+                                 const char *name) {
   HFR_ADD(s, p, role, kind, hfr_tree_iters(p->nchunks, t), name);
   s->peer = hfr_rank_at(p->layout, node, p->layout->local);
   s->vc = (uint8_t)vc;
@@ -101,7 +104,9 @@ static void part_reduce(const struct hfr_plan *p, int stage, int64_t i, int j, s
   const struct hfr_layout *l = p->layout;
   size_t off, len;
   switch (st->role) {
-    case ROLE_IN: *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), hfr_slot(HFR_IN, l->local, i, 0), chunk_bytes(p, i)}; return;
+    case ROLE_IN:
+      *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), hfr_slot(HFR_IN, l->local, i, 0), chunk_bytes(p, i)};
+      return;
     case ROLE_RED:
       share(p, i, l->local, &off);
       part->src = hfr_slot(HFR_IN, j, i, bytes_of(p, off));
@@ -121,7 +126,8 @@ static void part_reduce(const struct hfr_plan *p, int stage, int64_t i, int j, s
   int c = j - l->nlocal;
   hfr_lane_slice(p, k, l->local, &off);
   if (c >= 0 && p->pos[st->tree].child[0] < 0) c++;
-  part->src = c < 0 ? hfr_slot(HFR_IN, j, k, bytes_of(p, off)) : hfr_message(hfr_rank_at(l, p->pos[st->tree].child[c], l->local), st->tree);
+  part->src = c < 0 ? hfr_slot(HFR_IN, j, k, bytes_of(p, off))
+                    : hfr_message(hfr_rank_at(l, p->pos[st->tree].child[c], l->local), st->tree);
 }
 
 static hfreduceResult_t plan_reduce_network(struct hfr_plan *p) {
@@ -135,9 +141,11 @@ static hfreduceResult_t plan_reduce_network(struct hfr_plan *p) {
   for (int t = 0; in_lane(p) && t < 2; t++)
     if (p->pos[t].parent >= 0) HFR_TRY(add_link(p, ROLE_UPSEND, HFR_STAGE_SEND, t, p->pos[t].parent, t, "tree up"));
   for (int t = 0; in_lane(p) && t < 2; t++)
-    if (p->pos[t].parent < 0 && !in_root_node(p)) HFR_TRY(add_link(p, ROLE_XSEND, HFR_STAGE_SEND, t, root_node(p), HFR_VC_ROOT, "to root"));
+    if (p->pos[t].parent < 0 && !in_root_node(p))
+      HFR_TRY(add_link(p, ROLE_XSEND, HFR_STAGE_SEND, t, root_node(p), HFR_VC_ROOT, "to root"));
   for (int t = 0; in_lane(p) && t < 2; t++)
-    if (p->pos[t].parent >= 0 && in_root_node(p)) HFR_TRY(add_link(p, ROLE_XRECV, HFR_STAGE_RECV, t, hfr_dtree_root(l->nnodes, t), HFR_VC_ROOT, "to root"));
+    if (p->pos[t].parent >= 0 && in_root_node(p))
+      HFR_TRY(add_link(p, ROLE_XRECV, HFR_STAGE_RECV, t, hfr_dtree_root(l->nnodes, t), HFR_VC_ROOT, "to root"));
   if (in_lane(p) && in_root_node(p)) HFR_TRY(add_published(p, ROLE_PUB, HFR_STAGE_NOP, HFR_CTR_RED, "publish"));
   return hfreduceSuccess;
 }
@@ -148,8 +156,10 @@ hfreduceResult_t hfr_plan_reduce(struct hfr_plan *p) {
   p->part = part_reduce;
   hfr_cut(p, p->geometry.chunk / p->esize);
   HFR_TRY(add_published(p, ROLE_IN, HFR_STAGE_COPY, HFR_CTR_IN, "copy-in"));
-  if (p->layout->nnodes == 1) HFR_TRY(add_published(p, ROLE_RED, HFR_STAGE_REDUCE, HFR_CTR_RED, "local reduce"));
-  else HFR_TRY(plan_reduce_network(p));
+  if (p->layout->nnodes == 1)
+    HFR_TRY(add_published(p, ROLE_RED, HFR_STAGE_REDUCE, HFR_CTR_RED, "local reduce"));
+  else
+    HFR_TRY(plan_reduce_network(p));
   HFR_TRY(add_published(p, ROLE_OUT, HFR_STAGE_COPY, HFR_CTR_OUT, "copy-out"));
   return hfr_plan_agree(p);
 }
@@ -171,7 +181,8 @@ static int arrival_stage(const struct hfr_plan *p, int t) {
 static void step_broadcast_out(const struct hfr_plan *p, int64_t k, struct hfr_step *s) {
   if (in_root_node(p)) {
     if (!at_root(p)) hfr_after_peers(s, HFR_ONE, root_local(p), HFR_CTR_IN, k + 1);
-    for (int role = ROLE_XSEND; role <= ROLE_DSEND; role++) /* I forward from the root's slot: it is not free before that is done */
+    for (int role = ROLE_XSEND; role <= ROLE_DSEND;
+         role++) /* I forward from the root's slot: it is not free before that is done */
       for (int d = p->first[role]; d < p->first[role] + p->count[role]; d++)
         if (p->stage[d].tree == (k & 1)) hfr_after_stage(s, d, k / 2 + 1);
     s->nparts = 1;
@@ -215,7 +226,9 @@ static void step_broadcast(const struct hfr_plan *p, int stage, int64_t i, struc
 static void part_broadcast(const struct hfr_plan *p, int stage, int64_t i, int j, struct hfr_part *part) {
   size_t off = 0, len;
   switch (p->stage[stage].role) {
-    case ROLE_IN: *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), hfr_slot(HFR_IN, p->layout->local, i, 0), chunk_bytes(p, i)}; break;
+    case ROLE_IN:
+      *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), hfr_slot(HFR_IN, p->layout->local, i, 0), chunk_bytes(p, i)};
+      break;
     case ROLE_COPY: *part = (struct hfr_part){hfr_user(HFR_SEND, 0), hfr_user(HFR_RECV, 0), bytes_of(p, p->call.count)}; break;
     default:
       if (at_root(p)) {
@@ -232,11 +245,14 @@ static void part_broadcast(const struct hfr_plan *p, int stage, int64_t i, int j
 static hfreduceResult_t plan_broadcast_network(struct hfr_plan *p) {
   const struct hfr_layout *l = p->layout;
   for (int t = 0; in_lane(p) && t < 2; t++)
-    if (in_root_node(p) && p->pos[t].parent >= 0) HFR_TRY(add_link(p, ROLE_XSEND, HFR_STAGE_SEND, t, hfr_dtree_root(l->nnodes, t), HFR_VC_ROOT, "from root"));
+    if (in_root_node(p) && p->pos[t].parent >= 0)
+      HFR_TRY(add_link(p, ROLE_XSEND, HFR_STAGE_SEND, t, hfr_dtree_root(l->nnodes, t), HFR_VC_ROOT, "from root"));
   for (int t = 0; in_lane(p) && t < 2; t++)
-    if (!in_root_node(p) && p->pos[t].parent < 0) HFR_TRY(add_link(p, ROLE_XRECV, HFR_STAGE_RECV, t, root_node(p), HFR_VC_ROOT, "from root"));
+    if (!in_root_node(p) && p->pos[t].parent < 0)
+      HFR_TRY(add_link(p, ROLE_XRECV, HFR_STAGE_RECV, t, root_node(p), HFR_VC_ROOT, "from root"));
   for (int t = 0; in_lane(p) && t < 2; t++)
-    if (!in_root_node(p) && p->pos[t].parent >= 0) HFR_TRY(add_link(p, ROLE_DOWN, HFR_STAGE_RECV, t, p->pos[t].parent, t, "tree down"));
+    if (!in_root_node(p) && p->pos[t].parent >= 0)
+      HFR_TRY(add_link(p, ROLE_DOWN, HFR_STAGE_RECV, t, p->pos[t].parent, t, "tree down"));
   for (int t = 0; in_lane(p) && t < 2; t++) HFR_TRY(hfr_add_dsends(p, t, root_node(p))); /* the root's node has it already */
   if (in_lane(p) && !in_root_node(p) && !p->direct) HFR_TRY(add_published(p, ROLE_PUB, HFR_STAGE_NOP, HFR_CTR_RED, "publish"));
   return hfreduceSuccess;

@@ -31,8 +31,8 @@ static int wait_fd(int fd, int events, int64_t deadline_ns) {
 static void nap_ms(int ms) { poll(NULL, 0, ms); }
 
 /* Connect and authenticate, trying again while nobody listens: the other side may start later. */
-static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr, enum hfr_auth_kind kind, int target, int64_t deadline_ns, const char *whom,
-                             int *out) {
+static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr, enum hfr_auth_kind kind, int target,
+                             int64_t deadline_ns, const char *whom, int *out) {
   char text[HFR_ADDR_TEXT];
   int pause = 5, error;
   hfr_addr_text(addr, text);
@@ -56,7 +56,8 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
           *out = fd;
           return r;
         }
-        /* Who refuses us may be an earlier program on that port, or rank 0 that has not opened this communicator yet: go on trying. */
+        /* Who refuses us may be an earlier program on that port, or rank 0 that has not opened this communicator yet: go on
+         * trying. */
         error = EACCES;
       }
       close(fd);
@@ -67,8 +68,10 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
   }
   char last[200] = "";
   if (error == EACCES) snprintf(last, sizeof last, "%.150s", hfr_last_error()->text);
-  return hfr_fail(hfreduceTimeout, "rank %d could not reach %s at %s within %.3g s: %s; check that it runs, that the address is right and that no firewall is between", c->rank,
-                  whom, text, c->timeout, error == EACCES ? last : strerror(error));
+  return hfr_fail(hfreduceTimeout,
+                  "rank %d could not reach %s at %s within %.3g s: %s; check that it runs, that the address is right and that no "
+                  "firewall is between",
+                  c->rank, whom, text, c->timeout, error == EACCES ? last : strerror(error));
 }
 
 static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, struct hfr_record *r) {
@@ -83,7 +86,8 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
   const char *algo = hfr_param_text(HFR_PARAM_ALGO);
   r->algo = !strcmp(algo, "tree") ? HFR_ALGO_TREE : !strcmp(algo, "direct") ? HFR_ALGO_DIRECT : HFR_ALGO_AUTO;
-  if (*algo && r->algo == HFR_ALGO_AUTO) HFR_WARN("HFREDUCE_ALGO is \"%s\"; it can be tree or direct: choosing by size and node count", algo);
+  if (*algo && r->algo == HFR_ALGO_AUTO)
+    HFR_WARN("HFREDUCE_ALGO is \"%s\"; it can be tree or direct: choosing by size and node count", algo);
   r->streams = (uint32_t)hfr_param_int(HFR_PARAM_TCP_STREAMS);
   r->checksum = (uint32_t)hfr_param_int(HFR_PARAM_CHECKSUM);
 }
@@ -99,7 +103,8 @@ static hfreduceResult_t adopt(const uint8_t *payload, size_t bytes) {
   return (hfreduceResult_t)info.code;
 }
 
-static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr *mine, struct hfr_record *table, int64_t deadline_ns) {
+static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr *mine, struct hfr_record *table,
+                                   int64_t deadline_ns) {
   int fd;
   HFR_TRY(dial(c, &c->uid.root, HFR_AUTH_ROOT, -1, deadline_ns, "the root", &fd));
   struct hfr_conn conn;
@@ -122,8 +127,11 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
       if (type == HFR_FRAME_TABLE && bytes == whole) memcpy(table, payload, whole), result = hfreduceSuccess;
     }
     if (result != hfreduceInProgress) break;
-    if (conn.dead) result = hfr_fail(hfreduceRemoteError, "rank %d: the root closed the connection while ranks were joining (did its process end?)", c->rank);
-    else if (!wait_fd(fd, POLLIN, deadline_ns)) result = hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank, c->timeout, missing);
+    if (conn.dead)
+      result = hfr_fail(hfreduceRemoteError,
+                        "rank %d: the root closed the connection while ranks were joining (did its process end?)", c->rank);
+    else if (!wait_fd(fd, POLLIN, deadline_ns))
+      result = hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank, c->timeout, missing);
   }
   hfr_conn_close(&conn);
   return result;
@@ -154,13 +162,21 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
   free(label);
   if (failed) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
   const struct hfr_record *zero = &table[0];
-  if (zero->slots < 2 || zero->slots > 16 || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) || zero->chunk % 4096 || zero->streams < 1 ||
-      zero->streams > HFR_MAX_STREAMS)
-    return hfr_fail(hfreduceInternalError, "rank 0 announced impossible parameters: %u slots of %llu bytes, %u streams", zero->slots, (unsigned long long)zero->chunk,
-                    zero->streams);
-  c->engine.geometry = (struct hfr_geometry){.chunk = zero->chunk, .ring_slot = zero->chunk / 2, .slots = (int)zero->slots, .algo = (enum hfr_algo)zero->algo};
-  c->net = (struct hfr_net){.rank = c->rank, .nranks = n, .comm_id = c->uid.comm_id, .addr = c->addrs, .host = (const char(*)[64])c->hosts,
-                            .arena = &c->arena, .local_of = c->layout.local_of, .streams = (int)zero->streams, .checksum = zero->checksum != 0};
+  if (zero->slots < 2 || zero->slots > 16 || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) ||
+      zero->chunk % 4096 || zero->streams < 1 || zero->streams > HFR_MAX_STREAMS)
+    return hfr_fail(hfreduceInternalError, "rank 0 announced impossible parameters: %u slots of %llu bytes, %u streams",
+                    zero->slots, (unsigned long long)zero->chunk, zero->streams);
+  c->engine.geometry = (struct hfr_geometry){
+      .chunk = zero->chunk, .ring_slot = zero->chunk / 2, .slots = (int)zero->slots, .algo = (enum hfr_algo)zero->algo};
+  c->net = (struct hfr_net){.rank = c->rank,
+                            .nranks = n,
+                            .comm_id = c->uid.comm_id,
+                            .addr = c->addrs,
+                            .host = (const char(*)[64])c->hosts,
+                            .arena = &c->arena,
+                            .local_of = c->layout.local_of,
+                            .streams = (int)zero->streams,
+                            .checksum = zero->checksum != 0};
   memcpy(c->net.secret, c->uid.secret, 16);
   c->net.arrived = calloc((size_t)n * HFR_NVC * (size_t)c->net.streams, sizeof *c->net.arrived);
   return c->net.arrived ? hfreduceSuccess : hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
@@ -215,9 +231,11 @@ static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t d
       v[nvisitors].done = 0;
       hfr_auth_server(&v[nvisitors++].auth, fd, arena_secret, c);
     }
-    if (c->failed) *hfr_last_error() = c->early, result = (hfreduceResult_t)c->early.code;
+    if (c->failed)
+      *hfr_last_error() = c->early, result = (hfreduceResult_t)c->early.code;
     else if (served < n && hfr_now_ns() > deadline_ns)
-      result = hfr_fail(hfreduceTimeout, "rank %d: %d of %d local ranks did not fetch the shared memory within %.3g s", c->rank, n - served, n, c->timeout);
+      result = hfr_fail(hfreduceTimeout, "rank %d: %d of %d local ranks did not fetch the shared memory within %.3g s", c->rank,
+                        n - served, n, c->timeout);
   }
   for (int i = 0; v && i < nvisitors; i++)
     if (!v[i].done) close(v[i].auth.fd);
@@ -239,7 +257,9 @@ static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t 
       close(sock);
       if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots);
     }
-    if (hfr_now_ns() > deadline_ns) return hfr_fail(hfreduceTimeout, "rank %d: rank %d on this host did not hand out the shared memory within %.3g s", c->rank, leader, c->timeout);
+    if (hfr_now_ns() > deadline_ns)
+      return hfr_fail(hfreduceTimeout, "rank %d: rank %d on this host did not hand out the shared memory within %.3g s", c->rank,
+                      leader, c->timeout);
     nap_ms(2);
   }
 }
@@ -280,7 +300,9 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   e->on_error_arg = c;
   int crowded = c->layout.nlocal > hfr_ncpus();
   int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
-  e->spins = spin >= 0 ? (int)spin : crowded ? 16 : 2000; /* with more ranks than cores who spins keeps the awaited one from running */
+  e->spins = spin >= 0 ? (int)spin
+             : crowded ? 16
+                       : 2000; /* with more ranks than cores who spins keeps the awaited one from running */
   e->yields = crowded ? 64 : 16;
   HFR_TRY(hfr_engine_init(e));
   c->engine_up = 1;
@@ -307,7 +329,8 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
     if (c->went) return hfreduceSuccess;
     int64_t left = deadline_ns - hfr_now_ns();
     if (left <= 0)
-      return hfr_fail(hfreduceTimeout, "rank %d: %d of %d ranks were ready within %.3g s", c->rank, c->rank == 0 ? c->ready + 1 : -1, c->nranks, c->timeout);
+      return hfr_fail(hfreduceTimeout, "rank %d: %d of %d ranks were ready within %.3g s", c->rank,
+                      c->rank == 0 ? c->ready + 1 : -1, c->nranks, c->timeout);
     hfr_futex_wait(&c->go, seen, left < 100000000 ? left : 100000000);
   }
 }
@@ -331,7 +354,7 @@ hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   HFR_TRY(ready_go(c, deadline_ns));
   if (c->arena.fd >= 0) close(c->arena.fd); /* the mapping is enough */
   c->arena.fd = -1;
-  HFR_INFO("communicator %s: rank %d of %d, local %d of %d, node %d of %d", c->name, c->rank, c->nranks, c->layout.local, c->layout.nlocal, c->layout.node,
-           c->layout.nnodes);
+  HFR_INFO("communicator %s: rank %d of %d, local %d of %d, node %d of %d", c->name, c->rank, c->nranks, c->layout.local,
+           c->layout.nlocal, c->layout.node, c->layout.nnodes);
   return hfreduceSuccess;
 }

@@ -36,19 +36,26 @@ static hfreduceResult_t new_id(hfreduceUniqueId *id, int local) {
 hfreduceResult_t hfreduceGetUniqueId(hfreduceUniqueId *id) { return new_id(id, 0); }
 hfreduceResult_t hfreduceGetUniqueIdLocal(hfreduceUniqueId *id) { return new_id(id, 1); }
 
-static int hex_digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1; }
+static int hex_digit(char c) {
+  return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
 
 /* The 16-byte key that a secret of any length stands for, and the communicator's number under it. */
 static hfreduceResult_t derive(struct hfr_uid *uid, const char *secret, uint64_t tag) {
   uint8_t bytes[256], key[16] = {0}, out[16];
   size_t n = secret ? strlen(secret) : 0;
-  if (n % 2 || n > 2 * sizeof bytes) return hfr_fail(hfreduceInvalidArgument, "the secret must be an even number of hex digits, at most %zu; it has %zu", 2 * sizeof bytes, n);
+  if (n % 2 || n > 2 * sizeof bytes)
+    return hfr_fail(hfreduceInvalidArgument, "the secret must be an even number of hex digits, at most %zu; it has %zu",
+                    2 * sizeof bytes, n);
   for (size_t i = 0; i < n / 2; i++) {
     int hi = hex_digit(secret[2 * i]), lo = hex_digit(secret[2 * i + 1]);
-    if (hi < 0 || lo < 0) return hfr_fail(hfreduceInvalidArgument, "the secret has a character at %zu that is not a hex digit", 2 * i);
+    if (hi < 0 || lo < 0)
+      return hfr_fail(hfreduceInvalidArgument, "the secret has a character at %zu that is not a hex digit", 2 * i);
     bytes[i] = (uint8_t)(hi * 16 + lo);
   }
-  if (n && n < 32) return hfr_fail(hfreduceInvalidArgument, "the secret has %zu hex digits; give 32 or more (for example: openssl rand -hex 16)", n);
+  if (n && n < 32)
+    return hfr_fail(hfreduceInvalidArgument, "the secret has %zu hex digits; give 32 or more (for example: openssl rand -hex 16)",
+                    n);
   hfr_mac(key, bytes, n / 2, uid->secret);
   hfr_mac(uid->secret, &tag, sizeof tag, out);
   memcpy(&uid->comm_id, out, 8);
@@ -59,11 +66,15 @@ hfreduceResult_t hfreduceUniqueIdFromAddress(hfreduceUniqueId *id, const char *a
   struct hfr_uid uid = {.magic = HFR_UID_MAGIC, .version = 1, .by_address = 1};
   if (!id || !address) return hfr_fail(hfreduceInvalidArgument, "hfreduceUniqueIdFromAddress: %s is NULL", id ? "address" : "id");
   HFR_TRY(hfr_addr_parse(address, &uid.root));
-  if (!uid.root.port) return hfr_fail(hfreduceInvalidArgument, "address %s: give a port above 0, the same for all ranks", address);
+  if (!uid.root.port)
+    return hfr_fail(hfreduceInvalidArgument, "address %s: give a port above 0, the same for all ranks", address);
   uid.local = (uint8_t)hfr_addr_is_loopback(&uid.root);
   if ((!secret || !*secret) && !uid.local)
-    return hfr_fail(hfreduceInvalidArgument, "address %s is reachable from other machines, so a secret is needed: set HFREDUCE_SECRET on all ranks to the same hex digits "
-                    "(for example from: openssl rand -hex 16)", address);
+    return hfr_fail(hfreduceInvalidArgument,
+                    "address %s is reachable from other machines, so a secret is needed: set HFREDUCE_SECRET on all ranks to the "
+                    "same hex digits "
+                    "(for example from: openssl rand -hex 16)",
+                    address);
   HFR_TRY(derive(&uid, secret, tag));
   pack(&uid, id);
   return hfreduceSuccess;
@@ -98,25 +109,34 @@ static void dispose(struct hfreduceComm *c) {
   free_comm(c);
 }
 
-static hfreduceResult_t check_init(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank, const hfreduceConfig_t *config, struct hfr_uid *uid) {
+static hfreduceResult_t check_init(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank,
+                                   const hfreduceConfig_t *config, struct hfr_uid *uid) {
   if (!comm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: comm is NULL");
   *comm = NULL;
   if (nranks < 1) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: nranks is %d; it must be at least 1", nranks);
-  if (rank < 0 || rank >= nranks) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: rank is %d; with %d ranks it must be 0 to %d", rank, nranks, nranks - 1);
+  if (rank < 0 || rank >= nranks)
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: rank is %d; with %d ranks it must be 0 to %d", rank, nranks,
+                    nranks - 1);
   memcpy(uid, id, sizeof *uid);
   if (uid->magic != HFR_UID_MAGIC || uid->version != 1)
-    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: the unique id was not made by hfreduceGetUniqueId or hfreduceUniqueIdFromAddress of this version");
+    return hfr_fail(
+        hfreduceInvalidArgument,
+        "hfreduceCommInitRank: the unique id was not made by hfreduceGetUniqueId or hfreduceUniqueIdFromAddress of this version");
   if (config && (config->size != sizeof *config || config->magic != CONFIG_MAGIC))
-    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRankConfig: the config was not filled by hfreduceConfigInit of this version");
-  if (config && !(config->timeout >= 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRankConfig: timeout is %g s; it must be positive", config->timeout);
+    return hfr_fail(hfreduceInvalidArgument,
+                    "hfreduceCommInitRankConfig: the config was not filled by hfreduceConfigInit of this version");
+  if (config && !(config->timeout >= 0))
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRankConfig: timeout is %g s; it must be positive", config->timeout);
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank, hfreduceConfig_t *config) {
+hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank,
+                                            hfreduceConfig_t *config) {
   struct hfr_uid uid;
   HFR_TRY(check_init(comm, nranks, &id, rank, config, &uid));
   void *memory = NULL;
-  if (posix_memalign(&memory, 128, sizeof(struct hfreduceComm))) return hfr_fail(hfreduceSystemError, "out of memory for a communicator");
+  if (posix_memalign(&memory, 128, sizeof(struct hfreduceComm)))
+    return hfr_fail(hfreduceSystemError, "out of memory for a communicator");
   struct hfreduceComm *c = memset(memory, 0, sizeof *c);
   c->magic = HFR_COMM_MAGIC;
   c->pid = getpid();
@@ -125,8 +145,10 @@ hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hf
   c->nranks = nranks;
   c->arena.fd = c->arena.bell_fd = -1;
   c->timeout = config && config->timeout > 0 ? config->timeout : hfr_param_real(HFR_PARAM_TIMEOUT);
-  if (config && config->name) snprintf(c->name, sizeof c->name, "%s", config->name);
-  else snprintf(c->name, sizeof c->name, "%016llx", (unsigned long long)uid.comm_id);
+  if (config && config->name)
+    snprintf(c->name, sizeof c->name, "%s", config->name);
+  else
+    snprintf(c->name, sizeof c->name, "%016llx", (unsigned long long)uid.comm_id);
   pthread_mutex_init(&c->ops_lock, NULL);
   hfr_log_set_rank(rank);
   hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->timeout * 1e9));
@@ -150,7 +172,8 @@ hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduce
 
 static hfreduceResult_t check(hfreduceComm_t c, const char *function) {
   if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", function);
-  if (c->magic != HFR_COMM_MAGIC) return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", function);
+  if (c->magic != HFR_COMM_MAGIC)
+    return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", function);
   return hfreduceSuccess;
 }
 
@@ -177,7 +200,9 @@ hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
 
 hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
   HFR_TRY(check(comm, "hfreduceCommAbort"));
-  if (comm->pid != getpid()) return hfr_fail(hfreduceInvalidUsage, "hfreduceCommAbort: the communicator belongs to process %d, this is its fork", (int)comm->pid);
+  if (comm->pid != getpid())
+    return hfr_fail(hfreduceInvalidUsage, "hfreduceCommAbort: the communicator belongs to process %d, this is its fork",
+                    (int)comm->pid);
   hfreduceErrorInfo_t info;
   hfr_error_clear(&info);
   info.code = hfreduceAborted;
@@ -224,10 +249,15 @@ hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *in
   HFR_TRY(check(comm, "hfreduceCommGetInfo"));
   if (!info) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetInfo: info is NULL");
   const struct hfr_layout *l = &comm->layout;
-  *info = (hfreduceCommInfo_t){.rank = l->rank, .nranks = l->nranks, .local_rank = l->local, .local_nranks = l->nlocal, .node = l->node, .nnodes = l->nnodes};
+  *info = (hfreduceCommInfo_t){.rank = l->rank,
+                               .nranks = l->nranks,
+                               .local_rank = l->local,
+                               .local_nranks = l->nlocal,
+                               .node = l->node,
+                               .nnodes = l->nnodes};
   snprintf(info->host, sizeof info->host, "%s", comm->hosts[comm->rank]);
-  snprintf(info->transports, sizeof info->transports, "%s%s%s", l->max_local > 1 || l->nnodes == 1 ? "shm" : "", l->max_local > 1 && l->nnodes > 1 ? "," : "",
-           l->nnodes > 1 ? comm->engine.remote->name : "");
+  snprintf(info->transports, sizeof info->transports, "%s%s%s", l->max_local > 1 || l->nnodes == 1 ? "shm" : "",
+           l->max_local > 1 && l->nnodes > 1 ? "," : "", l->nnodes > 1 ? comm->engine.remote->name : "");
   return hfreduceSuccess;
 }
 
@@ -254,7 +284,8 @@ hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfre
   HFR_TRY(check(comm, "hfreduceCommSplit"));
   if (!newcomm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: newcomm is NULL");
   *newcomm = NULL;
-  if (color < -1) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: color is %d; it must be 0 or more, or -1 for none", color);
+  if (color < -1)
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: color is %d; it must be 0 or more, or -1 for none", color);
   int n = comm->nranks, members = 0, mine = -1;
   struct split_entry me = {color, key, comm->rank, 0}, *all = calloc((size_t)n, sizeof *all);
   hfreduceUniqueId *ids = calloc((size_t)n, sizeof *ids), id = {{0}};

@@ -50,24 +50,24 @@ struct hfreduceComm {
   struct hfr_conn *control;
   int ncontrol;
   /* written by the watcher, awaited by who joins */
-  _Atomic uint32_t go;              /* futex: moves when the state below does */
-  _Atomic int ready, went, failed;  /* rank 0: how many others are; all are ready; an error came before that */
-  hfreduceErrorInfo_t early;        /* valid once failed */
-  struct hfreduceComm *next; /* registered */
+  _Atomic uint32_t go;             /* futex: moves when the state below does */
+  _Atomic int ready, went, failed; /* rank 0: how many others are; all are ready; an error came before that */
+  hfreduceErrorInfo_t early;       /* valid once failed */
+  struct hfreduceComm *next;       /* registered */
   /* user-made ops: values from hfreduceNumOps */
   struct hfr_premul {
     int used;
     hfreduceDataType_t dtype;
     uint8_t scalar[8];
-  } *ops;
+  } * ops;
   int nops;
   pthread_mutex_t ops_lock;
 };
 #define HFR_COMM_MAGIC 0x6d6d6f63u
 
 /* --- runtime.c: once a process --- */
-/* Start what a process needs (watcher thread, listener). The listener's address goes to *addr: loopback; or where HFREDUCE_SOCKET_IFNAME says; or, that unset, on the
-   way to `root` (NULL: not known yet). */
+/* Start what a process needs (watcher thread, listener). The listener's address goes to *addr: loopback; or where
+   HFREDUCE_SOCKET_IFNAME says; or, that unset, on the way to `root` (NULL: not known yet). */
 hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, struct hfr_addr *addr);
 /* Also listen on exactly this address. */
 hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr);

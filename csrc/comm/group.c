@@ -36,19 +36,27 @@ static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_ca
   if (!r) return hfr_fail(hfreduceSystemError, "out of memory for a request");
   struct hfr_call mine = *call;
   hfreduceResult_t result = hfreduceSuccess;
-  if (mine.sendcounts && !(r->counts = copy_counts(&mine, c->nranks))) result = hfr_fail(hfreduceSystemError, "out of memory for counts");
+  if (mine.sendcounts && !(r->counts = copy_counts(&mine, c->nranks)))
+    result = hfr_fail(hfreduceSystemError, "out of memory for counts");
   if (!result && mine.coll == HFR_ALL_TO_ALL && mine.send == mine.recv && mine.count && !mine.sendcounts) {
     size_t bytes = mine.count * (size_t)c->nranks * hfr_dtype_size(mine.dtype);
     r->temp = malloc(bytes);
-    if (r->temp) mine.send = memcpy(r->temp, mine.send, bytes);
-    else result = hfr_fail(hfreduceSystemError, "out of memory for %zu bytes: all_to_all in place needs a copy of its buffer", bytes);
+    if (r->temp)
+      mine.send = memcpy(r->temp, mine.send, bytes);
+    else
+      result =
+          hfr_fail(hfreduceSystemError, "out of memory for %zu bytes: all_to_all in place needs a copy of its buffer", bytes);
   }
   if (!result) result = hfr_plan_build(&r->plan, &c->layout, &e->geometry, &mine);
   if (result) {
     hfr_request_put(e, r);
     return result;
   }
-  r->fp = (struct hfr_fingerprint){.count = mine.count, .root = mine.root, .coll = (uint8_t)mine.coll, .op = (uint8_t)(mine.premul ? 5 : mine.op), .dtype = (uint8_t)mine.dtype};
+  r->fp = (struct hfr_fingerprint){.count = mine.count,
+                                   .root = mine.root,
+                                   .coll = (uint8_t)mine.coll,
+                                   .op = (uint8_t)(mine.premul ? 5 : mine.op),
+                                   .dtype = (uint8_t)mine.dtype};
   r->timeout_ns = e->timeout_ns;
   *out = r;
   return hfreduceSuccess;
@@ -142,8 +150,8 @@ hfreduceResult_t hfreduceGroupStart(void) {
   return hfreduceSuccess;
 }
 
-/* Close one level. 1: it was the outermost, the *n calls of *list are to be launched, or *result says why not. The list is the caller's to free: a thread
-   may end after any group. */
+/* Close one level. 1: it was the outermost, the *n calls of *list are to be launched, or *result says why not. The list is the
+   caller's to free: a thread may end after any group. */
 static int close_level(struct grouped **list, int *n, hfreduceResult_t *result) {
   *result = hfreduceSuccess;
   if (!group.depth) {
@@ -179,7 +187,9 @@ hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
   hfreduceResult_t r;
   if (!work) return hfr_fail(hfreduceInvalidArgument, "hfreduceGroupEndAsync: work is NULL");
   *work = NULL;
-  if (!close_level(&list, &n, &r)) return hfr_fail(hfreduceInvalidUsage, "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
+  if (!close_level(&list, &n, &r))
+    return hfr_fail(hfreduceInvalidUsage,
+                    "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
   if (!r) r = launch(list, n, work);
   for (int i = 0; !r && i < n; i++)
     if (!i || list[i].comm != list[i - 1].comm) hfr_drive_async(&list[i].comm->engine);

@@ -1,6 +1,7 @@
 /*
- * The process' side of all communicators: listeners, and the watcher thread that accepts and authenticates connections, serves rendezvous, and
- * watches the control connections, so that a death, an abort or an error of one rank reaches all. Nothing here blocks on a peer.
+ * The process' side of all communicators: listeners, and the watcher thread that accepts and authenticates connections, serves
+ * rendezvous, and watches the control connections, so that a death, an abort or an error of one rank reaches all. Nothing here
+ * blocks on a peer.
  */
 #include "comm.h"
 
@@ -32,7 +33,7 @@ struct root {
   uint64_t comm_id;
   uint8_t secret[16];
   int nranks, got;
-  int64_t told_ns; /* when the waiting were last told who is missing */
+  int64_t told_ns;           /* when the waiting were last told who is missing */
   struct hfr_record *record; /* by rank; .nranks == 0: not here yet */
 };
 
@@ -125,13 +126,15 @@ static void join(struct watch *w, const uint8_t *payload, size_t bytes) {
     root->nranks = r.nranks;
   }
   if (r.nranks != root->nranks) {
-    snprintf(text, sizeof text, "rank %d (process %u on %s) says there are %d ranks, earlier ones said %d; give all the same number", r.rank, r.pid, r.host,
-             r.nranks, root->nranks);
+    snprintf(text, sizeof text,
+             "rank %d (process %u on %s) says there are %d ranks, earlier ones said %d; give all the same number", r.rank, r.pid,
+             r.host, r.nranks, root->nranks);
     fail_root(root, -1, text);
     return;
   }
   if (root->record[r.rank].nranks) {
-    snprintf(text, sizeof text, "rank %d joined twice: process %u on %s and process %u on %s; give each process a rank of its own", r.rank,
+    snprintf(text, sizeof text,
+             "rank %d joined twice: process %u on %s and process %u on %s; give each process a rank of its own", r.rank,
              root->record[r.rank].pid, root->record[r.rank].host, r.pid, r.host);
     fail_root(root, -1, text);
     return;
@@ -237,7 +240,8 @@ static void control_frame(struct hfreduceComm *c, int peer, enum hfr_frame type,
     case HFR_FRAME_ERROR:
       if (bytes != sizeof info) break;
       memcpy(&info, payload, sizeof info);
-      info.op[sizeof info.op - 1] = info.phase[sizeof info.phase - 1] = info.host[sizeof info.host - 1] = info.text[sizeof info.text - 1] = 0;
+      info.op[sizeof info.op - 1] = info.phase[sizeof info.phase - 1] = info.host[sizeof info.host - 1] =
+          info.text[sizeof info.text - 1] = 0;
       if (info.code <= 0 || info.code >= hfreduceNumResults) break;
       if (c->rank == 0)
         for (int r = 1; r < c->nranks; r++)
@@ -272,7 +276,8 @@ static void heartbeat(struct hfreduceComm *c, int64_t now) {
     hfr_conn_send(conn, HFR_FRAME_PING, NULL, 0);
     if (now - conn->heard_ns < limit) continue;
     char how[120];
-    snprintf(how, sizeof how, "has been silent for %.1f s: stopped, or its host is unreachable", (double)(now - conn->heard_ns) * 1e-9);
+    snprintf(how, sizeof how, "has been silent for %.1f s: stopped, or its host is unreachable",
+             (double)(now - conn->heard_ns) * 1e-9);
     hfr_conn_close(conn);
     peer_lost(c, c->rank == 0 ? i : 0, how);
   }
@@ -315,7 +320,9 @@ static int deliver(struct watch *w) {
   }
   if (h->kind == HFR_AUTH_DATA && c->engine_up && h->vc < HFR_NVC && h->stream < c->net.streams && h->rank < c->rank) {
     int empty = 0;
-    if (!atomic_compare_exchange_strong(&c->net.arrived[((size_t)h->rank * HFR_NVC + h->vc) * (size_t)c->net.streams + h->stream], &empty, w->fd + 1)) return -1;
+    if (!atomic_compare_exchange_strong(&c->net.arrived[((size_t)h->rank * HFR_NVC + h->vc) * (size_t)c->net.streams + h->stream],
+                                        &empty, w->fd + 1))
+      return -1;
     hfr_engine_wake(&c->engine);
     return 0;
   }
@@ -339,13 +346,16 @@ static void refuse(struct watch *w, const char *why) {
 static int pending_event(struct watch *w) {
   int r = hfr_auth_step(&w->auth);
   if (r == 0) return 0;
-  if (r < 0) refuse(w, hfr_last_error()->text);
-  else if (deliver(w)) refuse(w, "nobody waits for it");
+  if (r < 0)
+    refuse(w, hfr_last_error()->text);
+  else if (deliver(w))
+    refuse(w, "nobody waits for it");
   rt.pending--;
   return 1;
 }
 
-/* Too many half-open handshakes: the oldest goes. Who means it needs a millisecond, so a crowd of strangers cannot keep ranks out. */
+/* Too many half-open handshakes: the oldest goes. Who means it needs a millisecond, so a crowd of strangers cannot keep ranks
+ * out. */
 static void expire_oldest(void) {
   struct watch *oldest = NULL;
   for (struct watch *w = rt.watches; w; w = w->next)
@@ -390,7 +400,9 @@ static void collect(struct polled *p) {
   p->n = 0;
   want(p, rt.kick_fd, POLLIN);
   for (struct watch *w = rt.watches; w; w = w->next) {
-    int events = w->kind == WATCH_PENDING ? w->auth.events : w->kind == WATCH_JOINER && w->conn.tx_have ? POLLIN | POLLOUT : POLLIN;
+    int events = w->kind == WATCH_PENDING                     ? w->auth.events
+                 : w->kind == WATCH_JOINER && w->conn.tx_have ? POLLIN | POLLOUT
+                                                              : POLLIN;
     w->slot = want(p, w->fd, events);
   }
 }
@@ -416,7 +428,8 @@ static void serve_watches(const struct polled *p, int64_t now) {
     if (w->kind == WATCH_LISTENER && ready) accept_all(w);
     if (w->kind == WATCH_PENDING) {
       if (ready) over = pending_event(w);
-      if (!over && now - w->since_ns > HANDSHAKE_NS) refuse(w, w->since_ns ? "no handshake within 5 s" : "too many unfinished handshakes"), rt.pending--, over = 1;
+      if (!over && now - w->since_ns > HANDSHAKE_NS)
+        refuse(w, w->since_ns ? "no handshake within 5 s" : "too many unfinished handshakes"), rt.pending--, over = 1;
     }
     if (w->kind == WATCH_JOINER) {
       if (ready) joiner_event(w);
@@ -533,7 +546,8 @@ static hfreduceResult_t start(void) {
 
 static hfreduceResult_t listen_at(struct hfr_addr *addr, int any_port) {
   for (struct watch *w = rt.watches; w; w = w->next)
-    if (w->kind == WATCH_LISTENER && w->addr.family == addr->family && !memcmp(w->addr.ip, addr->ip, 16) && (any_port || w->addr.port == addr->port)) {
+    if (w->kind == WATCH_LISTENER && w->addr.family == addr->family && !memcmp(w->addr.ip, addr->ip, 16) &&
+        (any_port || w->addr.port == addr->port)) {
       *addr = w->addr;
       return hfreduceSuccess;
     }
@@ -560,12 +574,15 @@ static int route_to(const struct hfr_addr *peer, struct hfr_addr *mine) {
     memcpy(&in6->sin6_addr, peer->ip, 16);
   }
   int fd = socket(to.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-  int failed = fd < 0 || connect(fd, (struct sockaddr *)&to, peer->family == 4 ? sizeof *in4 : sizeof *in6) || getsockname(fd, (struct sockaddr *)&from, &len);
+  int failed = fd < 0 || connect(fd, (struct sockaddr *)&to, peer->family == 4 ? sizeof *in4 : sizeof *in6) ||
+               getsockname(fd, (struct sockaddr *)&from, &len);
   if (fd >= 0) close(fd);
   if (failed) return -1;
   *mine = (struct hfr_addr){.family = peer->family};
-  if (peer->family == 4) memcpy(mine->ip, &((struct sockaddr_in *)&from)->sin_addr, 4);
-  else memcpy(mine->ip, &((struct sockaddr_in6 *)&from)->sin6_addr, 16);
+  if (peer->family == 4)
+    memcpy(mine->ip, &((struct sockaddr_in *)&from)->sin_addr, 4);
+  else
+    memcpy(mine->ip, &((struct sockaddr_in6 *)&from)->sin6_addr, 16);
   return 0;
 }
 
@@ -574,7 +591,8 @@ hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, s
   if (loopback) {
     *addr = (struct hfr_addr){.family = 4, .ip = {127, 0, 0, 1}};
     if (root && root->family == 6) *addr = (struct hfr_addr){.family = 6, .ip = {[15] = 1}};
-  } else if (!root || *hfr_param_text(HFR_PARAM_SOCKET_IFNAME) || *hfr_param_text(HFR_PARAM_SOCKET_FAMILY) || route_to(root, addr)) {
+  } else if (!root || *hfr_param_text(HFR_PARAM_SOCKET_IFNAME) || *hfr_param_text(HFR_PARAM_SOCKET_FAMILY) ||
+             route_to(root, addr)) {
     HFR_TRY(hfr_nic_choose(addr, name));
   }
   addr->port = 0;

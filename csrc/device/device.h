@@ -1,6 +1,6 @@
 /*
- * Where buffers can live: a table of devices. Host memory is always the last entry and owns what no other device claims. Device code is found at run
- * time, so every build has every entry; `why_absent` tells what is missing.
+ * Where buffers can live: a table of devices. Host memory is always the last entry and owns what no other device claims. Device
+ * code is found at run time, so every build has every entry; `why_absent` tells what is missing.
  */
 #ifndef HFR_DEVICE_DEVICE_H_
 #define HFR_DEVICE_DEVICE_H_

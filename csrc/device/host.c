@@ -12,7 +12,7 @@ static struct block {
   struct block *next;
   void *ptr;
   size_t bytes;
-} *blocks;
+} * blocks;
 static pthread_mutex_t blocks_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static hfreduceResult_t host_alloc(void **ptr, size_t size) {
@@ -59,7 +59,9 @@ const struct hfr_device hfr_device_host = {"host", host_why_absent, host_owns, h
 
 static const struct hfr_device *const devices[] = {&hfr_device_host};
 
-const struct hfr_device *hfr_device_at(int i) { return i >= 0 && (size_t)i < sizeof devices / sizeof *devices ? devices[i] : NULL; }
+const struct hfr_device *hfr_device_at(int i) {
+  return i >= 0 && (size_t)i < sizeof devices / sizeof *devices ? devices[i] : NULL;
+}
 
 const struct hfr_device *hfr_device_of(const void *ptr) {
   for (int i = 0; hfr_device_at(i); i++)

@@ -18,14 +18,18 @@ static void want_request(struct hfr_engine *e, struct hfr_request *r, struct hfr
     struct hfr_cursor *c = &r->cursor[s];
     if (c->done == st->niter) continue;
     struct hfr_link *l;
-    if (st->kind == HFR_STAGE_SEND && c->done < c->posted && (l = hfr_engine_link(e, st->peer, st->vc))) l->transport->want(l, 0, set);
+    if (st->kind == HFR_STAGE_SEND && c->done < c->posted && (l = hfr_engine_link(e, st->peer, st->vc)))
+      l->transport->want(l, 0, set);
     if (st->kind == HFR_STAGE_SEND && c->done == c->posted) continue;
-    if (st->kind == HFR_STAGE_RECV && c->have_step && hfr_guards_open(e, r, &c->step) && (l = hfr_engine_link(e, st->peer, st->vc))) l->transport->want(l, 1, set);
+    if (st->kind == HFR_STAGE_RECV && c->have_step && hfr_guards_open(e, r, &c->step) &&
+        (l = hfr_engine_link(e, st->peer, st->vc)))
+      l->transport->want(l, 1, set);
     if (st->kind == HFR_STAGE_REDUCE && c->have_step && hfr_guards_open(e, r, &c->step))
       for (int j = 0; j < c->step.nparts; j++) {
         struct hfr_part p;
         r->plan.part(&r->plan, s, c->done, j, &p);
-        if (p.src.space == HFR_MSG && message_missing(e, &p.src, c->step.bytes) && (l = hfr_engine_link(e, p.src.index, p.src.vc)))
+        if (p.src.space == HFR_MSG && message_missing(e, &p.src, c->step.bytes) &&
+            (l = hfr_engine_link(e, p.src.index, p.src.vc)))
           l->transport->want(l, 1, set);
       }
   }
@@ -56,8 +60,8 @@ static void name_rank(struct culprits *c, const char *phase, int rank) {
   if (c->peer < 0) c->peer = rank, c->phase = phase;
   if (left && c->now_ns - left > LEFT_GRACE_NS) c->gone = rank;
   if (c->named++ < 8 && c->used < sizeof c->text)
-    c->used += (size_t)snprintf(c->text + c->used, sizeof c->text - c->used, "%srank %d on %s", c->named > 1 ? ", " : "waiting for ", rank,
-                                c->engine->net->host[rank]);
+    c->used += (size_t)snprintf(c->text + c->used, sizeof c->text - c->used, "%srank %d on %s",
+                                c->named > 1 ? ", " : "waiting for ", rank, c->engine->net->host[rank]);
 }
 
 /* Name the local ranks that keep guard g shut; 1 if an own stage does. */
@@ -101,7 +105,8 @@ static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t n
   *c = (struct culprits){.engine = e, .phase = "start", .peer = -1, .gone = -1, .now_ns = now, .text = "waiting"};
   if (!r->verified)
     for (int i = 0; i < lay->nlocal; i++)
-      if (i != lay->local && atomic_load(&e->arena->ctrl[i].start) < r->fp.seq) name_rank(c, "verify", hfr_rank_at(lay, lay->node, i));
+      if (i != lay->local && atomic_load(&e->arena->ctrl[i].start) < r->fp.seq)
+        name_rank(c, "verify", hfr_rank_at(lay, lay->node, i));
   for (int s = 0; !c->named && s < r->plan.nstages; s++) name_stage(c, r, s);
 }
 
@@ -123,5 +128,6 @@ static void check_request(struct hfr_engine *e, struct hfr_request *r, int64_t n
 
 void hfr_engine_check(struct hfr_engine *e, int64_t now) {
   if (e->queue) check_request(e, e->queue, now);
-  for (struct hfr_request *r = e->p2p; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next) check_request(e, r, now);
+  for (struct hfr_request *r = e->p2p; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next)
+    check_request(e, r, now);
 }

@@ -1,8 +1,9 @@
 /*
  * The engine of a communicator: its queue of requests and who drives them.
  *
- * One thread at a time drives an engine (it holds `driver`): the caller of a blocking call on an idle communicator, or the process' progress thread. Collectives run one
- * after the other in issue order; sends and receives run beside them, in order for each peer and direction.
+ * One thread at a time drives an engine (it holds `driver`): the caller of a blocking call on an idle communicator, or the
+ * process' progress thread. Collectives run one after the other in issue order; sends and receives run beside them, in order for
+ * each peer and direction.
  */
 #ifndef HFR_ENGINE_ENGINE_H_
 #define HFR_ENGINE_ENGINE_H_
@@ -24,20 +25,20 @@ struct hfr_request {
   struct hfreduceWork *work;
   struct hfr_plan plan;
   struct hfr_fingerprint fp;
-  uint64_t base;        /* chunks staged before this operation */
-  int64_t deadline_ns;  /* set when it starts */
+  uint64_t base;       /* chunks staged before this operation */
+  int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified;
-  uint64_t ticket;      /* HFR_P2P: its turn on the link */
+  uint64_t ticket;           /* HFR_P2P: its turn on the link */
   struct hfr_cursor *cursor; /* one a stage */
   int cursors_cap, left;     /* left: stages not yet finished */
-  void *temp;           /* copy of the send buffer (in-place all_to_all) */
-  size_t *counts;       /* copy of the uneven counts */
+  void *temp;                /* copy of the send buffer (in-place all_to_all) */
+  size_t *counts;            /* copy of the uneven counts */
 };
 
 struct hfr_cursor {
-  int64_t done;    /* iterations completed */
-  int64_t posted;  /* SEND: iterations handed to the link */
+  int64_t done;     /* iterations completed */
+  int64_t posted;   /* SEND: iterations handed to the link */
   uint64_t tx_base; /* SEND: link->posted when the stage began */
   int have_step;
   struct hfr_step step; /* of iteration `done` (SEND: `posted`) */
@@ -53,12 +54,12 @@ struct hfr_engine {
   const void **sources;               /* scratch of a reduction */
   pid_t pid;
 
-  _Atomic int driver;                 /* 1: somebody drives */
-  pthread_mutex_t lock;               /* guards inbox, tickets, free requests, error */
+  _Atomic int driver;                      /* 1: somebody drives */
+  pthread_mutex_t lock;                    /* guards inbox, tickets, free requests, error */
   struct hfr_request *inbox, **inbox_tail; /* submitted, not yet seen by a driver */
   _Atomic int inbox_full;
   struct hfr_request *free;
-  _Atomic uint32_t active;            /* requests submitted and not ended */
+  _Atomic uint32_t active; /* requests submitted and not ended */
   /* the driver's: */
   struct hfr_request *queue, **queue_tail; /* collectives, in order */
   struct hfr_request *p2p;                 /* running sends and receives */
@@ -66,20 +67,20 @@ struct hfr_engine {
   uint64_t base;                           /* chunks staged */
   uint64_t out_known;                      /* all local ranks have taken out this many, as far as we looked */
 
-  _Atomic int error;                  /* first error; every wait reads it */
-  hfreduceErrorInfo_t why;            /* under lock */
-  _Atomic int64_t *left_ns;           /* by rank: when it left (0: it has not) */
+  _Atomic int error;        /* first error; every wait reads it */
+  hfreduceErrorInfo_t why;  /* under lock */
+  _Atomic int64_t *left_ns; /* by rank: when it left (0: it has not) */
   _Atomic int anyone_left;
   int64_t timeout_ns;
-  int spins, yields;                  /* patience before sleeping */
+  int spins, yields; /* patience before sleeping */
   const char *host;
   /* told once, by whichever thread found the error, without locks held */
   void (*on_error)(void *arg, const hfreduceErrorInfo_t *info);
   void *on_error_arg;
 
-  struct hfr_engine *next_active;     /* the progress thread's list */
+  struct hfr_engine *next_active; /* the progress thread's list */
   int listed;
-  uint64_t collectives, fast;         /* counters for the curious */
+  uint64_t collectives, fast; /* counters for the curious */
 };
 
 hfreduceResult_t hfr_engine_init(struct hfr_engine *engine);
@@ -108,7 +109,8 @@ struct hfr_link *hfr_engine_link(struct hfr_engine *engine, int peer, int vc);
 void hfr_engine_wake(struct hfr_engine *engine);
 
 /* --- who drives (progress.c) --- */
-/* Run until `work` is done: in this thread if nobody drives, else wait for who does. deadline_ns < 0: until it ends by itself. 1 done, 0 time is up. */
+/* Run until `work` is done: in this thread if nobody drives, else wait for who does. deadline_ns < 0: until it ends by itself. 1
+ * done, 0 time is up. */
 int hfr_drive_until(struct hfr_engine *engine, struct hfreduceWork *work, int64_t deadline_ns);
 /* Let the progress thread drive. */
 void hfr_drive_async(struct hfr_engine *engine);
@@ -119,15 +121,18 @@ void hfr_drive_stop(struct hfr_engine *engine);
 /* In a forked child: there is no progress thread; the next hfr_drive_async starts one. */
 void hfr_drive_after_fork(void);
 
-/* Fast path for small blocking all_reduce on one node: one synchronisation, no request (engine/oneshot.c). 1: done or failed (*result); 0: take the normal way. */
+/* Fast path for small blocking all_reduce on one node: one synchronisation, no request (engine/oneshot.c). 1: done or failed
+ * (*result); 0: take the normal way. */
 int hfr_oneshot_all_reduce(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);
 /* A message that names both sides of a disagreement. */
 void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size_t size);
-void hfr_fail_mismatch(struct hfr_engine *engine, const struct hfr_fingerprint *mine, int peer, const struct hfr_fingerprint *theirs);
+void hfr_fail_mismatch(struct hfr_engine *engine, const struct hfr_fingerprint *mine, int peer,
+                       const struct hfr_fingerprint *theirs);
 /* Patience of one wait: spins, then yields, then sleeps. */
 struct hfr_backoff {
   int idle;
 };
 /* Nothing moved: wait a little. look() is asked once more before sleeping; when it says 1 there is no sleep. */
-void hfr_backoff_wait(struct hfr_engine *engine, struct hfr_backoff *backoff, int (*look)(struct hfr_engine *, void *), void *arg);
+void hfr_backoff_wait(struct hfr_engine *engine, struct hfr_backoff *backoff, int (*look)(struct hfr_engine *, void *),
+                      void *arg);
 #endif

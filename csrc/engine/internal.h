@@ -4,7 +4,8 @@
 #include "engine.h"
 
 /* Break the communicator from within request r: adds where it stood to `text`. */
-void hfr_fail_request(struct hfr_engine *engine, const struct hfr_request *request, const char *phase, int peer, hfreduceResult_t code, const char *text);
+void hfr_fail_request(struct hfr_engine *engine, const struct hfr_request *request, const char *phase, int peer,
+                      hfreduceResult_t code, const char *text);
 /* Are all guards of a step open? Verifies the operation when a guard concerns its data. */
 int hfr_guards_open(struct hfr_engine *engine, struct hfr_request *request, const struct hfr_step *step);
 /* Have the local ranks that a guard names published what it needs? */

@@ -1,6 +1,6 @@
 /*
- * The short way for a small blocking all_reduce on one node: what the plan "one-shot" does, written out, with no request, no lock and no system call.
- * On the wire the two are one: a rank may take this way while another executes the plan.
+ * The short way for a small blocking all_reduce on one node: what the plan "one-shot" does, written out, with no request, no lock
+ * and no system call. On the wire the two are one: a rank may take this way while another executes the plan.
  */
 #include "engine.h"
 #include "internal.h"
@@ -22,7 +22,8 @@ static int arrived(struct hfr_engine *e, void *arg) {
   if (atomic_load_explicit(a->counter, memory_order_acquire) >= a->need) return 1;
   if (atomic_load_explicit(&e->error, memory_order_acquire)) return 1;
   const struct hfr_rank_ctrl *c = &e->arena->ctrl[a->local];
-  if (atomic_load_explicit(&c->start, memory_order_acquire) == a->request->fp.seq && !hfr_fingerprint_equal(&c->fp[a->request->fp.seq & 1], &a->request->fp)) {
+  if (atomic_load_explicit(&c->start, memory_order_acquire) == a->request->fp.seq &&
+      !hfr_fingerprint_equal(&c->fp[a->request->fp.seq & 1], &a->request->fp)) {
     struct hfr_fingerprint theirs = c->fp[a->request->fp.seq & 1];
     hfr_fail_mismatch(e, &a->request->fp, hfr_rank_at(e->layout, e->layout->node, a->local), &theirs);
     return 1;
@@ -35,7 +36,8 @@ static int await(struct hfr_engine *e, struct awaited *a) {
   struct hfr_backoff b = {0};
   if (atomic_load_explicit(a->counter, memory_order_acquire) >= a->need) return 1;
   while (!arrived(e, a)) {
-    if (!a->request->deadline_ns) a->request->deadline_ns = a->request->timeout_ns > 0 ? hfr_now_ns() + a->request->timeout_ns : INT64_MAX;
+    if (!a->request->deadline_ns)
+      a->request->deadline_ns = a->request->timeout_ns > 0 ? hfr_now_ns() + a->request->timeout_ns : INT64_MAX;
     e->queue = a->request; /* hfr_engine_check looks at the head of the queue; nobody else drives */
     hfr_backoff_wait(e, &b, arrived, a);
     e->queue = NULL;
@@ -61,7 +63,8 @@ static int exchange(struct hfr_engine *e, const struct hfr_call *call, struct hf
   atomic_store_explicit(&me->start, r->fp.seq, memory_order_release);
   if (!slot_free(e, r)) return 0;
   memcpy(hfr_arena_in(a, a->local, r->base), call->send, bytes);
-  atomic_store_explicit(&me->in, r->base + 1, memory_order_release); /* pairs with await() and counter_reached(): slot and fingerprint are whole */
+  atomic_store_explicit(&me->in, r->base + 1,
+                        memory_order_release); /* pairs with await() and counter_reached(): slot and fingerprint are whole */
   hfr_arena_notify(a);
   for (int i = 0; i < a->nlocal; i++) {
     e->sources[i] = hfr_arena_in(a, i, r->base);
@@ -77,7 +80,8 @@ static int exchange(struct hfr_engine *e, const struct hfr_call *call, struct hf
   }
   e->out_known = r->base;
   struct hfr_scale scale = {.div = call->op == hfreduceAvg ? (uint64_t)a->nlocal : 0};
-  hfr_reduce(call->recv, e->sources, a->nlocal, call->count, call->dtype, call->op == hfreduceAvg ? HFR_OP_SUM : (enum hfr_op)call->op, &scale);
+  hfr_reduce(call->recv, e->sources, a->nlocal, call->count, call->dtype,
+             call->op == hfreduceAvg ? HFR_OP_SUM : (enum hfr_op)call->op, &scale);
   atomic_store_explicit(&me->red, r->base + 1, memory_order_relaxed);
   atomic_store_explicit(&me->out, r->base + 1, memory_order_release); /* pairs with slot_free() */
   hfr_arena_notify(a);
@@ -87,17 +91,24 @@ static int exchange(struct hfr_engine *e, const struct hfr_call *call, struct hf
 int hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_call *call, hfreduceResult_t *result) {
   size_t bytes = call->count * hfr_dtype_size(call->dtype);
   int idle = 0;
-  if (e->layout->nnodes != 1 || e->layout->nlocal == 1 || !bytes || call->premul || (int64_t)bytes > hfr_oneshot_bytes(&e->geometry, e->arena->nlocal) ||
+  if (e->layout->nnodes != 1 || e->layout->nlocal == 1 || !bytes || call->premul ||
+      (int64_t)bytes > hfr_oneshot_bytes(&e->geometry, e->arena->nlocal) ||
       call->count > (size_t)hfr_oneshot_bytes(&e->geometry, e->arena->nlocal))
     return 0;
-  if (atomic_load_explicit(&e->active, memory_order_acquire) || !atomic_compare_exchange_strong_explicit(&e->driver, &idle, 1, memory_order_acquire, memory_order_relaxed))
+  if (atomic_load_explicit(&e->active, memory_order_acquire) ||
+      !atomic_compare_exchange_strong_explicit(&e->driver, &idle, 1, memory_order_acquire, memory_order_relaxed))
     return 0;
   /* A plain object: only what errors and checks read is set. */
   struct hfr_request r;
   r.next = NULL;
   r.plan.nstages = 0;
   r.plan.call = *call;
-  r.fp = (struct hfr_fingerprint){.seq = ++e->seq, .count = call->count, .root = -1, .coll = HFR_ALL_REDUCE, .op = (uint8_t)call->op, .dtype = (uint8_t)call->dtype};
+  r.fp = (struct hfr_fingerprint){.seq = ++e->seq,
+                                  .count = call->count,
+                                  .root = -1,
+                                  .coll = HFR_ALL_REDUCE,
+                                  .op = (uint8_t)call->op,
+                                  .dtype = (uint8_t)call->dtype};
   r.base = e->base;
   r.timeout_ns = e->timeout_ns;
   r.deadline_ns = 0; /* looked up when a wait gets long: reading the clock costs as much as the exchange */

@@ -19,7 +19,8 @@ struct hfr_stage *hfr_plan_add(struct hfr_plan *plan, int role, enum hfr_stage_k
   }
   if (!plan->count[role]++) plan->first[role] = (int16_t)plan->nstages;
   struct hfr_stage *s = &plan->stage[plan->nstages++];
-  *s = (struct hfr_stage){.kind = (uint8_t)kind, .role = (uint8_t)role, .ctr = HFR_CTR_NONE, .peer = -1, .niter = niter, .name = name};
+  *s = (struct hfr_stage){
+      .kind = (uint8_t)kind, .role = (uint8_t)role, .ctr = HFR_CTR_NONE, .peer = -1, .niter = niter, .name = name};
   return s;
 }
 

@@ -1,9 +1,10 @@
 /*
  * A plan: what one rank does for one operation, as stages that each run through a number of iterations (mostly: one a chunk).
  *
- * A stage's iterations run in order; different stages overlap as their guards allow: that is the pipeline. A guard compares a counter with a need: of an own stage,
- * or one that local ranks publish in the arena. Planners (coll/) are pure: a plan depends on the call, the layout and the geometry alone, so it is tested
- * without a network. The executor (engine/request.c) knows no collective.
+ * A stage's iterations run in order; different stages overlap as their guards allow: that is the pipeline. A guard compares a
+ * counter with a need: of an own stage, or one that local ranks publish in the arena. Planners (coll/) are pure: a plan depends
+ * on the call, the layout and the geometry alone, so it is tested without a network. The executor (engine/request.c) knows no
+ * collective.
  */
 #ifndef HFR_ENGINE_PLAN_H_
 #define HFR_ENGINE_PLAN_H_
@@ -14,7 +15,17 @@
 #include "../transport/transport.h"
 
 enum hfr_coll {
-  HFR_ALL_REDUCE, HFR_REDUCE, HFR_BROADCAST, HFR_ALL_GATHER, HFR_REDUCE_SCATTER, HFR_ALL_TO_ALL, HFR_GATHER, HFR_SCATTER, HFR_BARRIER, HFR_P2P, HFR_NCOLL
+  HFR_ALL_REDUCE,
+  HFR_REDUCE,
+  HFR_BROADCAST,
+  HFR_ALL_GATHER,
+  HFR_REDUCE_SCATTER,
+  HFR_ALL_TO_ALL,
+  HFR_GATHER,
+  HFR_SCATTER,
+  HFR_BARRIER,
+  HFR_P2P,
+  HFR_NCOLL
 };
 const char *hfr_coll_name(int coll);
 
@@ -26,8 +37,8 @@ struct hfr_call {
   void *recv;
   size_t count; /* elements a rank, as in the public call; 0 for an uneven all_to_all */
   hfreduceDataType_t dtype;
-  hfreduceRedOp_t op;  /* sum .. avg; a premultiplied sum is hfreduceSum with premul set */
-  int root;            /* or peer; -1 */
+  hfreduceRedOp_t op; /* sum .. avg; a premultiplied sum is hfreduceSum with premul set */
+  int root;           /* or peer; -1 */
   int premul;
   uint8_t scalar[8];
   const size_t *sendcounts, *senddispls, *recvcounts, *recvdispls; /* uneven all_to_all, else NULL; owned by the request */
@@ -43,7 +54,8 @@ struct hfr_geometry {
 };
 
 enum hfr_space { HFR_SEND, HFR_RECV, HFR_IN, HFR_RES, HFR_MSG };
-/* A place: in the user's buffers (off in bytes), in slot `chunk` of local rank `index`, or the message next to come from rank `index` on channel vc. */
+/* A place: in the user's buffers (off in bytes), in slot `chunk` of local rank `index`, or the message next to come from rank
+ * `index` on channel vc. */
 struct hfr_loc {
   uint8_t space, vc;
   int32_t index;
@@ -52,8 +64,9 @@ struct hfr_loc {
 };
 
 enum hfr_who { HFR_OWN, HFR_ALL, HFR_ONE, HFR_LANES };
-/* OWN: stages first..first+n-1 have each completed `need` iterations. ALL, ONE (local rank first), LANES: counter ctr of those local ranks has reached `need`, counted
-   from the beginning of the operation (needs <= 0 concern chunks of earlier operations). */
+/* OWN: stages first..first+n-1 have each completed `need` iterations. ALL, ONE (local rank first), LANES: counter ctr of those
+   local ranks has reached `need`, counted from the beginning of the operation (needs <= 0 concern chunks of earlier operations).
+ */
 struct hfr_guard {
   uint8_t who, ctr;
   int16_t first, n;
@@ -78,14 +91,14 @@ struct hfr_stage {
   uint8_t kind, role; /* role: the planner's own numbering */
   uint8_t ctr;        /* counter published after each iteration, or HFR_CTR_NONE */
   uint8_t vc;
-  uint8_t premul;     /* COPY: apply the call's factor */
-  uint8_t final;      /* REDUCE: the result is complete (avg divides here) */
-  uint8_t tree;       /* the planner's: which tree */
-  int16_t npre;       /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
-  int32_t peer;       /* SEND, RECV: global rank */
-  int32_t arg;        /* the planner's: a rank, a child, a node */
+  uint8_t premul; /* COPY: apply the call's factor */
+  uint8_t final;  /* REDUCE: the result is complete (avg divides here) */
+  uint8_t tree;   /* the planner's: which tree */
+  int16_t npre;   /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
+  int32_t peer;   /* SEND, RECV: global rank */
+  int32_t arg;    /* the planner's: a rank, a child, a node */
   int64_t niter;
-  const char *name;   /* phase, as errors name it */
+  const char *name; /* phase, as errors name it */
 };
 
 #define HFR_MAX_ROLES 24
@@ -108,8 +121,8 @@ struct hfr_plan {
   void (*part)(const struct hfr_plan *plan, int stage, int64_t i, int j, struct hfr_part *part);
 };
 
-/* Append a stage; contiguous by role. Returns it, zeroed but for role, kind and ctr NONE; valid until the next one is added; NULL when out
-   of memory. */
+/* Append a stage; contiguous by role. Returns it, zeroed but for role, kind and ctr NONE; valid until the next one is added; NULL
+   when out of memory. */
 struct hfr_stage *hfr_plan_add(struct hfr_plan *plan, int role, enum hfr_stage_kind kind, int64_t niter, const char *name);
 void hfr_plan_fini(struct hfr_plan *plan);
 

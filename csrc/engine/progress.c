@@ -10,8 +10,8 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
-#define NAP_NS 50000000ll  /* longest sleep: deadlines and departures are looked at this often */
-#define CHECK_EVERY 4096   /* idle polls between looks at the clock while spinning */
+#define NAP_NS 50000000ll /* longest sleep: deadlines and departures are looked at this often */
+#define CHECK_EVERY 4096  /* idle polls between looks at the clock while spinning */
 
 static struct {
   pthread_mutex_t lock; /* list, started */
@@ -126,7 +126,8 @@ static void sleep_in_poll(struct hfr_engine **engine, int n) {
     hfr_engine_check(engine[i], now);
     hfr_arena_sleep_begin(engine[i]->arena, HFR_SLEEP_POLL);
   }
-  atomic_store_explicit(&pool.asleep, 1, memory_order_seq_cst); /* pairs with kick(): it writes, or we see its request in this pass */
+  atomic_store_explicit(&pool.asleep, 1,
+                        memory_order_seq_cst); /* pairs with kick(): it writes, or we see its request in this pass */
   atomic_thread_fence(memory_order_seq_cst);
   pthread_mutex_lock(&pool.lock);
   int changed = n ? 0 : pool.list != NULL;
@@ -139,7 +140,8 @@ static void sleep_in_poll(struct hfr_engine **engine, int n) {
     for (int i = 0; i < n; i++) {
       if (!held[i]) continue;
       hfr_engine_want(engine[i], &set);
-      if (set.n < (int)(sizeof set.fd / sizeof *set.fd) - 1) set.fd[set.n++] = (struct pollfd){engine[i]->arena->bell_fd, POLLIN, 0};
+      if (set.n < (int)(sizeof set.fd / sizeof *set.fd) - 1)
+        set.fd[set.n++] = (struct pollfd){engine[i]->arena->bell_fd, POLLIN, 0};
     }
     if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
     set.fd[set.n++] = (struct pollfd){pool.kick_fd, POLLIN, 0};
@@ -191,10 +193,14 @@ static void *progress_main(void *arg) {
       if (engine[i]->yields > yields) yields = engine[i]->yields;
     }
     patience /= 8; /* the caller computes meanwhile: leave it the core soon */
-    if (n && pass(engine, n, NULL)) idle = 0;
-    else if (n && ++idle < patience) hfr_cpu_relax();
-    else if (n && idle < patience + yields) sched_yield();
-    else sleep_in_poll(engine, n), idle = 0;
+    if (n && pass(engine, n, NULL))
+      idle = 0;
+    else if (n && ++idle < patience)
+      hfr_cpu_relax();
+    else if (n && idle < patience + yields)
+      sched_yield();
+    else
+      sleep_in_poll(engine, n), idle = 0;
     pthread_mutex_unlock(&pool.busy);
   }
   return NULL;
@@ -211,8 +217,10 @@ static void ensure_thread(void) {
   pthread_attr_setstacksize(&attr, 512 * 1024);
   int error = pool.kick_fd < 0 ? errno : pthread_create(&thread, &attr, progress_main, NULL);
   pthread_attr_destroy(&attr);
-  if (error) HFR_WARN("cannot start the progress thread: %s", strerror(error));
-  else pool.started = 1;
+  if (error)
+    HFR_WARN("cannot start the progress thread: %s", strerror(error));
+  else
+    pool.started = 1;
 }
 
 static void kick(void) {

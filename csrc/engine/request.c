@@ -15,7 +15,8 @@ void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size
   static const char *const op[] = {"sum", "prod", "max", "min", "avg", "premul_sum"};
   int n = snprintf(text, size, "%s #%llu(", hfr_coll_name(fp->coll), (unsigned long long)fp->seq);
   if (fp->coll != HFR_BARRIER && n > 0 && (size_t)n < size)
-    n += snprintf(text + n, size - (size_t)n, "count %llu, %s", (unsigned long long)fp->count, hfr_dtype_name((hfreduceDataType_t)fp->dtype));
+    n += snprintf(text + n, size - (size_t)n, "count %llu, %s", (unsigned long long)fp->count,
+                  hfr_dtype_name((hfreduceDataType_t)fp->dtype));
   if ((fp->coll == HFR_ALL_REDUCE || fp->coll == HFR_REDUCE || fp->coll == HFR_REDUCE_SCATTER) && (size_t)n < size)
     n += snprintf(text + n, size - (size_t)n, ", %s", fp->op < 6 ? op[fp->op] : "?");
   if (fp->root >= 0 && fp->coll != HFR_P2P && (size_t)n < size) n += snprintf(text + n, size - (size_t)n, ", root %d", fp->root);
@@ -52,7 +53,8 @@ int hfr_engine_error(struct hfr_engine *e, hfreduceErrorInfo_t *info) {
   return code;
 }
 
-void hfr_fail_request(struct hfr_engine *e, const struct hfr_request *r, const char *phase, int peer, hfreduceResult_t code, const char *text) {
+void hfr_fail_request(struct hfr_engine *e, const struct hfr_request *r, const char *phase, int peer, hfreduceResult_t code,
+                      const char *text) {
   hfreduceErrorInfo_t info;
   hfr_error_clear(&info);
   info.code = code;
@@ -80,9 +82,10 @@ void hfr_fail_mismatch(struct hfr_engine *e, const struct hfr_fingerprint *mine,
   snprintf(info.phase, sizeof info.phase, "verify");
   hfr_describe_fingerprint(mine, a, sizeof a);
   hfr_describe_fingerprint(theirs, b, sizeof b);
-  snprintf(info.text, sizeof info.text,
-           "ranks disagree: rank %d on %s called %s but rank %d on %s called %s; all ranks must make the same calls in the same order", e->layout->rank, e->host, a,
-           peer, e->net->host[peer], b);
+  snprintf(
+      info.text, sizeof info.text,
+      "ranks disagree: rank %d on %s called %s but rank %d on %s called %s; all ranks must make the same calls in the same order",
+      e->layout->rank, e->host, a, peer, e->net->host[peer], b);
   hfr_engine_fail(e, &info);
 }
 
@@ -189,8 +192,10 @@ static int begin(struct hfr_engine *e, struct hfr_request *r) {
     }
     c->tx_base = l->posted;
   }
-  if (r->plan.call.coll == HFR_P2P) r->verified = 1; /* pairs are verified by message headers */
-  else begin_collective(e, r);
+  if (r->plan.call.coll == HFR_P2P)
+    r->verified = 1; /* pairs are verified by message headers */
+  else
+    begin_collective(e, r);
   return 1;
 }
 
@@ -258,15 +263,18 @@ static int header_ok(struct hfr_engine *e, struct hfr_request *r, const struct h
   }
   if (h->bytes == bytes && h->offset == (uint64_t)i) return 1;
   char text[256];
-  snprintf(text, sizeof text, "ranks disagree: rank %d on %s sends message %llu of %llu bytes where rank %d expects message %lld of %zu bytes; check the counts of both sides", peer,
-           e->net->host[peer], (unsigned long long)h->offset, (unsigned long long)h->bytes, e->layout->rank, (long long)i, bytes);
+  snprintf(text, sizeof text,
+           "ranks disagree: rank %d on %s sends message %llu of %llu bytes where rank %d expects message %lld of %zu bytes; "
+           "check the counts of both sides",
+           peer, e->net->host[peer], (unsigned long long)h->offset, (unsigned long long)h->bytes, e->layout->rank, (long long)i,
+           bytes);
   hfr_fail_request(e, r, st->name, peer, hfreduceMismatch, text);
   return 0;
 }
 
 /* The next message of a link, judged. OK with data, AGAIN, or FAILED (recorded). */
-static int receive(struct hfr_engine *e, struct hfr_request *r, const struct hfr_stage *st, int peer, int vc, int64_t i, void *dst, size_t bytes,
-                   const void **data) {
+static int receive(struct hfr_engine *e, struct hfr_request *r, const struct hfr_stage *st, int peer, int vc, int64_t i,
+                   void *dst, size_t bytes, const void **data) {
   const struct hfr_msg_header *h;
   struct hfr_link *l = hfr_engine_link(e, peer, vc);
   int got = l ? l->transport->recv(l, dst, bytes, &h, data) : HFR_LINK_FAILED;
@@ -281,8 +289,10 @@ static int do_copy(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i
     struct hfr_part p;
     r->plan.part(&r->plan, s, i, j, &p);
     uint8_t *dst = place(e, r, &p.dst), *src = place(e, r, &p.src);
-    if (st->premul) hfr_premul(dst, src, p.bytes / r->plan.esize, r->plan.call.dtype, r->plan.call.scalar);
-    else if (dst != src && p.bytes) memcpy(dst, src, p.bytes);
+    if (st->premul)
+      hfr_premul(dst, src, p.bytes / r->plan.esize, r->plan.call.dtype, r->plan.call.scalar);
+    else if (dst != src && p.bytes)
+      memcpy(dst, src, p.bytes);
   }
   return 1;
 }
@@ -312,7 +322,8 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
     scale.div = (uint64_t)e->layout->nranks;
   }
   if (step->bytes)
-    hfr_reduce(place(e, r, &step->dst), e->sources, step->nparts, step->bytes / r->plan.esize, call->dtype, (enum hfr_op)op, &scale);
+    hfr_reduce(place(e, r, &step->dst), e->sources, step->nparts, step->bytes / r->plan.esize, call->dtype, (enum hfr_op)op,
+               &scale);
   for (int j = 0; j < step->nparts; j++) {
     if (from[j].space != HFR_MSG) continue;
     struct hfr_link *l = hfr_engine_link(e, from[j].index, from[j].vc);
@@ -382,14 +393,15 @@ static int advance(struct hfr_engine *e, struct hfr_request *r, int s) {
   } else {
     load_step(r, s, c->done);
     moved = hfr_guards_open(e, r, &c->step) && (st->kind == HFR_STAGE_COPY     ? do_copy(e, r, s, c->done, &c->step)
-                                            : st->kind == HFR_STAGE_REDUCE ? do_reduce(e, r, s, c->done, &c->step)
-                                            : st->kind == HFR_STAGE_RECV   ? do_recv(e, r, s, c->done, &c->step)
-                                                                           : 1);
+                                                : st->kind == HFR_STAGE_REDUCE ? do_reduce(e, r, s, c->done, &c->step)
+                                                : st->kind == HFR_STAGE_RECV   ? do_recv(e, r, s, c->done, &c->step)
+                                                                               : 1);
     if (moved) c->done++, c->have_step = 0;
   }
   if (moved && st->ctr != HFR_CTR_NONE) {
     uint64_t value = st->ctr == HFR_CTR_VER ? r->fp.seq : r->base + (uint64_t)c->done;
-    atomic_store_explicit(hfr_arena_ctr(e->arena, e->arena->local, (enum hfr_ctr)st->ctr), value, memory_order_release); /* pairs with hfr_counter_reached() */
+    atomic_store_explicit(hfr_arena_ctr(e->arena, e->arena->local, (enum hfr_ctr)st->ctr), value,
+                          memory_order_release); /* pairs with hfr_counter_reached() */
     hfr_arena_notify(e->arena);
   }
   if (moved && c->done == st->niter) r->left--;
@@ -488,8 +500,10 @@ static int progress_p2p(struct hfr_engine *e) {
     if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
     if (over(r)) {
       struct hfr_link *l = e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P];
-      if (r->plan.call.receiving) l->rx_turn++;
-      else l->tx_turn++;
+      if (r->plan.call.receiving)
+        l->rx_turn++;
+      else
+        l->tx_turn++;
       *at = r->next;
       finish(e, r, NULL);
       moved = 1;
@@ -517,7 +531,8 @@ int hfr_engine_progress(struct hfr_engine *e) {
     }
     if (e->p2p) moved |= progress_p2p(e);
   }
-  if (atomic_load_explicit(&e->error, memory_order_acquire) && (e->queue || e->p2p || atomic_load_explicit(&e->inbox_full, memory_order_relaxed))) {
+  if (atomic_load_explicit(&e->error, memory_order_acquire) &&
+      (e->queue || e->p2p || atomic_load_explicit(&e->inbox_full, memory_order_relaxed))) {
     fail_all(e);
     moved = 1;
   }

@@ -107,20 +107,20 @@ typedef struct {
 
 /* The facts of an error, beside its text. -1 or "" where not known. */
 typedef struct {
-  int code;        /* hfreduceResult_t */
-  int rank;        /* who noticed it */
-  int peer;        /* who is concerned: waited for, died, disagreed */
-  long long seq;   /* sequence number of the operation on its communicator */
-  char op[24];     /* "all_reduce", ... */
-  char phase[24];  /* "connect", "local reduce", "tree up", ... */
-  char host[64];   /* host of `rank` */
-  char text[768];  /* the whole message */
+  int code;       /* hfreduceResult_t */
+  int rank;       /* who noticed it */
+  int peer;       /* who is concerned: waited for, died, disagreed */
+  long long seq;  /* sequence number of the operation on its communicator */
+  char op[24];    /* "all_reduce", ... */
+  char phase[24]; /* "connect", "local reduce", "tree up", ... */
+  char host[64];  /* host of `rank` */
+  char text[768]; /* the whole message */
 } hfreduceErrorInfo_t;
 
 /* One parameter of the library, as `hfreduce info` lists it. Strings live as long as the process. */
 typedef struct {
-  const char *name;  /* "HFREDUCE_TIMEOUT" */
-  const char *value; /* in force, as text */
+  const char *name;   /* "HFREDUCE_TIMEOUT" */
+  const char *value;  /* in force, as text */
   const char *preset; /* the default, as text */
   const char *help;
   int is_set; /* 1: the environment or a configuration file gave it */
@@ -129,7 +129,8 @@ typedef struct {
 /* --- library --- */
 hfreduceResult_t hfreduceGetVersion(int *version);
 const char *hfreduceGetErrorString(hfreduceResult_t result);
-/* The text of the last error on `comm`, or on this thread if comm is NULL; "" if none. Valid until the next call on this thread. */
+/* The text of the last error on `comm`, or on this thread if comm is NULL; "" if none. Valid until the next call on this thread.
+ */
 const char *hfreduceGetLastError(hfreduceComm_t comm);
 /* The same as facts; comm NULL: this thread's last error. */
 hfreduceResult_t hfreduceGetErrorInfo(hfreduceComm_t comm, hfreduceErrorInfo_t *info);
@@ -144,12 +145,14 @@ size_t hfreduceDescribe(char *text, size_t size);
 hfreduceResult_t hfreduceGetUniqueId(hfreduceUniqueId *id);
 /* As above, but restricted to this machine: listens on loopback only. */
 hfreduceResult_t hfreduceGetUniqueIdLocal(hfreduceUniqueId *id);
-/* The name that every rank can make by itself: rank 0 listens on address ("host:port", "[v6]:port"), secret is hex (NULL or "": only a
-   loopback address is accepted). tag distinguishes communicators made with one address and secret. Listening starts in CommInitRank on rank 0. */
+/* The name that every rank can make by itself: rank 0 listens on address ("host:port", "[v6]:port"), secret is hex (NULL or "":
+   only a loopback address is accepted). tag distinguishes communicators made with one address and secret. Listening starts in
+   CommInitRank on rank 0. */
 hfreduceResult_t hfreduceUniqueIdFromAddress(hfreduceUniqueId *id, const char *address, const char *secret, uint64_t tag);
 /* Join. Returns when all ranks have joined. Collective. */
 hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank);
-hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank, hfreduceConfig_t *config);
+hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank,
+                                            hfreduceConfig_t *config);
 /* Fill config with the defaults. */
 void hfreduceConfigInit(hfreduceConfig_t *config);
 /* Make new communicators, one a color, ranks ordered by (key, rank). color -1: take part in the call but in no group; *newcomm is
@@ -157,7 +160,8 @@ void hfreduceConfigInit(hfreduceConfig_t *config);
 hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config);
 /* Wait for what was issued. */
 hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm);
-/* Finalize, leave, free. Never fails on a broken communicator. Not collective, but peers that still wait for this rank get an error. */
+/* Finalize, leave, free. Never fails on a broken communicator. Not collective, but peers that still wait for this rank get an
+ * error. */
 hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm);
 /* End every wait on comm, here and on all ranks, with hfreduceAborted. The handle stays valid until hfreduceCommDestroy. */
 hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm);
@@ -206,7 +210,8 @@ hfreduceResult_t hfreduceRecv(void *recvbuff, size_t count, hfreduceDataType_t d
                               hfreduceStream_t stream);
 hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream);
 
-/* An op that multiplies this rank's input by *scalar (of the datatype; float32 for fp8) before summing. Local; each rank may have its own factor. */
+/* An op that multiplies this rank's input by *scalar (of the datatype; float32 for fp8) before summing. Local; each rank may have
+ * its own factor. */
 hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
                                               hfreduceScalarResidence_t residence, hfreduceComm_t comm);
 hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm);
@@ -215,12 +220,13 @@ hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm);
 hfreduceResult_t hfreduceGroupStart(void);
 /* Launch and wait. */
 hfreduceResult_t hfreduceGroupEnd(void);
-/* Launch; *work stands for all calls of the group (also a group of one: that is how one call is made asynchronous). The buffers must
-   live until the work is done. */
+/* Launch; *work stands for all calls of the group (also a group of one: that is how one call is made asynchronous). The buffers
+   must live until the work is done. */
 hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work);
 
 /* --- work --- */
-/* Wait at most `timeout` seconds (< 0: until the operation's own deadline). hfreduceInProgress if it passed: the operation goes on. */
+/* Wait at most `timeout` seconds (< 0: until the operation's own deadline). hfreduceInProgress if it passed: the operation goes
+ * on. */
 hfreduceResult_t hfreduceWorkWait(hfreduceWork_t work, double timeout);
 /* *done = 1 when it has ended, well or badly. Returns the operation's error, if any. */
 hfreduceResult_t hfreduceWorkTest(hfreduceWork_t work, int *done);

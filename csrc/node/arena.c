@@ -40,7 +40,8 @@ static hfreduceResult_t map_arena(struct hfr_arena *a) {
   a->map = mmap(NULL, a->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, a->fd, 0);
   if (a->map == MAP_FAILED) {
     a->map = NULL;
-    return hfr_fail(hfreduceSystemError, "cannot map %zu bytes of shared memory for %d local ranks: %s", a->bytes, a->nlocal, strerror(errno));
+    return hfr_fail(hfreduceSystemError, "cannot map %zu bytes of shared memory for %d local ranks: %s", a->bytes, a->nlocal,
+                    strerror(errno));
   }
   a->ctrl = (struct hfr_rank_ctrl *)(a->map + 4096);
   a->data = a->map + 4096 + pages(sizeof(struct hfr_rank_ctrl) * (size_t)a->nlocal);
@@ -67,11 +68,13 @@ hfreduceResult_t hfr_arena_attach(struct hfr_arena *a, int fd, int nlocal, size_
   int seals = fcntl(fd, F_GET_SEALS);
   /* Without the seals a peer could shrink the file under us: every access would be a SIGBUS. */
   if (fstat(fd, &st) || (size_t)st.st_size != a->bytes || seals < 0 || !(seals & F_SEAL_SHRINK))
-    return hfr_fail(hfreduceInternalError, "shared memory from the local leader has %lld bytes and seals %#x, expected %zu bytes, sealed", (long long)st.st_size,
-                    (unsigned)seals, a->bytes);
+    return hfr_fail(hfreduceInternalError,
+                    "shared memory from the local leader has %lld bytes and seals %#x, expected %zu bytes, sealed",
+                    (long long)st.st_size, (unsigned)seals, a->bytes);
   HFR_TRY(map_arena(a));
   const struct arena_header *h = (const struct arena_header *)a->map;
-  if (h->magic != ARENA_MAGIC || h->bytes != a->bytes) return hfr_fail(hfreduceInternalError, "shared memory from the local leader is not an arena");
+  if (h->magic != ARENA_MAGIC || h->bytes != a->bytes)
+    return hfr_fail(hfreduceInternalError, "shared memory from the local leader is not an arena");
   return hfreduceSuccess;
 }
 
@@ -85,7 +88,8 @@ hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
   a->bell_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   struct sockaddr_un addr = {.sun_family = AF_UNIX};
   memcpy(addr.sun_path + 1, c->bell_name, (size_t)n);
-  if (a->bell_fd < 0 || bind(a->bell_fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)n)))
+  if (a->bell_fd < 0 ||
+      bind(a->bell_fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)n)))
     return hfr_fail(hfreduceSystemError, "cannot open the wake-up socket: %s", strerror(errno));
   return hfreduceSuccess;
 }
@@ -115,7 +119,8 @@ void hfr_arena_ring(struct hfr_arena *a, int target) {
     size_t n = strnlen(name, sizeof name - 1);
     memcpy(addr.sun_path + 1, name, n);
     /* A full queue means that it is rung already; a missing socket that the rank has gone. */
-    (void)!sendto(a->bell_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + n));
+    (void)!sendto(a->bell_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, (struct sockaddr *)&addr,
+                  (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + n));
   }
 }
 
@@ -136,7 +141,9 @@ uint32_t hfr_arena_sleep_begin(struct hfr_arena *a, enum hfr_sleep how) {
   return bell;
 }
 
-void hfr_arena_sleep_futex(struct hfr_arena *a, uint32_t bell, int64_t timeout_ns) { hfr_futex_wait(&a->ctrl[a->local].bell, bell, timeout_ns); }
+void hfr_arena_sleep_futex(struct hfr_arena *a, uint32_t bell, int64_t timeout_ns) {
+  hfr_futex_wait(&a->ctrl[a->local].bell, bell, timeout_ns);
+}
 
 void hfr_arena_sleep_end(struct hfr_arena *a) {
   struct hfr_rank_ctrl *me = &a->ctrl[a->local];

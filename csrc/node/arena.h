@@ -3,16 +3,16 @@
  *
  *   [header][control block of each rank][staging slots of each rank: IN x slots, RES x slots][rings: ordered pairs x 2]
  *
- * A rank writes only its own control block and slots (and the send side of its rings); the others read. Progress is published as counters
- * that only grow: a waiter compares, so nothing is ever reset. Pages that were never touched cost nothing.
+ * A rank writes only its own control block and slots (and the send side of its rings); the others read. Progress is published as
+ * counters that only grow: a waiter compares, so nothing is ever reset. Pages that were never touched cost nothing.
  */
 #ifndef HFR_NODE_ARENA_H_
 #define HFR_NODE_ARENA_H_
 #include "../base/status.h"
 #include <stdatomic.h>
 
-/* START: sequence number of the collective a rank has begun. IN, RED, OUT: chunks staged, reduced, taken out, since the arena was made. VER: sequence
-   number of the last collective that all nodes agreed on (written by local rank 0). */
+/* START: sequence number of the collective a rank has begun. IN, RED, OUT: chunks staged, reduced, taken out, since the arena was
+   made. VER: sequence number of the last collective that all nodes agreed on (written by local rank 0). */
 enum hfr_ctr { HFR_CTR_START, HFR_CTR_IN, HFR_CTR_RED, HFR_CTR_OUT, HFR_CTR_VER, HFR_NCTR, HFR_CTR_NONE = 255 };
 
 /* What a rank says it is doing; compared by its peers before any data is used. */
@@ -23,13 +23,14 @@ struct hfr_fingerprint {
   uint8_t coll, op, dtype, pad;
 };
 static inline int hfr_fingerprint_equal(const struct hfr_fingerprint *a, const struct hfr_fingerprint *b) {
-  return a->seq == b->seq && a->count == b->count && a->root == b->root && a->coll == b->coll && a->op == b->op && a->dtype == b->dtype;
+  return a->seq == b->seq && a->count == b->count && a->root == b->root && a->coll == b->coll && a->op == b->op &&
+         a->dtype == b->dtype;
 }
 
 /* 128-byte groups, because neighbouring lines are fetched in pairs. */
 struct hfr_rank_ctrl {
-  /* START, IN and the fingerprints share lines: one miss tells a peer all it needs to begin. Two fingerprints, by parity of seq: a rank
-     begins seq + 2 only after all have begun, so checked, seq + 1. */
+  /* START, IN and the fingerprints share lines: one miss tells a peer all it needs to begin. Two fingerprints, by parity of seq:
+     a rank begins seq + 2 only after all have begun, so checked, seq + 1. */
   _Alignas(128) _Atomic uint64_t start;
   _Atomic uint64_t in;
   struct hfr_fingerprint fp[2];
@@ -65,8 +66,8 @@ struct hfr_arena {
   int fd; /* memfd; -1 once all have it */
   int local, nlocal;
   int slots;
-  size_t chunk;     /* bytes of a slot */
-  size_t ring_slot; /* bytes of a ring's slot */
+  size_t chunk;               /* bytes of a slot */
+  size_t ring_slot;           /* bytes of a ring's slot */
   struct hfr_rank_ctrl *ctrl; /* nlocal */
   uint8_t *data, *rings;
   size_t rank_stride, ring_stride;
@@ -107,8 +108,8 @@ static inline _Atomic uint64_t *hfr_arena_ctr(const struct hfr_arena *a, int loc
 }
 
 void hfr_arena_wake_waiters(struct hfr_arena *arena);
-/* Call after publishing (release store of a counter or ring index): wakes who sleeps on this rank. The fence orders the publication before the
-   look at `waiters`; it pairs with the one in hfr_arena_sleep_begin. */
+/* Call after publishing (release store of a counter or ring index): wakes who sleeps on this rank. The fence orders the
+   publication before the look at `waiters`; it pairs with the one in hfr_arena_sleep_begin. */
 static inline void hfr_arena_notify(struct hfr_arena *a) {
   if (a->nlocal == 1) return;
   atomic_thread_fence(memory_order_seq_cst);
@@ -117,7 +118,8 @@ static inline void hfr_arena_notify(struct hfr_arena *a) {
 /* Wake local rank `target` from whatever it sleeps in. Any thread. */
 void hfr_arena_ring(struct hfr_arena *arena, int target);
 
-/* Announce that this rank is about to sleep; returns the bell's value to sleep on. After it the caller must look once more for work. */
+/* Announce that this rank is about to sleep; returns the bell's value to sleep on. After it the caller must look once more for
+ * work. */
 uint32_t hfr_arena_sleep_begin(struct hfr_arena *arena, enum hfr_sleep how);
 /* Sleep on the futex until rung or the time is up (HFR_SLEEP_FUTEX only). */
 void hfr_arena_sleep_futex(struct hfr_arena *arena, uint32_t bell, int64_t timeout_ns);

@@ -6,10 +6,10 @@
 struct hfr_layout {
   int rank, node, local, nlocal; /* this rank: its node, its place there, the size of its node */
   int nranks, nnodes;
-  int lanes;     /* smallest node: local ranks 0..lanes-1 carry the network traffic of reductions */
-  int max_local; /* largest node */
-  int *node_of, *local_of;       /* by rank */
-  int *node_start, *node_ranks;  /* ranks of node i: node_ranks[node_start[i] .. node_start[i+1]-1], ascending */
+  int lanes;                    /* smallest node: local ranks 0..lanes-1 carry the network traffic of reductions */
+  int max_local;                /* largest node */
+  int *node_of, *local_of;      /* by rank */
+  int *node_start, *node_ranks; /* ranks of node i: node_ranks[node_start[i] .. node_start[i+1]-1], ascending */
 };
 
 /* From one label a rank (equal labels: same node). Nodes are numbered by their lowest rank. 0, or -1 when out of memory. */
@@ -17,5 +17,7 @@ int hfr_layout_init(struct hfr_layout *layout, int rank, int nranks, const int *
 void hfr_layout_fini(struct hfr_layout *layout);
 
 static inline int hfr_node_size(const struct hfr_layout *l, int node) { return l->node_start[node + 1] - l->node_start[node]; }
-static inline int hfr_rank_at(const struct hfr_layout *l, int node, int local) { return l->node_ranks[l->node_start[node] + local]; }
+static inline int hfr_rank_at(const struct hfr_layout *l, int node, int local) {
+  return l->node_ranks[l->node_start[node] + local];
+}
 #endif

@@ -1,8 +1,9 @@
 /*
  * The double binary tree over n nodes (after Sanders, Speck, Traeff 2009): pure arithmetic.
  *
- * Tree 0 is the in-order binary tree on positions 1..n: odd positions are leaves, an even position p with lowest set bit b has its left child at p - b/2 and its
- * right child at p + b/2 (or the first below it that exists). Tree 1 is the same tree shifted by one position, so a node that is inner in one is a leaf in the other.
+ * Tree 0 is the in-order binary tree on positions 1..n: odd positions are leaves, an even position p with lowest set bit b has
+ * its left child at p - b/2 and its right child at p + b/2 (or the first below it that exists). Tree 1 is the same tree shifted
+ * by one position, so a node that is inner in one is a leaf in the other.
  */
 #ifndef HFR_TOPO_TREE_H_
 #define HFR_TOPO_TREE_H_

@@ -28,11 +28,13 @@ static int shm_post_send(struct hfr_link *link, const struct hfr_msg_header *hea
   struct shm_link *l = (struct shm_link *)link;
   uint64_t head = link->posted;
   if (head - l->tail_seen >= HFR_RING_SLOTS) {
-    l->tail_seen = atomic_load_explicit(&l->tx->tail, memory_order_acquire); /* pairs with shm_release: the slot is free to overwrite */
+    l->tail_seen =
+        atomic_load_explicit(&l->tx->tail, memory_order_acquire); /* pairs with shm_release: the slot is free to overwrite */
     if (head - l->tail_seen >= HFR_RING_SLOTS) return HFR_LINK_AGAIN;
   }
   if (header->bytes > l->arena->ring_slot) {
-    hfr_fail(hfreduceInternalError, "message of %llu bytes for a ring slot of %zu", (unsigned long long)header->bytes, l->arena->ring_slot);
+    hfr_fail(hfreduceInternalError, "message of %llu bytes for a ring slot of %zu", (unsigned long long)header->bytes,
+             l->arena->ring_slot);
     return HFR_LINK_FAILED;
   }
   l->tx->header[head % HFR_RING_SLOTS] = *header;

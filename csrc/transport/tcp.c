@@ -1,7 +1,7 @@
 /*
- * TCP: a link is one or several connections (streams), message i of a direction on stream i mod streams. The lower rank connects, the higher one accepts
- * (its process' listener hands the descriptor over through hfr_net.arrived). The kernel's buffers are the flow control: nothing is read that the
- * receiving side has not asked for, so data goes straight to where it is wanted.
+ * TCP: a link is one or several connections (streams), message i of a direction on stream i mod streams. The lower rank connects,
+ * the higher one accepts (its process' listener hands the descriptor over through hfr_net.arrived). The kernel's buffers are the
+ * flow control: nothing is read that the receiving side has not asked for, so data goes straight to where it is wanted.
  */
 #include "transport.h"
 
@@ -36,19 +36,20 @@ struct tcp_link {
   struct hfr_net *net;
   struct tcp_stream stream[HFR_MAX_STREAMS];
   struct tx_message tx[TX_QUEUE];
-  uint64_t sent;             /* messages wholly with the kernel, counted in order */
-  uint64_t received;         /* messages released */
+  uint64_t sent;     /* messages wholly with the kernel, counted in order */
+  uint64_t received; /* messages released */
   struct hfr_msg_header rx_header;
-  size_t rx_have;            /* bytes of the current message read, header included */
-  size_t rx_bytes;           /* payload asked for */
-  uint8_t *rx_dst, *rx_own;  /* where the payload goes: the caller's place, or a buffer of the link */
+  size_t rx_have;           /* bytes of the current message read, header included */
+  size_t rx_bytes;          /* payload asked for */
+  uint8_t *rx_dst, *rx_own; /* where the payload goes: the caller's place, or a buffer of the link */
   size_t rx_own_bytes;
   int rx_ready;
   int64_t began_ns, broken_ns;
   hfreduceErrorInfo_t why; /* what broke the link */
 };
 
-/* A broken connection is mostly a consequence: give the control connections this long to tell the cause (who died, who disagreed). */
+/* A broken connection is mostly a consequence: give the control connections this long to tell the cause (who died, who
+ * disagreed). */
 #define BROKEN_GRACE_NS 500000000ll
 
 static hfreduceResult_t tcp_open_link(struct hfr_net *net, int peer, int vc, struct hfr_link **out) {
@@ -91,7 +92,8 @@ static int stream_up(struct tcp_link *l, int s) {
   if (l->broken_ns) return broken(l);
   if (t->state == STREAM_IDLE) {
     if (l->net->rank > l->link.peer) {
-      _Atomic int *box = &l->net->arrived[((size_t)l->link.peer * HFR_NVC + (size_t)l->link.vc) * (size_t)l->net->streams + (size_t)s];
+      _Atomic int *box =
+          &l->net->arrived[((size_t)l->link.peer * HFR_NVC + (size_t)l->link.vc) * (size_t)l->net->streams + (size_t)s];
       int fd = atomic_exchange_explicit(box, 0, memory_order_acquire);
       if (!fd) return HFR_LINK_AGAIN;
       t->fd = fd - 1;
@@ -125,7 +127,8 @@ static int gather(struct tcp_link *l, int s, struct iovec iov[2 * TX_QUEUE]) {
     size_t h = sizeof x->header, payload_done = x->done > h ? x->done - h : 0;
     if ((int)(m % (unsigned)l->net->streams) != s) continue;
     if (x->done < h) iov[n++] = (struct iovec){(uint8_t *)&x->header + x->done, h - x->done};
-    if (x->header.bytes > payload_done) iov[n++] = (struct iovec){(uint8_t *)(uintptr_t)x->data + payload_done, x->header.bytes - payload_done};
+    if (x->header.bytes > payload_done)
+      iov[n++] = (struct iovec){(uint8_t *)(uintptr_t)x->data + payload_done, x->header.bytes - payload_done};
   }
   return n;
 }
@@ -162,7 +165,9 @@ static int push(struct tcp_link *l) {
     int r = push_stream(l, s);
     if (r < worst) worst = r;
   }
-  while (l->sent < l->link.posted && l->tx[l->sent % TX_QUEUE].done == sizeof(struct hfr_msg_header) + l->tx[l->sent % TX_QUEUE].header.bytes) l->sent++;
+  while (l->sent < l->link.posted &&
+         l->tx[l->sent % TX_QUEUE].done == sizeof(struct hfr_msg_header) + l->tx[l->sent % TX_QUEUE].header.bytes)
+    l->sent++;
   return worst;
 }
 
@@ -193,8 +198,8 @@ static uint64_t tcp_sent(struct hfr_link *link) {
 
 static int check_message(struct tcp_link *l) {
   if (l->net->checksum && hfr_crc32c(0, l->rx_dst, l->rx_bytes) != l->rx_header.crc) {
-    hfr_fail(hfreduceCorrupt, "message of %zu bytes from rank %d on %s failed its checksum: memory or network corrupts data", l->rx_bytes, l->link.peer,
-             l->net->host[l->link.peer]);
+    hfr_fail(hfreduceCorrupt, "message of %zu bytes from rank %d on %s failed its checksum: memory or network corrupts data",
+             l->rx_bytes, l->link.peer, l->net->host[l->link.peer]);
     hfr_last_error()->peer = l->link.peer;
     return HFR_LINK_FAILED;
   }
@@ -238,7 +243,8 @@ static int tcp_recv(struct hfr_link *link, void *dst, size_t bytes, const struct
       if (r <= 0) return lost(l, "receiving failed", r ? errno : 0);
       size_t had = l->rx_have;
       l->rx_have += (size_t)r;
-      if (had < h && l->rx_have >= h && (l->rx_header.magic != HFR_MSG_MAGIC || l->rx_header.bytes != bytes)) break; /* the engine judges the header */
+      if (had < h && l->rx_have >= h && (l->rx_header.magic != HFR_MSG_MAGIC || l->rx_header.bytes != bytes))
+        break; /* the engine judges the header */
     }
     if (l->rx_header.magic != HFR_MSG_MAGIC) {
       hfr_fail(hfreduceCorrupt, "message from rank %d on %s has a broken header", link->peer, l->net->host[link->peer]);
@@ -270,7 +276,10 @@ static void tcp_want(struct hfr_link *link, int recv, struct hfr_waitset *set) {
     if (t->state == STREAM_UP && recv && (int)(l->received % (unsigned)l->net->streams) != s) continue;
     struct iovec iov[2 * TX_QUEUE];
     if (t->state == STREAM_UP && !recv && !gather(l, s, iov)) continue;
-    short events = (short)(t->state == STREAM_CONNECTING ? POLLOUT : t->state == STREAM_AUTH ? t->auth.events : recv ? POLLIN : POLLOUT);
+    short events = (short)(t->state == STREAM_CONNECTING ? POLLOUT
+                           : t->state == STREAM_AUTH     ? t->auth.events
+                           : recv                        ? POLLIN
+                                                         : POLLOUT);
     set->fd[set->n++] = (struct pollfd){t->fd, events, 0};
   }
 }

@@ -1,6 +1,7 @@
 /*
- * What a transport offers: links. A link is one direction-pair between this rank and a peer on one virtual channel; it carries whole messages
- * in order, in each direction. Nothing here blocks. All calls on the links of a communicator come from whoever drives it, one thread at a time.
+ * What a transport offers: links. A link is one direction-pair between this rank and a peer on one virtual channel; it carries
+ * whole messages in order, in each direction. Nothing here blocks. All calls on the links of a communicator come from whoever
+ * drives it, one thread at a time.
  *
  * The receiver always knows what comes next, because both sides execute matching plans: it asks for a message of so many bytes.
  */
@@ -14,19 +15,20 @@
 /* Virtual channels keep flows that may overtake each other apart, so that none waits behind another. */
 enum hfr_vc { HFR_VC_A, HFR_VC_B, HFR_VC_ROOT, HFR_VC_VERIFY, HFR_VC_P2P, HFR_NVC };
 
-/* Connections that arrived at this process for a communicator, waiting for the link that wants them: [peer][vc][stream] -> fd + 1. */
+/* Connections that arrived at this process for a communicator, waiting for the link that wants them: [peer][vc][stream] -> fd
+ * + 1. */
 #define HFR_MAX_STREAMS 16
 struct hfr_net {
   int rank, nranks;
   uint64_t comm_id;
   uint8_t secret[16];
-  const struct hfr_addr *addr;  /* of each rank's listener */
-  const char (*host)[64];       /* of each rank */
-  struct hfr_arena *arena;      /* this node's */
-  const int *local_of;          /* place on its node, by rank */
+  const struct hfr_addr *addr; /* of each rank's listener */
+  const char (*host)[64];      /* of each rank */
+  struct hfr_arena *arena;     /* this node's */
+  const int *local_of;         /* place on its node, by rank */
   int streams, checksum;
-  int64_t timeout_ns;           /* limit for a connection to come up */
-  _Atomic int *arrived;         /* nranks * HFR_NVC * streams; set by the acceptor, taken (exchanged with 0) by the link */
+  int64_t timeout_ns;   /* limit for a connection to come up */
+  _Atomic int *arrived; /* nranks * HFR_NVC * streams; set by the acceptor, taken (exchanged with 0) by the link */
 };
 
 struct hfr_waitset {
@@ -37,7 +39,7 @@ struct hfr_waitset {
 struct hfr_link {
   const struct hfr_transport *transport;
   int peer, vc;
-  uint64_t posted;                /* messages taken by post_send, ever */
+  uint64_t posted; /* messages taken by post_send, ever */
   uint64_t bytes_sent, bytes_received, messages_sent, messages_received, stalls;
   uint64_t tx_turn, tx_ticket, rx_turn, rx_ticket; /* order of point-to-point operations; kept by the engine */
 };
@@ -52,12 +54,13 @@ struct hfr_transport {
   int (*post_send)(struct hfr_link *link, const struct hfr_msg_header *header, const void *data);
   /* How many posted messages no longer need their data. Makes progress. FAILED shows as UINT64_MAX. */
   uint64_t (*sent)(struct hfr_link *link);
-  /* Has the next message, of `bytes` bytes, arrived? OK: *header and *data are valid until release(). dst, unless NULL, is where the payload is wanted:
-     the transport may put it there (*data == dst) or not. Asked again with the same arguments until it is OK. A message of another size is OK too, with
-     no data: the header tells. */
+  /* Has the next message, of `bytes` bytes, arrived? OK: *header and *data are valid until release(). dst, unless NULL, is where
+     the payload is wanted: the transport may put it there (*data == dst) or not. Asked again with the same arguments until it is
+     OK. A message of another size is OK too, with no data: the header tells. */
   int (*recv)(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data);
   void (*release)(struct hfr_link *link);
-  /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells ring. */
+  /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells
+   * ring. */
   void (*want)(struct hfr_link *link, int recv, struct hfr_waitset *set);
   void (*close)(struct hfr_link *link);
   /* In a forked child: close descriptors only. */
@@ -66,7 +69,8 @@ struct hfr_transport {
 
 extern const struct hfr_transport hfr_transport_shm, hfr_transport_tcp;
 
-/* The transport between nodes: the first usable one of `names` (comma-separated; "" admits all, best first). InvalidUsage names what exists when none is. */
+/* The transport between nodes: the first usable one of `names` (comma-separated; "" admits all, best first). InvalidUsage names
+ * what exists when none is. */
 hfreduceResult_t hfr_transport_select(const char *names, const struct hfr_transport **transport);
 
 /* A link that FAILED has recorded why in hfr_last_error() of the calling thread. */

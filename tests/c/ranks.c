@@ -77,7 +77,8 @@ int run_processes(const char *nodes, rank_function function, void *arg, int limi
       left--;
       if (!status) continue;
       failed++;
-      fprintf(stderr, "nodes %s: rank %d ended with %s %d\n", nodes, r, WIFSIGNALED(status) ? "signal" : "status", WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+      fprintf(stderr, "nodes %s: rank %d ended with %s %d\n", nodes, r, WIFSIGNALED(status) ? "signal" : "status",
+              WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
     }
     if (time(NULL) - start > limit_s)
       for (int r = 0; r < n; r++)

@@ -1,9 +1,11 @@
-/* Run a function as N ranks: forked processes (with a node label each, so that one machine plays several nodes) or threads of this process. Every run has a time limit. */
+/* Run a function as N ranks: forked processes (with a node label each, so that one machine plays several nodes) or threads of
+ * this process. Every run has a time limit. */
 #ifndef TESTS_RANKS_H_
 #define TESTS_RANKS_H_
 #include <hfreduce.h>
 
-/* `nodes`: sizes, e.g. "2,1,1": ranks 0 and 1 on node 0, and so on; or "0.1.0": the node of each rank. The function returns the number of failures. */
+/* `nodes`: sizes, e.g. "2,1,1": ranks 0 and 1 on node 0, and so on; or "0.1.0": the node of each rank. The function returns the
+ * number of failures. */
 typedef int (*rank_function)(int rank, int nranks, const hfreduceUniqueId *id, void *arg);
 /* Number of failed ranks. Prints who failed, who hung (killed after `limit_s`). */
 int run_processes(const char *nodes, rank_function function, void *arg, int limit_s);

@@ -1,4 +1,5 @@
-/* Every collective in C, over shared memory and TCP, as processes of one or several nodes and as threads. Values are checked against closed forms. */
+/* Every collective in C, over shared memory and TCP, as processes of one or several nodes and as threads. Values are checked
+ * against closed forms. */
 #include "check.h"
 #include "ranks.h"
 
@@ -7,13 +8,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define OK(call)                                                                                                     \
-  do {                                                                                                               \
-    hfreduceResult_t ok_ = (call);                                                                                   \
-    if (ok_) {                                                                                                       \
+#define OK(call)                                                                                                          \
+  do {                                                                                                                    \
+    hfreduceResult_t ok_ = (call);                                                                                        \
+    if (ok_) {                                                                                                            \
       fprintf(stderr, "%s:%d rank %d: %s -> %d: %s\n", __FILE__, __LINE__, rank, #call, ok_, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                                      \
-    }                                                                                                                \
+      return 1;                                                                                                           \
+    }                                                                                                                     \
   } while (0)
 
 /* The value that rank r has at position i: small, so that float32 sums are exact. */
@@ -58,25 +59,30 @@ static int one_size(int rank, int n, hfreduceComm_t comm, size_t count, float *a
   memset(b, 0xff, count * nn * sizeof *b);
   memcpy(b + me * count, a, count * sizeof *b);
   OK(hfreduceAllGather(b + me * count, b, count, hfreduceFloat32, comm, NULL));
-  for (size_t i = 0; i < count * nn; i++) expect(rank, "all_gather in place", count, i, b[i], (double)value((int)(i / count), i % count));
+  for (size_t i = 0; i < count * nn; i++)
+    expect(rank, "all_gather in place", count, i, b[i], (double)value((int)(i / count), i % count));
   /* reduce_scatter, out of place and in place */
   for (size_t i = 0; i < count * nn; i++) b[i] = (float)value(rank, i);
   OK(hfreduceReduceScatter(b, a, count, hfreduceFloat32, hfreduceSum, comm, NULL));
   for (size_t i = 0; i < count; i++) expect(rank, "reduce_scatter", count, i, a[i], (double)sum_at(n, me * count + i));
   OK(hfreduceReduceScatter(b, b + me * count, count, hfreduceFloat32, hfreduceSum, comm, NULL));
-  for (size_t i = 0; i < count; i++) expect(rank, "reduce_scatter in place", count, i, b[me * count + i], (double)sum_at(n, me * count + i));
+  for (size_t i = 0; i < count; i++)
+    expect(rank, "reduce_scatter in place", count, i, b[me * count + i], (double)sum_at(n, me * count + i));
   /* all_to_all, in place and out of place */
   float *c = malloc(count * nn * sizeof *c + 1);
   for (size_t i = 0; i < count * nn; i++) b[i] = c[i] = (float)value(rank, i);
   OK(hfreduceAlltoAll(b, b, count, hfreduceFloat32, comm, NULL));
-  for (size_t i = 0; i < count * nn; i++) expect(rank, "all_to_all in place", count, i, b[i], (double)value((int)(i / count), me * count + i % count));
+  for (size_t i = 0; i < count * nn; i++)
+    expect(rank, "all_to_all in place", count, i, b[i], (double)value((int)(i / count), me * count + i % count));
   OK(hfreduceAlltoAll(c, b, count, hfreduceFloat32, comm, NULL));
-  for (size_t i = 0; i < count * nn; i++) expect(rank, "all_to_all", count, i, b[i], (double)value((int)(i / count), me * count + i % count));
+  for (size_t i = 0; i < count * nn; i++)
+    expect(rank, "all_to_all", count, i, b[i], (double)value((int)(i / count), me * count + i % count));
   free(c);
   /* gather, scatter */
   for (size_t i = 0; i < count; i++) a[i] = (float)value(rank, i);
   OK(hfreduceGather(a, rank == root ? b : NULL, count, hfreduceFloat32, root, comm, NULL));
-  for (size_t i = 0; rank == root && i < count * nn; i++) expect(rank, "gather", count, i, b[i], (double)value((int)(i / count), i % count));
+  for (size_t i = 0; rank == root && i < count * nn; i++)
+    expect(rank, "gather", count, i, b[i], (double)value((int)(i / count), i % count));
   for (size_t i = 0; i < count * nn; i++) b[i] = (float)value(rank, i);
   OK(hfreduceScatter(rank == root ? b : NULL, a, count, hfreduceFloat32, root, comm, NULL));
   for (size_t i = 0; i < count; i++) expect(rank, "scatter", count, i, a[i], (double)value(root, me * count + i));
@@ -97,7 +103,8 @@ static int one_size(int rank, int n, hfreduceComm_t comm, size_t count, float *a
     OK(hfreduceWorkWait(work[w], -1));
     OK(hfreduceWorkDestroy(work[w]));
   }
-  for (size_t i = 0; i < count; i++) expect(rank, "async all_reduce", count, i, b[(size_t)(2 % n) * count + i], (double)sum_at(n, i));
+  for (size_t i = 0; i < count; i++)
+    expect(rank, "async all_reduce", count, i, b[(size_t)(2 % n) * count + i], (double)sum_at(n, i));
   OK(hfreduceBarrier(comm, NULL));
   return 0;
 }
@@ -127,7 +134,8 @@ static int conform(int rank, int n, const hfreduceUniqueId *id, void *arg) {
 }
 
 int main(int argc, char **argv) {
-  static const char *const preset[] = {"1", "2", "3", "5", "1,1", "1,1,1", "2,2", "1,2", "3,1,2", "1,1,1,1,1", "0.1.0.2.1", "2,2,2,2"};
+  static const char *const preset[] = {"1",   "2",   "3",     "5",         "1,1",       "1,1,1",
+                                       "2,2", "1,2", "3,1,2", "1,1,1,1,1", "0.1.0.2.1", "2,2,2,2"};
   size_t largest = 700001;
   int quick = argc > 1 && !strcmp(argv[1], "--quick");
   if (quick) largest = 17000;

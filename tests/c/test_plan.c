@@ -1,11 +1,12 @@
 /*
- * The planners, with no network: every rank's plan is built and all are executed in this one thread, on small buffers, under a random but
- * reproducible schedule.
+ * The planners, with no network: every rank's plan is built and all are executed in this one thread, on small buffers, under a
+ * random but reproducible schedule.
  *
- * The simulator is the engine (engine/request.c) without the waiting: it obeys guards, counters and links to the letter, and then is as unkind as they allow.
- * Ranks, stages and the network stall at random until nothing else can move, links have the least credit, posted data leaves late, messages arrive
- * in part. It fails on a deadlock, on a slot read when it holds another chunk (each 8 bytes of a slot carry the number of their chunk) or
- * written by somebody else's rank, on data changed under a pending send, on bounds, on messages that the receiver does not expect, on counters, and on results.
+ * The simulator is the engine (engine/request.c) without the waiting: it obeys guards, counters and links to the letter, and then
+ * is as unkind as they allow. Ranks, stages and the network stall at random until nothing else can move, links have the least
+ * credit, posted data leaves late, messages arrive in part. It fails on a deadlock, on a slot read when it holds another chunk
+ * (each 8 bytes of a slot carry the number of their chunk) or written by somebody else's rank, on data changed under a pending
+ * send, on bounds, on messages that the receiver does not expect, on counters, and on results.
  *
  *   test_plan [--quick] [seed [nranks]]
  */
@@ -29,7 +30,8 @@ static uint64_t mix(uint64_t x) { /* splitmix64 */
 }
 static uint64_t chance_state;
 static unsigned chance(unsigned n) { return (unsigned)(mix(chance_state++) >> 33) % n; }
-/* What rank r holds at i in operation `serial`: no two chunks alike; fp16 values such that averages over a power of two are exact. */
+/* What rank r holds at i in operation `serial`: no two chunks alike; fp16 values such that averages over a power of two are
+ * exact. */
 static int64_t value(int serial, hfreduceDataType_t dtype, int r, size_t i) {
   uint64_t h = mix(((uint64_t)serial << 48) ^ ((uint64_t)r << 32) ^ i);
   return dtype == hfreduceFloat16 ? (int64_t)(h % 17) - 8 : (int64_t)(h % 2000003) - 1000001;
@@ -37,8 +39,19 @@ static int64_t value(int serial, hfreduceDataType_t dtype, int r, size_t i) {
 
 /* ---------------------------------------------------------------- what is simulated */
 
-enum { LAYOUT_ONE, LAYOUT_SINGLE, LAYOUT_PAIRS, LAYOUT_FOURS, LAYOUT_EIGHTS, LAYOUT_UNEVEN, LAYOUT_ROBIN, LAYOUT_RANDOM, NLAYOUTS };
-static const char *const layout_name[] = {"one node", "1/node", "2/node", "4/node", "8/node", "3,1,2,...", "round robin", "random"};
+enum {
+  LAYOUT_ONE,
+  LAYOUT_SINGLE,
+  LAYOUT_PAIRS,
+  LAYOUT_FOURS,
+  LAYOUT_EIGHTS,
+  LAYOUT_UNEVEN,
+  LAYOUT_ROBIN,
+  LAYOUT_RANDOM,
+  NLAYOUTS
+};
+static const char *const layout_name[] = {"one node", "1/node",    "2/node",      "4/node",
+                                          "8/node",   "3,1,2,...", "round robin", "random"};
 
 struct op {
   enum hfr_coll coll;
@@ -105,21 +118,22 @@ static struct sim {
 
 static const char *describe(const struct op *op) {
   static char text[256];
-  snprintf(text, sizeof text, "%s%s #%d count %zu root %d algo %d op %d dtype %d%s%s", op->uneven ? "uneven " : "", hfr_coll_name(op->coll), op->serial, op->count,
-           op->root, op->algo, op->redop, op->dtype, op->inplace ? " in place" : "", op->premul ? " premul" : "");
+  snprintf(text, sizeof text, "%s%s #%d count %zu root %d algo %d op %d dtype %d%s%s", op->uneven ? "uneven " : "",
+           hfr_coll_name(op->coll), op->serial, op->count, op->root, op->algo, op->redop, op->dtype,
+           op->inplace ? " in place" : "", op->premul ? " premul" : "");
   return text;
 }
 
 /* The first trouble ends a run: what follows is its consequence. */
-#define TROUBLE(r, req, stage_, ...)                                                                                                                      \
-  do {                                                                                                                                                    \
-    if (!sim.trouble++) {                                                                                                                                 \
-      char what_[160];                                                                                                                                    \
-      snprintf(what_, sizeof what_, __VA_ARGS__);                                                                                                         \
-      CHECK(!"trouble", "%s\n  n %d, %s, slots %d, credit %d, seed %" PRIu64 ": %s: rank %d, stage %s (role %d)", what_, sim.n, sim.layout, sim.geometry.slots, \
-            sim.credit, sim.seed, describe((req)->op), (r), (stage_) < 0 ? "-" : (req)->plan.stage[stage_].name,                                          \
-            (stage_) < 0 ? -1 : (req)->plan.stage[stage_].role);                                                                                          \
-    }                                                                                                                                                     \
+#define TROUBLE(r, req, stage_, ...)                                                                                            \
+  do {                                                                                                                          \
+    if (!sim.trouble++) {                                                                                                       \
+      char what_[160];                                                                                                          \
+      snprintf(what_, sizeof what_, __VA_ARGS__);                                                                               \
+      CHECK(!"trouble", "%s\n  n %d, %s, slots %d, credit %d, seed %" PRIu64 ": %s: rank %d, stage %s (role %d)", what_, sim.n, \
+            sim.layout, sim.geometry.slots, sim.credit, sim.seed, describe((req)->op), (r),                                     \
+            (stage_) < 0 ? "-" : (req)->plan.stage[stage_].name, (stage_) < 0 ? -1 : (req)->plan.stage[stage_].role);           \
+    }                                                                                                                           \
   } while (0)
 
 static void *grab(size_t bytes) {
@@ -138,7 +152,8 @@ static uint8_t *place(int me, struct request *q, int stage, const struct hfr_loc
     uint8_t *user = loc->space == HFR_SEND ? q->send : q->recv;
     size_t size = loc->space == HFR_SEND ? q->send_bytes : q->recv_bytes;
     if (loc->off > size || bytes > size - loc->off) {
-      TROUBLE(me, q, stage, "%zu bytes at %zu of a %s buffer of %zu", bytes, loc->off, loc->space == HFR_SEND ? "send" : "receive", size);
+      TROUBLE(me, q, stage, "%zu bytes at %zu of a %s buffer of %zu", bytes, loc->off,
+              loc->space == HFR_SEND ? "send" : "receive", size);
       return NULL;
     }
     if (writing && loc->space == HFR_SEND) TROUBLE(me, q, stage, "writes the send buffer");
@@ -150,7 +165,8 @@ static uint8_t *place(int me, struct request *q, int stage, const struct hfr_loc
   }
   if (writing && loc->index != r->layout.local) TROUBLE(me, q, stage, "writes the slot of local rank %d", loc->index);
   if (loc->off > sim.geometry.chunk || bytes > sim.geometry.chunk - loc->off || loc->chunk < 0 || loc->chunk >= q->plan.nchunks) {
-    TROUBLE(me, q, stage, "%zu bytes at %zu of a slot of %zu, chunk %" PRId64 " of %" PRId64, bytes, loc->off, sim.geometry.chunk, loc->chunk, q->plan.nchunks);
+    TROUBLE(me, q, stage, "%zu bytes at %zu of a slot of %zu, chunk %" PRId64 " of %" PRId64, bytes, loc->off, sim.geometry.chunk,
+            loc->chunk, q->plan.nchunks);
     return NULL;
   }
   struct rank *owner = &sim.rank[hfr_rank_at(&r->layout, r->layout.node, loc->index)];
@@ -160,8 +176,9 @@ static uint8_t *place(int me, struct request *q, int stage, const struct hfr_loc
     if (writing) {
       owner->tag[g] = number;
     } else if (owner->tag[g] != number) {
-      TROUBLE(me, q, stage, "reads chunk %" PRIu64 " in the %s slot of local rank %d where chunk %" PRIu64 " lies (counting from %" PRIu64 ")", number,
-              loc->space == HFR_IN ? "IN" : "RES", loc->index, owner->tag[g], q->base);
+      TROUBLE(me, q, stage,
+              "reads chunk %" PRIu64 " in the %s slot of local rank %d where chunk %" PRIu64 " lies (counting from %" PRIu64 ")",
+              number, loc->space == HFR_IN ? "IN" : "RES", loc->index, owner->tag[g], q->base);
       return NULL;
     }
   }
@@ -185,7 +202,8 @@ static struct channel *channel(int from, int to, int vc) {
 static void take(int from, struct request *q, int stage, struct channel *c) {
   struct message *m = c->first;
   for (int i = 0; i < c->taken; i++) m = m->next;
-  if (m->bytes && memcmp(m->data, m->src, m->bytes)) TROUBLE(from, q, stage, "message %" PRId64 " changed before it was sent", m->iter);
+  if (m->bytes && memcmp(m->data, m->src, m->bytes))
+    TROUBLE(from, q, stage, "message %" PRId64 " changed before it was sent", m->iter);
   c->taken++;
   c->sent++;
 }
@@ -207,8 +225,10 @@ static int post(int me, struct request *q, int stage, const struct hfr_step *s, 
   struct message *m = grab(sizeof *m + s->bytes);
   *m = (struct message){.seq = q->seq, .serial = q->op->serial, .vc = st->vc, .iter = iter, .bytes = s->bytes, .src = src};
   memcpy(m->data, src, s->bytes);
-  if (c->first) c->last->next = m;
-  else c->first = m;
+  if (c->first)
+    c->last->next = m;
+  else
+    c->first = m;
   c->last = m;
   c->count++;
   c->posted++;
@@ -222,8 +242,9 @@ static struct message *receive(int me, struct request *q, int stage, int peer, i
   struct message *m = c->first;
   if (!m || sim.trouble) return NULL;
   if (m->seq != q->seq || m->serial != q->op->serial || m->iter != iter || m->bytes != bytes || m->vc != vc) {
-    TROUBLE(me, q, stage, "rank %d sends message %" PRId64 " of %zu bytes on channel %d (operation %d), expected %" PRId64 " of %zu on %d", peer, m->iter, m->bytes,
-            m->vc, m->serial, iter, bytes, vc);
+    TROUBLE(me, q, stage,
+            "rank %d sends message %" PRId64 " of %zu bytes on channel %d (operation %d), expected %" PRId64 " of %zu on %d",
+            peer, m->iter, m->bytes, m->vc, m->serial, iter, bytes, vc);
     return NULL;
   }
   if (!c->taken) take(peer, q, stage, c); /* read straight from the sender: there was no buffer */
@@ -265,7 +286,8 @@ static int guards_open(int me, struct request *q, int stage, const struct hfr_st
   for (int j = 0; j < s->nguards; j++) {
     const struct hfr_guard *g = &s->guard[j];
     if (g->who == HFR_OWN) {
-      if (g->first < 0 || g->first + g->n > q->plan.nstages) TROUBLE(me, q, stage, "waits for stages %d..%d", g->first, g->first + g->n - 1);
+      if (g->first < 0 || g->first + g->n > q->plan.nstages)
+        TROUBLE(me, q, stage, "waits for stages %d..%d", g->first, g->first + g->n - 1);
       for (int i = g->first; i < g->first + g->n; i++)
         if (q->cursor[i].done < g->need) return 0;
     } else if ((g->need > 0 && !q->verified && !verify(me, q)) || !counter_reached(me, q, g)) {
@@ -283,8 +305,10 @@ static int do_copy(int me, struct request *q, int stage, int64_t i, const struct
     uint8_t *dst = src ? place(me, q, stage, &p.dst, p.bytes, 1) : NULL;
     if (!dst) return 0;
     if (!apart(dst, src, p.bytes)) TROUBLE(me, q, stage, "part %d overlaps its source", j);
-    if (q->plan.stage[stage].premul) hfr_premul(dst, src, p.bytes / q->plan.esize, q->plan.call.dtype, q->plan.call.scalar);
-    else if (dst != src && p.bytes) memcpy(dst, src, p.bytes);
+    if (q->plan.stage[stage].premul)
+      hfr_premul(dst, src, p.bytes / q->plan.esize, q->plan.call.dtype, q->plan.call.scalar);
+    else if (dst != src && p.bytes)
+      memcpy(dst, src, p.bytes);
   }
   return 1;
 }
@@ -313,8 +337,10 @@ static int do_reduce(int me, struct request *q, int stage, int64_t i, const stru
   }
   struct hfr_scale scale = {0};
   int avg = call->op == hfreduceAvg;
-  if (avg && q->plan.avg_pre) scale.npre = st->npre, scale.pre = 1.0 / sim.n;
-  else if (avg && st->final) scale.div = (uint64_t)sim.n;
+  if (avg && q->plan.avg_pre)
+    scale.npre = st->npre, scale.pre = 1.0 / sim.n;
+  else if (avg && st->final)
+    scale.div = (uint64_t)sim.n;
   if (s->bytes) {
     uint8_t *dst = place(me, q, stage, &s->dst, s->bytes, 1);
     for (int j = 0; dst && j < s->nparts; j++)
@@ -330,7 +356,8 @@ static int do_reduce(int me, struct request *q, int stage, int64_t i, const stru
 static int do_recv(int me, struct request *q, int stage, int64_t i, const struct hfr_step *s) {
   const struct hfr_stage *st = &q->plan.stage[stage];
   struct message *waiting = channel(st->peer, me, st->vc)->first;
-  if (waiting && waiting->bytes == s->bytes && !is_local(me, st->peer) && !sim.force && chance(4) == 0) { /* half of it has come so far */
+  if (waiting && waiting->bytes == s->bytes && !is_local(me, st->peer) && !sim.force &&
+      chance(4) == 0) { /* half of it has come so far */
     uint8_t *dst = place(me, q, stage, &s->dst, s->bytes / 2, 1);
     if (dst) memcpy(dst, waiting->data, s->bytes / 2);
     return 0;
@@ -510,7 +537,8 @@ static void check_uneven(struct request *q, int me) {
   for (int j = 0; j < sim.n; j++) {
     size_t count = uneven_count(op, j, me), from = uneven_offset(op, j, me, 1);
     for (size_t i = 0; i < count; i++)
-      if (get(op, q->recv, at + i) != (double)value(op->serial, op->dtype, j, from + i)) TROUBLE(me, q, -1, "element %zu from rank %d is wrong", i, j);
+      if (get(op, q->recv, at + i) != (double)value(op->serial, op->dtype, j, from + i))
+        TROUBLE(me, q, -1, "element %zu from rank %d is wrong", i, j);
     at += count;
     if (q->recv[at++ * 8] != 0x5a) TROUBLE(me, q, -1, "writes behind the block of rank %d", j);
   }
@@ -523,11 +551,13 @@ static void check_results(struct request *q, int me, int receiving) {
   if (op->uneven) check_uneven(q, me), elems = 0;
   for (size_t i = 0; i < elems && !sim.trouble; i++) {
     double got = get(op, q->recv, i), want = expected(op, me, i);
-    if (got != want) TROUBLE(me, q, -1, "element %zu of %zu is %g, expected %g (chunks of %zu)", i, elems, got, want, q->plan.elems);
+    if (got != want)
+      TROUBLE(me, q, -1, "element %zu of %zu is %g, expected %g (chunks of %zu)", i, elems, got, want, q->plan.elems);
   }
   if (!op->inplace)
     for (size_t i = 0; i < q->send_bytes / esize; i++)
-      if (get(op, q->send, i) != (double)value(op->serial, op->dtype, me, i)) TROUBLE(me, q, -1, "the send buffer has changed at %zu", i);
+      if (get(op, q->send, i) != (double)value(op->serial, op->dtype, me, i))
+        TROUBLE(me, q, -1, "the send buffer has changed at %zu", i);
 }
 
 /* ---------------------------------------------------------------- requests */
@@ -552,8 +582,15 @@ static struct request *make_request(int me, struct op *op, int receiving) {
   make_buffers(q, me, receiving);
   struct hfr_geometry geometry = sim.geometry;
   geometry.algo = op->algo;
-  struct hfr_call call = {.coll = op->coll, .receiving = receiving, .send = q->send, .recv = q->recv, .count = op->count, .dtype = op->dtype, .op = op->redop,
-                          .root = op->root, .premul = op->premul};
+  struct hfr_call call = {.coll = op->coll,
+                          .receiving = receiving,
+                          .send = q->send,
+                          .recv = q->recv,
+                          .count = op->count,
+                          .dtype = op->dtype,
+                          .op = op->redop,
+                          .root = op->root,
+                          .premul = op->premul};
   if (op->coll == HFR_P2P) call.root = (me + (receiving ? sim.n - op->shift : op->shift)) % sim.n;
   if (op->premul) memcpy(call.scalar, &(int64_t){factor(me)}, 8);
   if (op->uneven) {
@@ -615,7 +652,8 @@ static void end_collective(int me, struct request *q) {
 
 static int stalled(int me, int stage) {
   if (sim.force) return 0;
-  uint64_t h = mix(sim.stall_seed ^ ((uint64_t)me << 32) ^ (uint64_t)(unsigned)stage), of_rank = mix(sim.stall_seed + (uint64_t)me);
+  uint64_t h = mix(sim.stall_seed ^ ((uint64_t)me << 32) ^ (uint64_t)(unsigned)stage),
+           of_rank = mix(sim.stall_seed + (uint64_t)me);
   switch (sim.stall_mode) {
     case 0: return 0;
     case 1: return of_rank & 1;
@@ -723,8 +761,9 @@ static void report_deadlock(void) {
     TROUBLE(r, q, -1, "deadlock");
     for (int s = 0; s < q->plan.nstages && shown < 20; s++)
       if (q->cursor[s].done < q->plan.stage[s].niter)
-        fprintf(stderr, "  rank %d %s: %s (role %d) stands at %" PRId64 " (posted %" PRId64 ") of %" PRId64 "\n", r, describe(q->op), q->plan.stage[s].name,
-                q->plan.stage[s].role, q->cursor[s].done, q->cursor[s].posted, q->plan.stage[s].niter),
+        fprintf(stderr, "  rank %d %s: %s (role %d) stands at %" PRId64 " (posted %" PRId64 ") of %" PRId64 "\n", r,
+                describe(q->op), q->plan.stage[s].name, q->plan.stage[s].role, q->cursor[s].done, q->cursor[s].posted,
+                q->plan.stage[s].niter),
             shown++;
   }
 }
@@ -814,7 +853,8 @@ static void close_sim(void) {
 static size_t chunk_elems(const struct op *op) {
   struct hfr_plan plan = {0};
   struct hfr_geometry geometry = sim.geometry;
-  struct hfr_call call = {.coll = op->coll, .count = 1 << 20, .dtype = op->dtype, .op = op->redop, .root = op->root, .premul = op->premul};
+  struct hfr_call call = {
+      .coll = op->coll, .count = 1 << 20, .dtype = op->dtype, .op = op->redop, .root = op->root, .premul = op->premul};
   geometry.algo = op->algo;
   if (hfr_plan_build(&plan, &sim.rank[0].layout, &geometry, &call)) abort();
   hfr_plan_fini(&plan);
@@ -849,11 +889,16 @@ static void run_scenario(int n, int kind, int slots, int credit, uint64_t seed) 
   for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_DIRECT; algo++)
     todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)algo, .redop = hfreduceSum};
   todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)chance(3), .redop = hfreduceMax};
-  todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)chance(3), .redop = hfreduceAvg, .dtype = both ? hfreduceFloat16 : hfreduceInt64};
+  todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE,
+                              .algo = (enum hfr_algo)chance(3),
+                              .redop = hfreduceAvg,
+                              .dtype = both ? hfreduceFloat16 : hfreduceInt64};
   todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)chance(3), .premul = 1};
   for (int k = 0; k < 2; k++) {
-    todo[ntodo++] = (struct op){.coll = HFR_REDUCE, .redop = k ? hfreduceAvg : hfreduceSum, .dtype = k && both ? hfreduceFloat16 : hfreduceInt64};
-    todo[ntodo++] = (struct op){.coll = HFR_REDUCE_SCATTER, .redop = k ? hfreduceAvg : hfreduceSum, .dtype = k && both ? hfreduceFloat16 : hfreduceInt64};
+    todo[ntodo++] = (struct op){
+        .coll = HFR_REDUCE, .redop = k ? hfreduceAvg : hfreduceSum, .dtype = k && both ? hfreduceFloat16 : hfreduceInt64};
+    todo[ntodo++] = (struct op){
+        .coll = HFR_REDUCE_SCATTER, .redop = k ? hfreduceAvg : hfreduceSum, .dtype = k && both ? hfreduceFloat16 : hfreduceInt64};
     todo[ntodo++] = (struct op){.coll = HFR_BROADCAST};
     todo[ntodo++] = (struct op){.coll = HFR_ALL_GATHER};
   }
@@ -871,7 +916,9 @@ static void run_scenario(int n, int kind, int slots, int credit, uint64_t seed) 
     struct op op = todo[i];
     todo[i] = todo[--ntodo];
     if (op.dtype != hfreduceFloat16) op.dtype = hfreduceInt64;
-    op.root = op.coll == HFR_REDUCE || op.coll == HFR_BROADCAST || op.coll == HFR_GATHER || op.coll == HFR_SCATTER ? (int)chance((unsigned)n) : -1;
+    op.root = op.coll == HFR_REDUCE || op.coll == HFR_BROADCAST || op.coll == HFR_GATHER || op.coll == HFR_SCATTER
+                  ? (int)chance((unsigned)n)
+                  : -1;
     op.inplace = (int)chance(2) && op.coll != HFR_ALL_TO_ALL && op.coll != HFR_P2P;
     int all = op.coll == HFR_ALL_GATHER || op.coll == HFR_ALL_TO_ALL || op.coll == HFR_REDUCE_SCATTER;
     add_op(op, i == empty ? 0 : some_chunks(), (all ? wide : most) + 1);
@@ -941,13 +988,15 @@ static void check_costs(int n, int kind) {
     uint64_t gap = tree.by_tree[0] > tree.by_tree[1] ? tree.by_tree[0] - tree.by_tree[1] : tree.by_tree[1] - tree.by_tree[0];
     CHECK(tree.peers <= 6, "n %d, %s: %d peers", n, layout_name[kind], tree.peers);
     CHECK(tree.total == 2 * links * bytes, "n %d, %s: tree sends %" PRIu64 " in all", n, layout_name[kind], tree.total);
-    CHECK(tree.by_tree[0] + tree.by_tree[1] == links * bytes && gap <= links * chunk, "n %d, %s: %" PRIu64 " and %" PRIu64 " up the trees", n,
-          layout_name[kind], tree.by_tree[0], tree.by_tree[1]);
-    CHECK(tree.most <= 2 * bytes + 2 * chunk, "n %d, %s: a node sends %" PRIu64 " of %" PRIu64, n, layout_name[kind], tree.most, bytes);
+    CHECK(tree.by_tree[0] + tree.by_tree[1] == links * bytes && gap <= links * chunk,
+          "n %d, %s: %" PRIu64 " and %" PRIu64 " up the trees", n, layout_name[kind], tree.by_tree[0], tree.by_tree[1]);
+    CHECK(tree.most <= 2 * bytes + 2 * chunk, "n %d, %s: a node sends %" PRIu64 " of %" PRIu64, n, layout_name[kind], tree.most,
+          bytes);
     /* Blocks are whole multiples of 64 bytes: the largest is up to 72 bytes above its share, and goes to all others. */
     uint64_t ideal = 2 * bytes * links / (uint64_t)nodes, slack = 41u * (uint64_t)layout.lanes * links * 72u;
     CHECK(direct.total == 2 * links * bytes, "n %d, %s: direct sends %" PRIu64 " in all", n, layout_name[kind], direct.total);
-    CHECK(direct.most <= ideal + slack, "n %d, %s: a node sends %" PRIu64 ", ideal %" PRIu64, n, layout_name[kind], direct.most, ideal);
+    CHECK(direct.most <= ideal + slack, "n %d, %s: a node sends %" PRIu64 ", ideal %" PRIu64, n, layout_name[kind], direct.most,
+          ideal);
   }
   hfr_layout_fini(&layout);
 }
@@ -956,8 +1005,10 @@ static void check_pairs_cost_no_more(void) {
   static const int pairs[] = {0, 0, 1, 1, 2, 2, 3, 3}, single[] = {0, 1, 2, 3};
   for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_DIRECT; algo++)
     for (size_t count = 4096; count < 4000000; count = count * 3 + 7) {
-      struct cost a = cost_of(8, pairs, count, (enum hfr_algo)algo, 65536), b = cost_of(4, single, count, (enum hfr_algo)algo, 65536);
-      CHECK(a.total == b.total, "algo %d, count %zu: %" PRIu64 " bytes with two ranks a node, %" PRIu64 " with one", algo, count, a.total, b.total);
+      struct cost a = cost_of(8, pairs, count, (enum hfr_algo)algo, 65536),
+                  b = cost_of(4, single, count, (enum hfr_algo)algo, 65536);
+      CHECK(a.total == b.total, "algo %d, count %zu: %" PRIu64 " bytes with two ranks a node, %" PRIu64 " with one", algo, count,
+            a.total, b.total);
       uint64_t slack = (4 * count / 65536 + 1) * 2 * 3 * 72 + 2 * 65536 * (algo == HFR_ALGO_TREE);
       CHECK(a.most <= b.most + slack, "algo %d, count %zu: busiest node %" PRIu64 " and %" PRIu64, algo, count, a.most, b.most);
     }
