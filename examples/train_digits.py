@@ -214,7 +214,7 @@ def same_as_alone(data: Data, weights: Array, args: argparse.Namespace) -> bool:
     """Whether one process gets these weights too, within float32 rounding of so many steps."""
     alone = train(None, data, args)
     error = float(np.abs(weights - alone).max() / np.abs(alone).max())
-    ok = error <= args.tolerance
+    ok = error <= float(args.tolerance)
     print(
         f"one process: largest difference {error:.1e} of the largest weight, "
         f"{'equal within rounding' if ok else f'MORE than {args.tolerance:g}'}",

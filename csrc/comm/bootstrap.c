@@ -34,6 +34,7 @@ static void nap_ms(int ms) { poll(NULL, 0, ms); }
 static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr, enum hfr_auth_kind kind, int target,
                              int64_t deadline_ns, const char *whom, int *out) {
   char text[HFR_ADDR_TEXT];
+  char refusal[200] = ""; /* kept: when time is up, who refused us may have gone itself */
   int pause = 5, error;
   hfr_addr_text(addr, text);
   for (;;) {
@@ -58,7 +59,7 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
         }
         /* Who refuses us may be an earlier program on that port, or rank 0 that has not opened this communicator yet: go on
          * trying. */
-        error = EACCES;
+        snprintf(refusal, sizeof refusal, "%.150s", hfr_last_error()->text);
       }
       close(fd);
     }
@@ -66,12 +67,10 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
     nap_ms(pause);
     if (pause < 100) pause *= 2;
   }
-  char last[200] = "";
-  if (error == EACCES) snprintf(last, sizeof last, "%.150s", hfr_last_error()->text);
   return hfr_fail(hfreduceTimeout,
                   "rank %d could not reach %s at %s within %.3g s: %s; check that it runs, that the address is right and that no "
                   "firewall is between",
-                  c->rank, whom, text, c->timeout, error == EACCES ? last : strerror(error));
+                  c->rank, whom, text, c->timeout, *refusal ? refusal : strerror(error));
 }
 
 static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, struct hfr_record *r) {
@@ -166,6 +165,9 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
       zero->chunk % 4096 || zero->streams < 1 || zero->streams > HFR_MAX_STREAMS)
     return hfr_fail(hfreduceInternalError, "rank 0 announced impossible parameters: %u slots of %llu bytes, %u streams",
                     zero->slots, (unsigned long long)zero->chunk, zero->streams);
+  if (zero->chunk / (unsigned)n < 8) /* all_gather and reduce_scatter put a piece a rank in a slot */
+    return hfr_fail(hfreduceInvalidUsage, "HFREDUCE_CHUNK is %llu bytes on rank 0; %d ranks need at least %d",
+                    (unsigned long long)zero->chunk, n, 8 * n);
   c->engine.geometry = (struct hfr_geometry){
       .chunk = zero->chunk, .ring_slot = zero->chunk / 2, .slots = (int)zero->slots, .algo = (enum hfr_algo)zero->algo};
   c->net = (struct hfr_net){.rank = c->rank,
@@ -318,6 +320,9 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
   }
   for (;;) {
     uint32_t seen = atomic_load(&c->go);
+    if (c->went)
+      return hfreduceSuccess; /* before errors: a quick peer's first operation may have failed already, which is not init's error
+                               */
     if (c->failed) {
       *hfr_last_error() = c->early;
       return (hfreduceResult_t)c->early.code;
