@@ -90,7 +90,7 @@ hfreduceResult_t hfr_group_latch(hfreduceResult_t result);
 static hfreduceResult_t check_comm(hfreduceComm_t c, const char *f, hfreduceStream_t stream) {
   if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", f);
   if (!usable(c)) return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", f);
-  if (c->pid != getpid())
+  if (c->forked)
     return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork; make a new one here", f,
                     (int)c->pid);
   if (stream)

@@ -302,9 +302,9 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   e->on_error_arg = c;
   int crowded = c->layout.nlocal > hfr_ncpus();
   int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
-  e->spins = spin >= 0 ? (int)spin
-             : crowded ? 16
-                       : 2000; /* with more ranks than cores who spins keeps the awaited one from running */
+  /* Spinning keeps the awaited rank from running when ranks are more than cores; over the network a poll is a system call, and
+   * its answer tens of microseconds away. */
+  e->spins = spin >= 0 ? (int)spin : crowded ? 16 : c->layout.nnodes > 1 ? 64 : 2000;
   e->yields = crowded ? 64 : 16;
   HFR_TRY(hfr_engine_init(e));
   c->engine_up = 1;

@@ -33,6 +33,7 @@ struct hfr_record {
 struct hfreduceComm {
   uint32_t magic;
   pid_t pid;
+  int forked; /* set in a forked child: the communicator is the parent's. A flag, because getpid() is a system call */
   char name[32];
   struct hfr_uid uid;
   int rank, nranks;

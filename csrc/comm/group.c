@@ -117,10 +117,7 @@ static hfreduceResult_t run_blocking(struct grouped *g, int n) {
 hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call) {
   if (!group.depth) {
     hfreduceResult_t r;
-    if (call->coll == HFR_ALL_REDUCE && hfr_oneshot_all_reduce(&c->engine, call, &r)) {
-      if (r) hfr_engine_error(&c->engine, hfr_last_error());
-      return r;
-    }
+    if (call->coll == HFR_ALL_REDUCE && hfr_oneshot_all_reduce(&c->engine, call, &r)) return r;
     struct grouped one = {c, *call};
     return run_blocking(&one, 1);
   }

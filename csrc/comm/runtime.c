@@ -506,6 +506,7 @@ static void child_after_fork(void) {
   if (rt.kick_fd >= 0) close(rt.kick_fd);
   for (struct watch *w = rt.watches; w; w = w->next) close(w->fd);
   for (struct hfreduceComm *c = rt.comms; c; c = c->next) {
+    c->forked = 1;
     for (int i = 0; i < c->ncontrol; i++)
       if (c->control[i].fd >= 0) close(c->control[i].fd), c->control[i].fd = -1;
     if (!c->engine_up) continue;

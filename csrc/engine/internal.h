@@ -12,4 +12,6 @@ int hfr_guards_open(struct hfr_engine *engine, struct hfr_request *request, cons
 int hfr_counter_reached(const struct hfr_engine *engine, const struct hfr_request *request, const struct hfr_guard *guard);
 /* HFR_P2P: is the request first in line on its link? */
 int hfr_my_turn(struct hfr_engine *engine, const struct hfr_request *request);
+/* The error as this request tells it: one that came from outside gets the operation that it interrupted. */
+hfreduceErrorInfo_t hfr_as_told_by(struct hfr_engine *engine, const struct hfr_request *request, const hfreduceErrorInfo_t *why);
 #endif

@@ -83,21 +83,28 @@ static int exchange(struct hfr_engine *e, const struct hfr_call *call, struct hf
   hfr_reduce(call->recv, e->sources, a->nlocal, call->count, call->dtype,
              call->op == hfreduceAvg ? HFR_OP_SUM : (enum hfr_op)call->op, &scale);
   atomic_store_explicit(&me->red, r->base + 1, memory_order_relaxed);
-  atomic_store_explicit(&me->out, r->base + 1, memory_order_release); /* pairs with slot_free() */
-  hfr_arena_notify(a);
+  /* Pairs with slot_free(). No notify, which is a fence: who sleeps for this slot needs my next operation as well, and that one
+   * notifies. */
+  atomic_store_explicit(&me->out, r->base + 1, memory_order_release);
   return 1;
 }
 
 int hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_call *call, hfreduceResult_t *result) {
   size_t bytes = call->count * hfr_dtype_size(call->dtype);
   int idle = 0;
-  if (e->layout->nnodes != 1 || e->layout->nlocal == 1 || !bytes || call->premul ||
-      (int64_t)bytes > hfr_oneshot_bytes(&e->geometry, e->arena->nlocal) ||
+  if (e->layout->nnodes != 1 || !bytes || call->premul || (int64_t)bytes > hfr_oneshot_bytes(&e->geometry, e->arena->nlocal) ||
       call->count > (size_t)hfr_oneshot_bytes(&e->geometry, e->arena->nlocal))
     return 0;
   if (atomic_load_explicit(&e->active, memory_order_acquire) ||
       !atomic_compare_exchange_strong_explicit(&e->driver, &idle, 1, memory_order_acquire, memory_order_relaxed))
     return 0;
+  if (e->layout->nlocal == 1) {
+    if (call->recv != call->send) memcpy(call->recv, call->send, bytes);
+    e->seq++;
+    atomic_store_explicit(&e->driver, 0, memory_order_release);
+    *result = hfreduceSuccess;
+    return 1;
+  }
   /* A plain object: only what errors and checks read is set. */
   struct hfr_request r;
   r.next = NULL;
@@ -120,6 +127,11 @@ int hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_call *call, hf
   e->fast++;
   atomic_store_explicit(&e->driver, 0, memory_order_release);
   if (atomic_load_explicit(&e->active, memory_order_acquire)) hfr_drive_async(e);
-  *result = ok ? hfreduceSuccess : (hfreduceResult_t)atomic_load_explicit(&e->error, memory_order_acquire);
+  *result = hfreduceSuccess;
+  if (!ok) {
+    hfreduceErrorInfo_t why;
+    *result = (hfreduceResult_t)hfr_engine_error(e, &why);
+    *hfr_last_error() = hfr_as_told_by(e, &r, &why);
+  }
   return 1;
 }

@@ -465,21 +465,34 @@ static void take_inbox(struct hfr_engine *e) {
   }
 }
 
+hfreduceErrorInfo_t hfr_as_told_by(struct hfr_engine *e, const struct hfr_request *r, const hfreduceErrorInfo_t *why) {
+  hfreduceErrorInfo_t told = *why;
+  if (why->seq >= 0) return told;
+  char what[128];
+  hfr_describe_fingerprint(&r->fp, what, sizeof what);
+  told.seq = (long long)r->fp.seq;
+  snprintf(told.op, sizeof told.op, "%s", hfr_coll_name(r->fp.coll));
+  snprintf(told.text, sizeof told.text, "rank %d on %s, %s, phase %s: %.560s", e->layout->rank, e->host, what,
+           why->phase[0] ? why->phase : "any", why->text);
+  return told;
+}
+
+static void fail_list(struct hfr_engine *e, struct hfr_request **list, const hfreduceErrorInfo_t *why) {
+  while (*list) {
+    struct hfr_request *r = *list;
+    hfreduceErrorInfo_t told = hfr_as_told_by(e, r, why);
+    *list = r->next;
+    finish(e, r, &told);
+  }
+}
+
 static void fail_all(struct hfr_engine *e) {
   hfreduceErrorInfo_t why;
   hfr_engine_error(e, &why);
   take_inbox(e);
-  while (e->queue) {
-    struct hfr_request *r = e->queue;
-    e->queue = r->next;
-    finish(e, r, &why);
-  }
+  fail_list(e, &e->queue, &why);
   e->queue_tail = &e->queue;
-  while (e->p2p) {
-    struct hfr_request *r = e->p2p;
-    e->p2p = r->next;
-    finish(e, r, &why);
-  }
+  fail_list(e, &e->p2p, &why);
 }
 
 int hfr_my_turn(struct hfr_engine *e, const struct hfr_request *r) {

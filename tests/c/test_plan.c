@@ -853,8 +853,12 @@ static void close_sim(void) {
 static size_t chunk_elems(const struct op *op) {
   struct hfr_plan plan = {0};
   struct hfr_geometry geometry = sim.geometry;
-  struct hfr_call call = {
-      .coll = op->coll, .count = 1 << 20, .dtype = op->dtype, .op = op->redop, .root = op->root < 0 ? 0 : op->root, .premul = op->premul};
+  struct hfr_call call = {.coll = op->coll,
+                          .count = 1 << 20,
+                          .dtype = op->dtype,
+                          .op = op->redop,
+                          .root = op->root < 0 ? 0 : op->root,
+                          .premul = op->premul};
   geometry.algo = op->algo;
   if (hfr_plan_build(&plan, &sim.rank[0].layout, &geometry, &call)) abort();
   hfr_plan_fini(&plan);
