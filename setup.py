@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HEADER = ROOT / "csrc" / "include" / "hfreduce.h"
+NDARRAY = ROOT / "csrc" / "python" / "ndarray.h"
 
 
 def core_build() -> ModuleType:
@@ -27,12 +28,12 @@ def core_build() -> ModuleType:
     return module
 
 
-def declarations() -> str:
-    """What cffi reads: the public header between its two marks."""
-    text = HEADER.read_text()
+def declarations(header: Path) -> str:
+    """What cffi reads: a header between its two marks."""
+    text = header.read_text()
     match = re.search(r"\[cffi begin\].*?\n(.*?)^/\*[^\n]*\[cffi end\]", text, re.DOTALL | re.MULTILINE)
     if not match:
-        raise SystemExit(f"{HEADER}: the [cffi begin] and [cffi end] marks are missing")
+        raise SystemExit(f"{header}: the [cffi begin] and [cffi end] marks are missing")
     return match.group(1)
 
 
@@ -48,12 +49,12 @@ class BuildCore(build_ext):
         generated = Path(self.build_temp) / "_core.c"
         generated.parent.mkdir(parents=True, exist_ok=True)
         ffi = FFI()
-        ffi.cdef(declarations())
-        ffi.set_source("hfreduce._core", "#include <hfreduce.h>")
+        ffi.cdef(declarations(HEADER) + declarations(NDARRAY))
+        ffi.set_source("hfreduce._core", "#include <ndarray.h>")
         ffi.emit_c_code(str(generated))
         (extension,) = self.extensions
         extension.sources = [str(generated)]
-        extension.include_dirs = [str(HEADER.parent)]
+        extension.include_dirs = [str(HEADER.parent), str(NDARRAY.parent)]
         extension.library_dirs = [str(self.library.parent)]
         extension.extra_compile_args = ["-Werror"] if werror else []
         super().run()

@@ -473,7 +473,6 @@ def test_mismatch(run_ranks: Any, nodes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.limit(100)
-@pytest.mark.xfail(reason="ends by the deadline (with an error, and no wrong data), not as a mismatch at once", strict=False)
 @pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 2), (0, 0, 1, 1)], ids=str)
 def test_mismatch_on_different_channels(run_ranks: Any, nodes: tuple[int, ...]) -> None:
     run_disagreements(run_ranks, nodes, list(APART), 4)

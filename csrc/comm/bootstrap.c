@@ -129,8 +129,12 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
     if (conn.dead)
       result = hfr_fail(hfreduceRemoteError,
                         "rank %d: the root closed the connection while ranks were joining (did its process end?)", c->rank);
-    else if (!wait_fd(fd, POLLIN, deadline_ns))
+    else if (!wait_fd(fd, POLLIN, deadline_ns)) {
       result = hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank, c->timeout, missing);
+      snprintf(hfr_last_error()->op, sizeof hfr_last_error()->op, "init");
+      hfr_conn_send(&conn, HFR_FRAME_ERROR, hfr_last_error(),
+                    sizeof(hfreduceErrorInfo_t)); /* the others need not find out by themselves */
+    }
   }
   hfr_conn_close(&conn);
   return result;
@@ -290,6 +294,15 @@ static void on_engine_error(void *arg, const hfreduceErrorInfo_t *info) {
   if (!atomic_load(&c->closing)) hfr_runtime_flood(c, HFR_FRAME_ERROR, info, sizeof *info, -1);
 }
 
+static void on_stuck(void *arg, const struct hfr_fingerprint *fp) { hfr_runtime_stuck(arg, fp); }
+
+/* Ranks on this machine, as host names tell: nodes may be pretended, or be containers of one host. */
+static int ranks_here(const struct hfreduceComm *c) {
+  int n = 0;
+  for (int r = 0; r < c->nranks; r++) n += !strcmp(c->hosts[r], c->hosts[c->rank]);
+  return n;
+}
+
 static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   struct hfr_engine *e = &c->engine;
   e->layout = &c->layout;
@@ -300,7 +313,8 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   e->timeout_ns = (int64_t)(c->timeout * 1e9);
   e->on_error = on_engine_error;
   e->on_error_arg = c;
-  int crowded = c->layout.nlocal > hfr_ncpus();
+  e->on_stuck = on_stuck;
+  int crowded = ranks_here(c) > hfr_ncpus();
   int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
   /* Spinning keeps the awaited rank from running when ranks are more than cores; over the network a poll is a system call, and
    * its answer tens of microseconds away. */

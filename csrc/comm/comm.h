@@ -50,6 +50,7 @@ struct hfreduceComm {
   /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */
   struct hfr_conn *control;
   int ncontrol;
+  struct hfr_fingerprint *stuck; /* rank 0: what each rank said it waits in; seq 0: nothing */
   /* written by the watcher, awaited by who joins */
   _Atomic uint32_t go;             /* futex: moves when the state below does */
   _Atomic int ready, went, failed; /* rank 0: how many others are; all are ready; an error came before that */
@@ -81,6 +82,8 @@ void hfr_runtime_remove(struct hfreduceComm *comm);
 void hfr_runtime_control(struct hfreduceComm *comm, int fd);
 /* Send a frame on all control connections but `except`. */
 void hfr_runtime_flood(struct hfreduceComm *comm, enum hfr_frame type, const void *payload, size_t bytes, int except);
+/* A collective waits long here: tell rank 0, who compares. */
+void hfr_runtime_stuck(struct hfreduceComm *comm, const struct hfr_fingerprint *fp);
 /* Strangers refused so far. */
 long hfr_runtime_refused(void);
 

@@ -10,6 +10,7 @@ enum hfr_frame {
   HFR_FRAME_ERROR,    /* both ways: hfreduceErrorInfo_t; at the root: joining failed */
   HFR_FRAME_READY,    /* rank -> rank 0: my node's arena stands */
   HFR_FRAME_GO,       /* rank 0 -> rank: all are ready */
+  HFR_FRAME_STUCK,    /* rank -> rank 0: struct hfr_fingerprint of a collective that waits */
   HFR_FRAME_BYE,      /* int32: this rank leaves in good order */
   HFR_FRAME_PING
 };

@@ -90,6 +90,12 @@ static void tell_joiners(struct root *root, enum hfr_frame type, const void *pay
     if (w->kind == WATCH_JOINER && w->root == root) hfr_conn_send(&w->conn, type, payload, bytes);
 }
 
+/* The rendezvous failed: everybody who joined hears why. */
+static void fail_root_with(struct root *root, const hfreduceErrorInfo_t *info) {
+  tell_joiners(root, HFR_FRAME_ERROR, info, sizeof *info);
+  drop_root(root);
+}
+
 static void fail_root(struct root *root, int peer, const char *text) {
   hfreduceErrorInfo_t info;
   hfr_error_clear(&info);
@@ -98,8 +104,7 @@ static void fail_root(struct root *root, int peer, const char *text) {
   snprintf(info.op, sizeof info.op, "init");
   snprintf(info.phase, sizeof info.phase, "rendezvous");
   snprintf(info.text, sizeof info.text, "%s", text);
-  tell_joiners(root, HFR_FRAME_ERROR, &info, sizeof info);
-  drop_root(root);
+  fail_root_with(root, &info);
 }
 
 /* A record came in. Its contents are believed only within bounds. */
@@ -156,6 +161,18 @@ static void tell_missing(struct root *root, int64_t now) {
   tell_joiners(root, HFR_FRAME_WAITING, text, strlen(text) + 1);
 }
 
+/* A rank's deadline passed while others were missing: it says so before it goes, and all hear the same. */
+static void gave_up(struct watch *w, const uint8_t *payload) {
+  hfreduceErrorInfo_t info;
+  struct root *root = w->root;
+  memcpy(&info, payload, sizeof info);
+  info.op[sizeof info.op - 1] = info.phase[sizeof info.phase - 1] = info.host[sizeof info.host - 1] =
+      info.text[sizeof info.text - 1] = 0;
+  w->root = NULL;
+  w->drop = 1;
+  fail_root_with(root, &info);
+}
+
 static void joiner_event(struct watch *w) {
   enum hfr_frame type;
   const uint8_t *payload;
@@ -163,7 +180,10 @@ static void joiner_event(struct watch *w) {
   hfr_conn_flush(&w->conn);
   hfr_conn_fill(&w->conn);
   while (w->root && !w->conn.dead && hfr_conn_next(&w->conn, &type, &payload, &bytes))
-    if (type == HFR_FRAME_JOIN) join(w, payload, bytes);
+    if (type == HFR_FRAME_JOIN)
+      join(w, payload, bytes);
+    else if (type == HFR_FRAME_ERROR && bytes == sizeof(hfreduceErrorInfo_t) && w->rank >= 0)
+      gave_up(w, payload);
   if (!w->conn.dead || !w->root || w->rank < 0) return;
   char text[200];
   snprintf(text, sizeof text, "rank %d on %s left or died while the ranks were joining", w->rank, w->root->record[w->rank].host);
@@ -214,8 +234,46 @@ static void peer_left(struct hfreduceComm *c, int rank) {
   atomic_store(&c->engine.anyone_left, 1);
 }
 
+/* Rank 0: rank says what it waits in. Two that wait in different operations of one number will wait for ever. */
+static void compare_stuck(struct hfreduceComm *c, int rank, const struct hfr_fingerprint *fp) {
+  char mine[128], theirs[128];
+  if (fp->seq) c->stuck[rank] = *fp;
+  for (int r = 0; r < c->nranks && fp->seq; r++) {
+    if (c->stuck[r].seq != fp->seq || hfr_fingerprint_equal(&c->stuck[r], fp)) continue;
+    hfreduceErrorInfo_t info;
+    hfr_error_clear(&info);
+    info.code = hfreduceMismatch;
+    info.rank = rank;
+    info.peer = r;
+    info.seq = (long long)fp->seq;
+    snprintf(info.op, sizeof info.op, "%s", hfr_coll_name(fp->coll));
+    snprintf(info.phase, sizeof info.phase, "verify");
+    snprintf(info.host, sizeof info.host, "%s", c->hosts[rank]);
+    hfr_describe_fingerprint(fp, mine, sizeof mine);
+    hfr_describe_fingerprint(&c->stuck[r], theirs, sizeof theirs);
+    snprintf(info.text, sizeof info.text,
+             "ranks disagree: rank %d on %s called %s but rank %d on %s called %s; all ranks must make the same calls in the "
+             "same order",
+             rank, c->hosts[rank], mine, r, c->hosts[r], theirs);
+    for (int q = 1; q < c->nranks; q++)
+      if (c->control[q].fd >= 0) hfr_conn_send(&c->control[q], HFR_FRAME_ERROR, &info, sizeof info);
+    take_error(c, &info);
+    return;
+  }
+}
+
+void hfr_runtime_stuck(struct hfreduceComm *c, const struct hfr_fingerprint *fp) {
+  pthread_mutex_lock(&rt.lock);
+  if (c->rank == 0)
+    compare_stuck(c, 0, fp);
+  else if (c->ncontrol && c->control[0].fd >= 0)
+    hfr_conn_send(&c->control[0], HFR_FRAME_STUCK, fp, sizeof *fp);
+  pthread_mutex_unlock(&rt.lock);
+}
+
 static void control_frame(struct hfreduceComm *c, int peer, enum hfr_frame type, const uint8_t *payload, size_t bytes) {
   hfreduceErrorInfo_t info;
+  struct hfr_fingerprint fp;
   int32_t rank;
   switch (type) {
     case HFR_FRAME_READY:
@@ -227,6 +285,11 @@ static void control_frame(struct hfreduceComm *c, int peer, enum hfr_frame type,
     case HFR_FRAME_GO:
       c->went = 1;
       moved(c);
+      break;
+    case HFR_FRAME_STUCK:
+      if (c->rank != 0 || bytes != sizeof fp || !c->engine_up) break;
+      memcpy(&fp, payload, sizeof fp);
+      compare_stuck(c, peer, &fp);
       break;
     case HFR_FRAME_BYE:
       if (bytes != sizeof rank) break;
@@ -305,7 +368,7 @@ static int deliver(struct watch *w) {
       if (r->comm_id == h->comm_id) {
         struct watch *j = add_watch(WATCH_JOINER, w->fd);
         if (!j) return -1;
-        hfr_conn_init(&j->conn, w->fd, sizeof(struct hfr_record));
+        hfr_conn_init(&j->conn, w->fd, sizeof(hfreduceErrorInfo_t));
         j->root = r;
         return 0;
       }
@@ -605,11 +668,14 @@ hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, s
 }
 
 hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr) {
-  pthread_mutex_lock(&rt.lock);
-  hfreduceResult_t r = start();
-  if (!r) r = listen_at(addr, 0);
-  pthread_mutex_unlock(&rt.lock);
-  return r;
+  for (int attempt = 0;; attempt++) {
+    pthread_mutex_lock(&rt.lock);
+    hfreduceResult_t r = start();
+    if (!r) r = listen_at(addr, 0);
+    pthread_mutex_unlock(&rt.lock);
+    if (r != hfreduceSystemError || attempt == 20) return r;
+    poll(NULL, 0, 50); /* a process that was just killed may hold the address for another moment */
+  }
 }
 
 hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid) {
@@ -628,7 +694,9 @@ hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid) {
 hfreduceResult_t hfr_runtime_add(struct hfreduceComm *c) {
   c->ncontrol = c->rank == 0 ? c->nranks : 1;
   c->control = calloc((size_t)c->ncontrol, sizeof *c->control);
-  if (!c->control) return hfr_fail(hfreduceSystemError, "out of memory for %d control connections", c->ncontrol);
+  if (c->rank == 0) c->stuck = calloc((size_t)c->nranks, sizeof *c->stuck);
+  if (!c->control || (c->rank == 0 && !c->stuck))
+    return hfr_fail(hfreduceSystemError, "out of memory for %d control connections", c->ncontrol);
   for (int i = 0; i < c->ncontrol; i++) c->control[i].fd = -1;
   pthread_mutex_lock(&rt.lock);
   c->next = rt.comms;
@@ -657,6 +725,8 @@ void hfr_runtime_remove(struct hfreduceComm *c) {
     hfr_conn_close(&c->control[i]);
   }
   free(c->control);
+  free(c->stuck);
+  c->stuck = NULL;
   c->control = NULL;
   c->ncontrol = 0;
   pthread_mutex_unlock(&rt.lock);

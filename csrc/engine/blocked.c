@@ -41,6 +41,9 @@ void hfr_engine_want(struct hfr_engine *e, struct hfr_waitset *set) {
     if (hfr_my_turn(e, r)) want_request(e, r, set);
 }
 
+/* A collective that waits longer than this tells its fingerprint. */
+#define STUCK_NS 200000000ll
+
 /* What a rank sent before it left may still be on its way for so long. */
 #define LEFT_GRACE_NS 500000000ll
 
@@ -115,6 +118,11 @@ static void check_request(struct hfr_engine *e, struct hfr_request *r, int64_t n
   struct culprits c;
   char text[600];
   int late = now > r->deadline_ns;
+  if (!r->reported && e->on_stuck && e->layout->nnodes > 1 && r->plan.call.coll != HFR_P2P && r->timeout_ns > 0 &&
+      now - (r->deadline_ns - r->timeout_ns) > STUCK_NS) {
+    r->reported = 1;
+    e->on_stuck(e->on_error_arg, &r->fp);
+  }
   if (!late && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
   find_culprits(e, r, now, &c);
   if (c.gone >= 0) {

@@ -28,7 +28,7 @@ struct hfr_request {
   uint64_t base;       /* chunks staged before this operation */
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
-  int started, verified;
+  int started, verified, reported;
   uint64_t ticket;           /* HFR_P2P: its turn on the link */
   struct hfr_cursor *cursor; /* one a stage */
   int cursors_cap, left;     /* left: stages not yet finished */
@@ -77,6 +77,9 @@ struct hfr_engine {
   /* told once, by whichever thread found the error, without locks held */
   void (*on_error)(void *arg, const hfreduceErrorInfo_t *info);
   void *on_error_arg;
+  /* told once a collective that has waited long on several nodes: ranks that use different channels never meet, so somebody must
+   * compare */
+  void (*on_stuck)(void *arg, const struct hfr_fingerprint *fp);
 
   struct hfr_engine *next_active; /* the progress thread's list */
   int listed;
