@@ -136,6 +136,11 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
                     sizeof(hfreduceErrorInfo_t)); /* the others need not find out by themselves */
     }
   }
+  if (result == hfreduceTimeout) { /* let the root take our word in before this process may end */
+    int64_t limit = hfr_now_ns() + 500000000;
+    while (!hfr_conn_fill(&conn) && wait_fd(fd, POLLIN, limit)) {
+    }
+  }
   hfr_conn_close(&conn);
   return result;
 }
@@ -365,6 +370,8 @@ hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   struct hfr_record *table = calloc((size_t)c->nranks, sizeof *table);
   if (!table) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", c->nranks);
   hfreduceResult_t r = rendezvous(c, &mine, table, deadline_ns);
+  if (r == hfreduceInvalidUsage)
+    hfr_runtime_linger(c->uid.comm_id, 1000000000); /* the ranks contradict each other: all should hear it */
   if (!r) r = adopt_table(c, table);
   free(table);
   HFR_TRY(r);

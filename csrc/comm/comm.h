@@ -75,6 +75,9 @@ hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, s
 hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr);
 /* Serve the rendezvous of a communicator in this process. */
 hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid);
+/* Joining failed and its root is in this process: let the ranks that come late hear why before this process may end; at most
+ * limit_ns. */
+void hfr_runtime_linger(uint64_t comm_id, int64_t limit_ns);
 hfreduceResult_t hfr_runtime_add(struct hfreduceComm *comm);
 /* Leave: say BYE if the communicator stood, forget the connections. */
 void hfr_runtime_remove(struct hfreduceComm *comm);

@@ -33,6 +33,9 @@ struct root {
   uint64_t comm_id;
   uint8_t secret[16];
   int nranks, got;
+  hfreduceErrorInfo_t failed; /* code != 0: joining failed; kept for a while, so that who comes late hears it too */
+  int told;                   /* how many have heard it */
+  int64_t failed_ns;
   int64_t told_ns;           /* when the waiting were last told who is missing */
   struct hfr_record *record; /* by rank; .nranks == 0: not here yet */
 };
@@ -90,10 +93,19 @@ static void tell_joiners(struct root *root, enum hfr_frame type, const void *pay
     if (w->kind == WATCH_JOINER && w->root == root) hfr_conn_send(&w->conn, type, payload, bytes);
 }
 
-/* The rendezvous failed: everybody who joined hears why. */
+#define TOMBSTONE_NS 30000000000ll
+
+/* The rendezvous failed: everybody who joined, or will yet, hears why. */
 static void fail_root_with(struct root *root, const hfreduceErrorInfo_t *info) {
-  tell_joiners(root, HFR_FRAME_ERROR, info, sizeof *info);
-  drop_root(root);
+  root->failed = *info;
+  root->failed_ns = hfr_now_ns();
+  for (struct watch *w = rt.watches; w; w = w->next) {
+    if (w->kind != WATCH_JOINER || w->root != root) continue;
+    hfr_conn_send(&w->conn, HFR_FRAME_ERROR, info, sizeof *info);
+    root->told += w->rank >= 0;
+    w->root = NULL;
+    w->drop = 1;
+  }
 }
 
 static void fail_root(struct root *root, int peer, const char *text) {
@@ -114,6 +126,13 @@ static void join(struct watch *w, const uint8_t *payload, size_t bytes) {
   char text[400];
   if (bytes != sizeof r || w->rank >= 0) {
     w->conn.dead = 1;
+    return;
+  }
+  if (root->failed.code) { /* late */
+    hfr_conn_send(&w->conn, HFR_FRAME_ERROR, &root->failed, sizeof root->failed);
+    root->told++;
+    w->root = NULL;
+    w->drop = 1;
     return;
   }
   memcpy(&r, payload, sizeof r);
@@ -138,6 +157,7 @@ static void join(struct watch *w, const uint8_t *payload, size_t bytes) {
     return;
   }
   if (root->record[r.rank].nranks) {
+    w->rank = r.rank;
     snprintf(text, sizeof text,
              "rank %d joined twice: process %u on %s and process %u on %s; give each process a rank of its own", r.rank,
              root->record[r.rank].pid, root->record[r.rank].host, r.pid, r.host);
@@ -153,7 +173,7 @@ static void join(struct watch *w, const uint8_t *payload, size_t bytes) {
 
 static void tell_missing(struct root *root, int64_t now) {
   char text[400];
-  if (!root->got || now - root->told_ns < 1000000000) return;
+  if (!root->got || root->failed.code || now - root->told_ns < 1000000000) return;
   root->told_ns = now;
   size_t n = (size_t)snprintf(text, sizeof text, "%d of %d ranks have joined, missing", root->got, root->nranks);
   for (int r = 0, named = 0; r < root->nranks && named < 12 && n < sizeof text; r++)
@@ -168,6 +188,7 @@ static void gave_up(struct watch *w, const uint8_t *payload) {
   memcpy(&info, payload, sizeof info);
   info.op[sizeof info.op - 1] = info.phase[sizeof info.phase - 1] = info.host[sizeof info.host - 1] =
       info.text[sizeof info.text - 1] = 0;
+  root->told++; /* it knows */
   w->root = NULL;
   w->drop = 1;
   fail_root_with(root, &info);
@@ -541,7 +562,13 @@ static void *watcher_main(void *arg) {
     serve_controls(&p, from);
     if (now - ticked < TICK_MS * 1000000ll) continue;
     ticked = now;
-    for (struct root *r = rt.roots; r; r = r->next) tell_missing(r, now);
+    for (struct root *r = rt.roots, *next; r; r = next) {
+      next = r->next;
+      if (r->failed.code && now - r->failed_ns > TOMBSTONE_NS)
+        drop_root(r);
+      else
+        tell_missing(r, now);
+    }
     for (struct hfreduceComm *c = rt.comms; c; c = c->next) heartbeat(c, now);
   }
   return NULL;
@@ -684,11 +711,27 @@ hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid) {
   r->comm_id = uid->comm_id;
   memcpy(r->secret, uid->secret, 16);
   pthread_mutex_lock(&rt.lock);
+  for (struct root *old = rt.roots, *next; old; old = next) { /* a failed one of this name has served its turn */
+    next = old->next;
+    if (old->comm_id == uid->comm_id && old->failed.code) drop_root(old);
+  }
   r->next = rt.roots;
   rt.roots = r;
   pthread_mutex_unlock(&rt.lock);
   kick();
   return hfreduceSuccess;
+}
+
+void hfr_runtime_linger(uint64_t comm_id, int64_t limit_ns) {
+  int64_t end = hfr_now_ns() + limit_ns;
+  for (int waiting = 1; waiting && hfr_now_ns() < end;) {
+    waiting = 0;
+    pthread_mutex_lock(&rt.lock);
+    for (struct root *r = rt.roots; r; r = r->next)
+      if (r->comm_id == comm_id) waiting = r->failed.code && r->told < r->nranks;
+    pthread_mutex_unlock(&rt.lock);
+    if (waiting) poll(NULL, 0, 5);
+  }
 }
 
 hfreduceResult_t hfr_runtime_add(struct hfreduceComm *c) {
