@@ -7,28 +7,33 @@ comm.all_reduce(gradient)       # numpy or torch, in place; the sum over all ran
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hfreduce._version import __version__
-from hfreduce.communicator import Communicator, PreMulSum
-from hfreduce.errors import (
-    AbortedError,
-    CorruptDataError,
-    CudaError,
-    DeadlineError,
-    HfreduceError,
-    InProgressError,
-    InternalError,
-    InvalidArgumentError,
-    InvalidUsageError,
-    MismatchError,
-    PeerLostError,
-    SystemError_,
-)
-from hfreduce.group import Group, group
-from hfreduce.launch import init
-from hfreduce.memory import empty, zeros
-from hfreduce.types import DTYPE_NAMES, OP_NAMES
-from hfreduce.unique_id import UniqueId, get_unique_id
-from hfreduce.work import Work
+
+if TYPE_CHECKING:
+    from hfreduce.communicator import Communicator, PreMulSum
+    from hfreduce.errors import (
+        AbortedError,
+        CorruptDataError,
+        CudaError,
+        DeadlineError,
+        HfreduceError,
+        InProgressError,
+        InternalError,
+        InvalidArgumentError,
+        InvalidUsageError,
+        MismatchError,
+        PeerLostError,
+        SystemError_,
+    )
+    from hfreduce.grouping import Group, group
+    from hfreduce.launch import init
+    from hfreduce.memory import empty, zeros
+    from hfreduce.types import DTYPE_NAMES, OP_NAMES
+    from hfreduce.unique_id import UniqueId, get_unique_id
+    from hfreduce.work import Work
 
 __all__ = [
     "DTYPE_NAMES",
@@ -57,3 +62,21 @@ __all__ = [
     "init",
     "zeros",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: NumPy, which the names need, takes far longer to import than the rest."""
+    if name in __all__:
+        public = importlib.import_module("hfreduce._public")
+        globals().update({each: getattr(public, each) for each in public.__all__})
+        return globals()[name]
+    try:
+        return importlib.import_module(f"hfreduce.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"hfreduce.{name}":
+            raise
+        raise AttributeError(f"module 'hfreduce' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hfreduce import group as _group
+from hfreduce import grouping as _group
 from hfreduce._ffi import ffi, lib
 from hfreduce.buffer import Buffer, resolve
 from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageError, check, last_error, text
