@@ -349,24 +349,41 @@ hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t co
   CALL(rooted(HFR_SCATTER, "hfreduceScatter", sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
 
-static hfreduceResult_t p2p(int receiving, const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int peer,
-                            hfreduceComm_t c, hfreduceStream_t stream) {
-  const char *f = receiving ? "hfreduceRecv" : "hfreduceSend";
-  struct hfr_call call = {
-      .coll = HFR_P2P, .receiving = receiving, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = peer};
+/* Sends and receives. `call` has the buffer, count, datatype, peer (root) and tag. */
+static hfreduceResult_t p2p(struct hfr_call call, const char *f, int any, hfreduceComm_t c, hfreduceStream_t stream) {
+  call.coll = HFR_P2P;
   HFR_TRY(check_comm(c, f, stream));
-  HFR_TRY(check_count(c, f, count, dtype, 1));
-  HFR_TRY(check_root(c, f, "peer", peer));
-  HFR_TRY(check_pointer(f, receiving ? "recvbuff" : "sendbuff", receiving ? recv : send, count));
+  HFR_TRY(check_count(c, f, call.count, call.dtype, 1));
+  if (!any) HFR_TRY(check_root(c, f, "peer", call.root));
+  if (call.tag < 0) return hfr_fail(hfreduceInvalidArgument, "%s: tag is %d; it must not be negative", f, call.tag);
+  HFR_TRY(check_pointer(f, call.receiving ? "recvbuff" : "sendbuff", call.receiving ? call.recv : call.send, call.count));
   return hfr_issue(c, &call);
 }
 hfreduceResult_t hfreduceSend(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
                               hfreduceStream_t stream) {
-  CALL(p2p(0, sendbuff, NULL, count, datatype, peer, comm, stream));
+  struct hfr_call call = {.send = sendbuff, .count = count, .dtype = datatype, .root = peer};
+  CALL(p2p(call, "hfreduceSend", 0, comm, stream));
 }
 hfreduceResult_t hfreduceRecv(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
                               hfreduceStream_t stream) {
-  CALL(p2p(1, NULL, recvbuff, count, datatype, peer, comm, stream));
+  struct hfr_call call = {.receiving = 1, .recv = recvbuff, .count = count, .dtype = datatype, .root = peer};
+  CALL(p2p(call, "hfreduceRecv", 0, comm, stream));
+}
+hfreduceResult_t hfreduceSendTag(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, int tag,
+                                 hfreduceComm_t comm, hfreduceStream_t stream) {
+  struct hfr_call call = {.send = sendbuff, .count = count, .dtype = datatype, .root = peer, .tag = tag};
+  CALL(p2p(call, "hfreduceSendTag", 0, comm, stream));
+}
+hfreduceResult_t hfreduceRecvTag(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, int tag,
+                                 hfreduceComm_t comm, hfreduceStream_t stream) {
+  struct hfr_call call = {.receiving = 1, .recv = recvbuff, .count = count, .dtype = datatype, .root = peer, .tag = tag};
+  CALL(p2p(call, "hfreduceRecvTag", 0, comm, stream));
+}
+hfreduceResult_t hfreduceRecvAny(void *recvbuff, size_t count, hfreduceDataType_t datatype, int tag, int *source,
+                                 hfreduceComm_t comm, hfreduceStream_t stream) {
+  struct hfr_call call = {
+      .receiving = 1, .recv = recvbuff, .count = count, .dtype = datatype, .root = HFR_ANY_SOURCE, .tag = tag, .source = source};
+  CALL(p2p(call, "hfreduceRecvAny", 1, comm, stream));
 }
 
 static hfreduceResult_t barrier(hfreduceComm_t c, hfreduceStream_t stream) {

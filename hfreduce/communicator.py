@@ -20,7 +20,7 @@ from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageErr
 from hfreduce.params import default_timeout
 from hfreduce.types import DTYPE_NAMES, OPS, dtype_code, numpy_dtype, op_code
 from hfreduce.unique_id import UniqueId
-from hfreduce.work import Work, reap
+from hfreduce.work import Sender, Work, reap
 
 # Bound once: the fast path of all_reduce makes no attribute chain.
 _ndarray = np.ndarray
@@ -447,24 +447,57 @@ class Communicator:
             stream,
         )
 
-    def send(self, x: Any, peer: int, *, async_op: bool = False, stream: Any = None) -> Any:
-        """Send x to rank peer, which receives the same count and dtype; matched in order.
+    def send(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, stream: Any = None) -> Any:
+        """Send x to rank peer, which receives the same count and dtype with the same tag.
 
         It may wait for the receive. Returns x.
         """
         peer = self._root(peer, "peer")
         source = resolve(x, "x", writable=False)
         return self._issue(
-            lib.hfreduceSend, (source.pointer, source.elements, source.dtype, peer), source.keep, x, async_op, stream
+            lib.hfreduceSendTag,
+            (source.pointer, source.elements, source.dtype, peer, _tag(tag)),
+            source.keep,
+            x,
+            async_op,
+            stream,
         )
 
-    def recv(self, x: Any, peer: int, *, async_op: bool = False, stream: Any = None) -> Any:
-        """Receive into x what rank peer sends. Returns x."""
+    def recv(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, stream: Any = None) -> Any:
+        """Receive into x what rank peer sends with this tag, in the order sent. Returns x.
+
+        As in MPI, messages with other tags do not stand in its way; a message that fits several receives goes to the one
+        posted first.
+        """
         peer = self._root(peer, "peer")
         target = resolve(x, "x", writable=True)
         return self._issue(
-            lib.hfreduceRecv, (target.pointer, target.elements, target.dtype, peer), target.keep, x, async_op, stream
+            lib.hfreduceRecvTag,
+            (target.pointer, target.elements, target.dtype, peer, _tag(tag)),
+            target.keep,
+            x,
+            async_op,
+            stream,
         )
+
+    def recv_any(self, x: Any, *, tag: int = 0, async_op: bool = False, stream: Any = None) -> Any:
+        """Receive into x what any rank (this one too) sends with this tag. Returns the sender's rank.
+
+        With async_op the Work's `wait` returns the rank. In a group the call returns None, and the rank stands in the group's
+        `results`.
+        """
+        target, sender = resolve(x, "x", writable=True), Sender()
+        result = self._issue(
+            lib.hfreduceRecvAny,
+            (target.pointer, target.elements, target.dtype, _tag(tag), sender.cell),
+            (target.keep, sender),
+            sender,
+            async_op,
+            stream,
+        )
+        if result is not sender:
+            return result
+        return None if _open_groups and _group.current() is not None else sender.rank()
 
     def barrier(self, *, async_op: bool = False, stream: Any = None) -> Any:
         """Wait until all ranks have come here."""
@@ -645,6 +678,13 @@ class Communicator:
             displs.append(place)
             place += value
         return ffi.new("size_t[]", values), ffi.new("size_t[]", displs)
+
+
+def _tag(tag: Any) -> int:
+    value = _integer(tag, "tag")
+    if not 0 <= value < 2**31:
+        raise InvalidArgumentError(f"tag: {value} is not from 0 to {2**31 - 1}")
+    return value
 
 
 def _config(timeout: float, name: str | None) -> tuple[Any, Any]:

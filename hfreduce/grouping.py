@@ -9,7 +9,7 @@ from typing import Any
 
 from hfreduce._ffi import ffi, lib
 from hfreduce.errors import InvalidUsageError, last_error
-from hfreduce.work import Work
+from hfreduce.work import Work, settle
 
 #: Threads that are inside a group. The communicators' fast path only asks whether it is empty.
 open_groups: set[int] = set()
@@ -28,20 +28,21 @@ class Group:
     """Context manager: the calls inside are launched together at the end of the outermost group of this thread.
 
     Leaving it waits for all of them; with async_op=True `work` is then their common Work. Calls inside take no async_op.
+    `results` has what each call of the outermost group gives, in order of issue; it is defined once they have ended.
     Groups nest and may span several communicators. When the body raises, nothing is launched.
     """
 
     def __init__(self, *, async_op: bool = False, running: deque[Work] | None = None) -> None:
         self.work: Work | None = None
+        self.results: list[Any] = []
         self._async_op = async_op
         self._running = _running if running is None else running
         self._keep: list[Any] = []
-        self._results: list[Any] = []
 
     def add(self, keep: Any, result: Any) -> None:
         """Hold a call's buffers until the group has ended."""
         self._keep.append(keep)
-        self._results.append(result)
+        self.results.append(result)
 
     def __enter__(self) -> Group:
         stack: list[Group] | None = getattr(_local, "stack", None)
@@ -54,7 +55,7 @@ class Group:
         code = lib.hfreduceGroupStart()
         if code:
             raise last_error(code)
-        self.work = None
+        self.work, self.results = None, []
         stack.append(self)
         open_groups.add(threading.get_ident())
         return self
@@ -65,8 +66,7 @@ class Group:
         stack.pop()
         if not stack:
             open_groups.discard(threading.get_ident())
-        keep, results = self._keep, self._results
-        self._keep, self._results = [], []
+        keep, self._keep = self._keep, []
         if error is not None:
             # The first error inside a group makes its End return it and launch nothing: make one, if the body's was not the
             # library's.
@@ -77,11 +77,12 @@ class Group:
             code = lib.hfreduceGroupEndAsync(handle)
             if code:
                 raise last_error(code)
-            self.work = Work(handle[0], keep, results, self._running)
+            self.work = Work(handle[0], keep, self.results, self._running)
         else:
             code = lib.hfreduceGroupEnd()
             if code:
                 raise last_error(code)
+            settle(self.results)
 
 
 def group(*, async_op: bool = False) -> Group:

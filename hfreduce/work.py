@@ -19,6 +19,30 @@ def reap(running: deque[Work]) -> None:
         running.popleft()
 
 
+class Sender:
+    """The result of a receive from any source: C writes the rank when the message has come."""
+
+    __slots__ = ("cell",)
+
+    def __init__(self) -> None:
+        self.cell: Any = ffi.new("int *", -1)
+
+    def rank(self) -> int:
+        """Rank of the sender, once the receive has ended."""
+        return int(self.cell[0])
+
+
+def settle(result: Any) -> Any:
+    """The result of an operation that has ended, or the list of a group's: ranks instead of each Sender."""
+    if type(result) is Sender:
+        return result.rank()
+    if type(result) is list:
+        for i, one in enumerate(result):
+            if type(one) is Sender:
+                result[i] = one.rank()
+    return result
+
+
 class Work:
     """An operation started with async_op=True, or a group of them.
 
@@ -38,8 +62,11 @@ class Work:
 
     @property
     def result(self) -> Any:
-        """The array (or list of arrays, for a group) that the call writes; its content is defined after `wait`."""
-        return self._result
+        """The array (or list of results, for a group) that the call writes; its content is defined after `wait`.
+
+        Of `recv_any`: the sender's rank; None until it has ended.
+        """
+        return None if type(self._result) is Sender else self._result
 
     def wait(self, timeout: float | None = None) -> Any:
         """Wait until the operation has ended and return its result.
@@ -86,6 +113,8 @@ class Work:
             info = ffi.new("hfreduceErrorInfo_t *")
             lib.hfreduceWorkErrorInfo(self._handle, info)
             self._error = from_info(code, info)
+        elif not code:
+            self._result = settle(self._result)
         self._keep = None
 
     def __repr__(self) -> str:

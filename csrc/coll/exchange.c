@@ -2,11 +2,8 @@
  * rings, else over the network. */
 #include "coll.h"
 
-/* Largest message to or from a peer. */
 static size_t message_bytes(const struct hfr_plan *p, int peer) {
-  const struct hfr_layout *l = p->layout;
-  size_t bytes = l->node_of[peer] == l->node ? p->geometry.ring_slot : p->geometry.chunk;
-  return bytes / p->esize * p->esize;
+  return hfr_message_bytes(p->layout, &p->geometry, peer, p->esize);
 }
 
 /* What goes to (sending) or comes from `peer`: bytes, and where it starts in the user's buffer. */
@@ -62,7 +59,8 @@ hfreduceResult_t hfr_plan_exchange(struct hfr_plan *p) {
   p->algo = "messages";
   p->step = step_exchange;
   p->part = part_exchange;
-  if (c->coll == HFR_P2P) return add_message_stage(p, !c->receiving, root, c->receiving ? "recv" : "send");
+  if (c->coll == HFR_P2P) /* a receive has no stages: messages find it (engine/p2p.c) */
+    return c->receiving ? hfreduceSuccess : add_message_stage(p, 1, root, "send");
   int all = c->coll == HFR_ALL_TO_ALL;
   int sends_to_all = all || (c->coll == HFR_SCATTER && me == root),
       receives_from_all = all || (c->coll == HFR_GATHER && me == root);

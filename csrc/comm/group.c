@@ -53,7 +53,7 @@ static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_ca
     return result;
   }
   r->fp = (struct hfr_fingerprint){.count = mine.count,
-                                   .root = mine.root,
+                                   .root = mine.coll == HFR_P2P ? mine.tag : mine.root,
                                    .coll = (uint8_t)mine.coll,
                                    .op = (uint8_t)(mine.premul ? 5 : mine.op),
                                    .dtype = (uint8_t)mine.dtype};

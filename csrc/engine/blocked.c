@@ -37,8 +37,13 @@ static void want_request(struct hfr_engine *e, struct hfr_request *r, struct hfr
 
 void hfr_engine_want(struct hfr_engine *e, struct hfr_waitset *set) {
   if (e->queue) want_request(e, e->queue, set);
-  for (struct hfr_request *r = e->p2p; r; r = r->next)
-    if (hfr_my_turn(e, r)) want_request(e, r, set);
+  e->visit++;
+  for (struct hfr_request *r = e->p2p; r; r = r->next) {
+    if (r->plan.call.receiving)
+      hfr_p2p_want(e, r, set);
+    else if (hfr_my_turn(e, r))
+      want_request(e, r, set);
+  }
 }
 
 /* A collective that waits longer than this tells its fingerprint. */
@@ -51,6 +56,7 @@ void hfr_engine_want(struct hfr_engine *e, struct hfr_waitset *set) {
 struct culprits {
   struct hfr_engine *engine;
   const char *phase;
+  const char *lead; /* in front of the first name */
   int peer, named;
   int gone; /* a rank that is waited for and has left, or -1 */
   int64_t now_ns;
@@ -63,8 +69,8 @@ static void name_rank(struct culprits *c, const char *phase, int rank) {
   if (c->peer < 0) c->peer = rank, c->phase = phase;
   if (left && c->now_ns - left > LEFT_GRACE_NS) c->gone = rank;
   if (c->named++ < 8 && c->used < sizeof c->text)
-    c->used += (size_t)snprintf(c->text + c->used, sizeof c->text - c->used, "%srank %d on %s",
-                                c->named > 1 ? ", " : "waiting for ", rank, c->engine->net->host[rank]);
+    c->used += (size_t)snprintf(c->text + c->used, sizeof c->text - c->used, "%srank %d on %s", c->named > 1 ? ", " : c->lead,
+                                rank, c->engine->net->host[rank]);
 }
 
 /* Name the local ranks that keep guard g shut; 1 if an own stage does. */
@@ -102,10 +108,36 @@ static void name_stage(struct culprits *c, struct hfr_request *r, int s) {
   }
 }
 
+/* Whom does a receive wait for? From any source: all the others, and only when all have left can none of them send. */
+static void name_sources(struct culprits *c, const struct hfr_request *r) {
+  const struct hfr_layout *lay = c->engine->layout;
+  int from = r->source >= 0 ? r->source : r->plan.call.root, stay = 0;
+  if (from != HFR_ANY_SOURCE) {
+    name_rank(c, "recv", from);
+    return;
+  }
+  snprintf(c->text, sizeof c->text, "waiting for any source");
+  c->lead = "waiting for any source: ";
+  for (int rank = 0; rank < lay->nranks; rank++) {
+    if (rank == lay->rank) continue;
+    c->gone = -1;
+    name_rank(c, "recv", rank);
+    stay |= c->gone < 0;
+  }
+  if (stay) c->gone = -1;
+  c->peer = -1;
+  c->phase = "recv";
+}
+
 /* Who and what does the request wait for: the first stage that is stuck on others, and the peers it lacks. */
 static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t now, struct culprits *c) {
   const struct hfr_layout *lay = e->layout;
-  *c = (struct culprits){.engine = e, .phase = "start", .peer = -1, .gone = -1, .now_ns = now, .text = "waiting"};
+  *c = (struct culprits){
+      .engine = e, .phase = "start", .lead = "waiting for ", .peer = -1, .gone = -1, .now_ns = now, .text = "waiting"};
+  if (r->plan.call.coll == HFR_P2P && r->plan.call.receiving) {
+    name_sources(c, r);
+    return;
+  }
   if (!r->verified)
     for (int i = 0; i < lay->nlocal; i++)
       if (i != lay->local && atomic_load(&e->arena->ctrl[i].start) < r->fp.seq)

@@ -2,8 +2,8 @@
  * The engine of a communicator: its queue of requests and who drives them.
  *
  * One thread at a time drives an engine (it holds `driver`): the caller of a blocking call on an idle communicator, or the
- * process' progress thread. Collectives run one after the other in issue order; sends and receives run beside them, in order for
- * each peer and direction.
+ * process' progress thread. Collectives run one after the other in issue order; sends and receives run beside them: the messages
+ * to a peer leave in issue order, and each goes to the oldest receive that fits it (p2p.c).
  */
 #ifndef HFR_ENGINE_ENGINE_H_
 #define HFR_ENGINE_ENGINE_H_
@@ -29,7 +29,8 @@ struct hfr_request {
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;
-  uint64_t ticket;           /* HFR_P2P: its turn on the link */
+  uint64_t ticket;           /* a send's turn on the link */
+  int source;                /* a receive: whose message it takes; -1: none yet */
   struct hfr_cursor *cursor; /* one a stage */
   int cursors_cap, left;     /* left: stages not yet finished */
   void *temp;                /* copy of the send buffer (in-place all_to_all) */
@@ -62,7 +63,11 @@ struct hfr_engine {
   _Atomic uint32_t active; /* requests submitted and not ended */
   /* the driver's: */
   struct hfr_request *queue, **queue_tail; /* collectives, in order */
-  struct hfr_request *p2p;                 /* running sends and receives */
+  struct hfr_request *p2p, **p2p_tail;     /* running sends and receives, in order of issue */
+  struct hfr_mailbox *mailbox;             /* by rank; made at the first receive */
+  uint64_t visit;                          /* moves with each look at the mailboxes */
+  uint64_t any_posted;                     /* receives from any source, ever */
+  int any_next;                            /* where the next of them looks first: the rank after the last one served */
   uint64_t seq;                            /* collectives begun */
   uint64_t base;                           /* chunks staged */
   uint64_t out_known;                      /* all local ranks have taken out this many, as far as we looked */

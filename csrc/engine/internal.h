@@ -10,8 +10,20 @@ void hfr_fail_request(struct hfr_engine *engine, const struct hfr_request *reque
 int hfr_guards_open(struct hfr_engine *engine, struct hfr_request *request, const struct hfr_step *step);
 /* Have the local ranks that a guard names published what it needs? */
 int hfr_counter_reached(const struct hfr_engine *engine, const struct hfr_request *request, const struct hfr_guard *guard);
-/* HFR_P2P: is the request first in line on its link? */
+/* HFR_P2P, sending: is the request first in line on its link? */
 int hfr_my_turn(struct hfr_engine *engine, const struct hfr_request *request);
+/* --- p2p.c: driver only --- */
+/* Put a send or receive in line; a receive takes a message that was kept aside for it. */
+void hfr_p2p_post(struct hfr_engine *engine, struct hfr_request *request);
+/* Look for the messages that a receive waits for, unless that was done since engine->visit moved. A message goes to whom it fits:
+   to this receive, to a later one, or aside. Receives are asked in the order of their issue. 1: something moved. */
+int hfr_p2p_receive(struct hfr_engine *engine, struct hfr_request *request);
+/* Note what would wake a receive, unless that was done since engine->visit moved. */
+void hfr_p2p_want(struct hfr_engine *engine, const struct hfr_request *request, struct hfr_waitset *set);
+void hfr_p2p_fini(struct hfr_engine *engine);
+
+/* The clock of a request starts. */
+void hfr_request_start(struct hfr_request *request);
 /* The error as this request tells it: one that came from outside gets the operation that it interrupted. */
 hfreduceErrorInfo_t hfr_as_told_by(struct hfr_engine *engine, const struct hfr_request *request, const hfreduceErrorInfo_t *why);
 #endif

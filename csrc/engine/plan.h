@@ -29,16 +29,20 @@ enum hfr_coll {
 };
 const char *hfr_coll_name(int coll);
 
+#define HFR_ANY_SOURCE (-1)
+
 /* A call with its arguments checked. */
 struct hfr_call {
   enum hfr_coll coll;
   int receiving; /* HFR_P2P: this side receives */
+  int tag;       /* HFR_P2P */
+  int *source;   /* receiving: told whose message it was; may be NULL */
   const void *send;
   void *recv;
   size_t count; /* elements a rank, as in the public call; 0 for an uneven all_to_all */
   hfreduceDataType_t dtype;
   hfreduceRedOp_t op; /* sum .. avg; a premultiplied sum is hfreduceSum with premul set */
-  int root;           /* or peer; -1 */
+  int root;           /* or peer (HFR_ANY_SOURCE: whoever sends); -1 */
   int premul;
   uint8_t scalar[8];
   const size_t *sendcounts, *senddispls, *recvcounts, *recvdispls; /* uneven all_to_all, else NULL; owned by the request */
@@ -130,6 +134,12 @@ void hfr_plan_fini(struct hfr_plan *plan);
 static inline int64_t hfr_oneshot_bytes(const struct hfr_geometry *g, int nlocal) {
   int64_t limit = 65536 / (nlocal > 1 ? nlocal : 1);
   return limit < (int64_t)g->chunk ? limit : (int64_t)g->chunk;
+}
+
+/* Largest message to or from a peer, in whole elements; more goes in parts of this size. */
+static inline size_t hfr_message_bytes(const struct hfr_layout *l, const struct hfr_geometry *g, int peer, size_t esize) {
+  size_t bytes = l->node_of[peer] == l->node ? g->ring_slot : g->chunk;
+  return bytes / esize * esize;
 }
 
 /* --- what planners build steps with --- */

@@ -19,7 +19,8 @@ void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size
                   hfr_dtype_name((hfreduceDataType_t)fp->dtype));
   if ((fp->coll == HFR_ALL_REDUCE || fp->coll == HFR_REDUCE || fp->coll == HFR_REDUCE_SCATTER) && (size_t)n < size)
     n += snprintf(text + n, size - (size_t)n, ", %s", fp->op < 6 ? op[fp->op] : "?");
-  if (fp->root >= 0 && fp->coll != HFR_P2P && (size_t)n < size) n += snprintf(text + n, size - (size_t)n, ", root %d", fp->root);
+  if (fp->coll == HFR_P2P ? fp->root > 0 : fp->root >= 0)
+    if ((size_t)n < size) n += snprintf(text + n, size - (size_t)n, fp->coll == HFR_P2P ? ", tag %d" : ", root %d", fp->root);
   if ((size_t)n < size) snprintf(text + n, size - (size_t)n, ")");
 }
 
@@ -156,6 +157,11 @@ struct hfr_link *hfr_engine_link(struct hfr_engine *e, int peer, int vc) {
   return *slot;
 }
 
+void hfr_request_start(struct hfr_request *r) {
+  r->started = 1;
+  r->deadline_ns = r->timeout_ns > 0 ? hfr_now_ns() + r->timeout_ns : INT64_MAX;
+}
+
 static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
   struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
   r->fp.seq = ++e->seq;
@@ -167,8 +173,7 @@ static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
 
 /* A request reaches the head of its line. 0: its link cannot be made. */
 static int begin(struct hfr_engine *e, struct hfr_request *r) {
-  r->started = 1;
-  r->deadline_ns = r->timeout_ns > 0 ? hfr_now_ns() + r->timeout_ns : INT64_MAX;
+  hfr_request_start(r);
   if (r->cursors_cap < r->plan.nstages) {
     free(r->cursor);
     r->cursor = malloc((size_t)r->plan.nstages * sizeof *r->cursor);
@@ -255,9 +260,7 @@ static uint8_t *place(const struct hfr_engine *e, const struct hfr_request *r, c
 /* Is this header the message that the plan expects? */
 static int header_ok(struct hfr_engine *e, struct hfr_request *r, const struct hfr_stage *st, int peer, int64_t i, size_t bytes,
                      const struct hfr_msg_header *h) {
-  struct hfr_fingerprint theirs = h->fp, mine = r->fp;
-  if (mine.coll == HFR_P2P) mine.root = theirs.root = -1; /* each names the other */
-  if (!hfr_fingerprint_equal(&theirs, &mine)) {
+  if (!hfr_fingerprint_equal(&h->fp, &r->fp)) {
     hfr_fail_mismatch(e, &r->fp, peer, &h->fp);
     return 0;
   }
@@ -447,16 +450,7 @@ static void take_inbox(struct hfr_engine *e) {
     struct hfr_request *next = r->next;
     r->next = NULL;
     if (r->plan.call.coll == HFR_P2P) {
-      struct hfr_link *l = hfr_engine_link(e, r->plan.call.root, HFR_VC_P2P);
-      if (!l) {
-        hfr_fail_request(e, r, "connect", r->plan.call.root, hfr_last_error()->code, hfr_last_error()->text);
-      } else {
-        r->ticket = r->plan.call.receiving ? l->rx_ticket++ : l->tx_ticket++;
-        r->fp.seq = r->ticket + 1;
-      }
-      struct hfr_request **tail = &e->p2p; /* issue order, so that peers' turns come round */
-      while (*tail) tail = &(*tail)->next;
-      *tail = r;
+      hfr_p2p_post(e, r);
     } else {
       *e->queue_tail = r;
       e->queue_tail = &r->next;
@@ -493,31 +487,30 @@ static void fail_all(struct hfr_engine *e) {
   fail_list(e, &e->queue, &why);
   e->queue_tail = &e->queue;
   fail_list(e, &e->p2p, &why);
+  e->p2p_tail = &e->p2p;
 }
 
 int hfr_my_turn(struct hfr_engine *e, const struct hfr_request *r) {
   const struct hfr_link *l = e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P];
-  return r->ticket == (r->plan.call.receiving ? l->rx_turn : l->tx_turn);
+  return r->ticket == l->tx_turn;
 }
 
 static int progress_p2p(struct hfr_engine *e) {
   int moved = 0;
+  e->visit++;
   for (struct hfr_request **at = &e->p2p; *at;) {
     struct hfr_request *r = *at;
-    if (!hfr_my_turn(e, r)) {
-      at = &r->next;
-      continue;
+    if (r->plan.call.receiving) {
+      moved |= hfr_p2p_receive(e, r);
+    } else if (hfr_my_turn(e, r)) {
+      if (!r->started && !begin(e, r)) return 1;
+      moved |= progress_request(e, r);
     }
-    if (!r->started && !begin(e, r)) return 1;
-    moved |= progress_request(e, r);
     if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
     if (over(r)) {
-      struct hfr_link *l = e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P];
-      if (r->plan.call.receiving)
-        l->rx_turn++;
-      else
-        l->tx_turn++;
+      if (!r->plan.call.receiving) e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P]->tx_turn++;
       *at = r->next;
+      if (!*at) e->p2p_tail = at;
       finish(e, r, NULL);
       moved = 1;
     } else {
@@ -559,6 +552,7 @@ hfreduceResult_t hfr_engine_init(struct hfr_engine *e) {
   pthread_mutex_init(&e->lock, NULL);
   e->inbox_tail = &e->inbox;
   e->queue_tail = &e->queue;
+  e->p2p_tail = &e->p2p;
   e->pid = getpid();
   e->base = (uint64_t)e->geometry.slots; /* so that needs of earlier operations never go below zero */
   e->link = calloc((size_t)n * HFR_NVC, sizeof(struct hfr_link *));
@@ -582,6 +576,7 @@ void hfr_engine_fini(struct hfr_engine *e) {
     free(r->cursor);
     free(r);
   }
+  hfr_p2p_fini(e);
   free(e->link);
   free((void *)e->left_ns);
   free(e->sources);

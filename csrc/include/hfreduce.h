@@ -203,11 +203,22 @@ hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t cou
 /* sendbuff (root only) holds nranks * count. */
 hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
                                  hfreduceComm_t comm, hfreduceStream_t stream);
-/* Matched in order, a pair of ranks and a direction. A send may wait for its receive. */
+/* A send may wait for its receive, which must have its count and datatype. These two are the ones below with tag 0. */
 hfreduceResult_t hfreduceSend(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
                               hfreduceStream_t stream);
 hfreduceResult_t hfreduceRecv(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
                               hfreduceStream_t stream);
+/* With a tag, from 0 on: a receive takes the messages of its peer and tag in the order in which they were sent; messages with
+   other tags do not stand in its way, but are kept on the heap if they must be taken first to get at it. A message that fits
+   several receives goes to the one posted first. As MPI matches. Own additions. */
+hfreduceResult_t hfreduceSendTag(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, int tag,
+                                 hfreduceComm_t comm, hfreduceStream_t stream);
+hfreduceResult_t hfreduceRecvTag(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, int tag,
+                                 hfreduceComm_t comm, hfreduceStream_t stream);
+/* From whichever rank sends with this tag, this one too. *source (unless NULL) is that rank: written before the call returns or
+   its work is done, and it must live until then. */
+hfreduceResult_t hfreduceRecvAny(void *recvbuff, size_t count, hfreduceDataType_t datatype, int tag, int *source,
+                                 hfreduceComm_t comm, hfreduceStream_t stream);
 hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream);
 
 /* An op that multiplies this rank's input by *scalar (of the datatype; float32 for fp8) before summing. Local; each rank may have

@@ -19,7 +19,7 @@ enum hfr_ctr { HFR_CTR_START, HFR_CTR_IN, HFR_CTR_RED, HFR_CTR_OUT, HFR_CTR_VER,
 struct hfr_fingerprint {
   uint64_t seq;
   uint64_t count;
-  int32_t root; /* or the peer of a send/recv; -1: none */
+  int32_t root; /* or the tag of a send/recv; -1: none */
   uint8_t coll, op, dtype, pad;
 };
 static inline int hfr_fingerprint_equal(const struct hfr_fingerprint *a, const struct hfr_fingerprint *b) {

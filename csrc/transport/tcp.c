@@ -23,6 +23,9 @@ struct tcp_stream {
   enum stream_state state;
   int fd;
   struct hfr_auth auth;
+  /* Read for a payload that turned out shorter: read again before the socket. Empty whenever a message has not wholly come. */
+  uint8_t *back;
+  size_t back_at, back_bytes;
 };
 
 struct tx_message {
@@ -223,11 +226,61 @@ static int rx_begin(struct tcp_link *l, void *dst, size_t bytes) {
   return HFR_LINK_OK;
 }
 
+/* As recvmsg: what was put back comes first. */
+static ssize_t read_stream(struct tcp_stream *t, struct iovec *iov, int n) {
+  if (!t->back) {
+    struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)n};
+    return recvmsg(t->fd, &msg, MSG_DONTWAIT);
+  }
+  size_t taken = 0;
+  for (int i = 0; i < n; i++) {
+    size_t left = t->back_bytes - t->back_at, take = left < iov[i].iov_len ? left : iov[i].iov_len;
+    if (take) memcpy(iov[i].iov_base, t->back + t->back_at, take);
+    t->back_at += take;
+    taken += take;
+  }
+  if (t->back_at == t->back_bytes) {
+    free(t->back);
+    t->back = NULL;
+  }
+  return (ssize_t)taken;
+}
+
+/* The message at hand has another size than was asked for, and now the caller says where it goes. Its beginning lies where it
+ * was expected to go; what was read beyond its end belongs to the messages behind it. */
+static int rx_redirect(struct tcp_link *l, struct tcp_stream *t, void *dst, size_t bytes) {
+  size_t have = l->rx_have - sizeof l->rx_header, mine = have < bytes ? have : bytes, extra = have - mine;
+  if (extra) {
+    size_t rest = t->back ? t->back_bytes - t->back_at : 0;
+    uint8_t *back = malloc(extra + rest);
+    if (!back) {
+      hfr_fail(hfreduceSystemError, "out of memory for %zu bytes", extra + rest);
+      return HFR_LINK_FAILED;
+    }
+    memcpy(back, l->rx_dst + mine, extra);
+    if (rest) memcpy(back + extra, t->back + t->back_at, rest);
+    free(t->back);
+    t->back = back;
+    t->back_at = 0;
+    t->back_bytes = extra + rest;
+  }
+  if (mine) memmove(dst, l->rx_dst, mine);
+  l->rx_dst = dst;
+  l->rx_bytes = bytes;
+  l->rx_have = sizeof l->rx_header + mine;
+  l->rx_ready = 0;
+  return HFR_LINK_OK;
+}
+
 static int tcp_recv(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data) {
   struct tcp_link *l = (struct tcp_link *)link;
+  int s = (int)(l->received % (unsigned)l->net->streams);
+  if (l->rx_ready && l->rx_bytes != l->rx_header.bytes && bytes == l->rx_header.bytes &&
+      rx_redirect(l, &l->stream[s], dst, bytes) == HFR_LINK_FAILED)
+    return HFR_LINK_FAILED;
   if (!l->rx_ready) {
     if (l->broken_ns) return broken(l);
-    int s = (int)(l->received % (unsigned)l->net->streams), up = stream_up(l, s);
+    int up = stream_up(l, s);
     if (up != HFR_LINK_OK) return up;
     if (!l->rx_have && rx_begin(l, dst, bytes) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
     size_t h = sizeof l->rx_header;
@@ -237,24 +290,23 @@ static int tcp_recv(struct hfr_link *link, void *dst, size_t bytes, const struct
       if (l->rx_have < h) iov[n++] = (struct iovec){(uint8_t *)&l->rx_header + l->rx_have, h - l->rx_have};
       size_t payload_have = l->rx_have > h ? l->rx_have - h : 0;
       if (l->rx_bytes > payload_have) iov[n++] = (struct iovec){l->rx_dst + payload_have, l->rx_bytes - payload_have};
-      struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)n};
-      ssize_t r = recvmsg(l->stream[s].fd, &msg, MSG_DONTWAIT);
+      ssize_t r = read_stream(&l->stream[s], iov, n);
       if (r < 0 && (errno == EAGAIN || errno == EINTR)) return HFR_LINK_AGAIN;
       if (r <= 0) return lost(l, "receiving failed", r ? errno : 0);
       size_t had = l->rx_have;
       l->rx_have += (size_t)r;
-      if (had < h && l->rx_have >= h && (l->rx_header.magic != HFR_MSG_MAGIC || l->rx_header.bytes != bytes))
+      if (had < h && l->rx_have >= h && (l->rx_header.magic != HFR_MSG_MAGIC || l->rx_header.bytes != l->rx_bytes))
         break; /* the engine judges the header */
     }
     if (l->rx_header.magic != HFR_MSG_MAGIC) {
       hfr_fail(hfreduceCorrupt, "message from rank %d on %s has a broken header", link->peer, l->net->host[link->peer]);
       return HFR_LINK_FAILED;
     }
-    if (l->rx_header.bytes == bytes && check_message(l) != HFR_LINK_OK) return HFR_LINK_FAILED;
+    if (l->rx_header.bytes == l->rx_bytes && check_message(l) != HFR_LINK_OK) return HFR_LINK_FAILED;
     l->rx_ready = 1;
   }
   *header = &l->rx_header;
-  *data = l->rx_header.bytes == bytes ? l->rx_dst : NULL;
+  *data = l->rx_header.bytes == l->rx_bytes ? l->rx_dst : NULL;
   return HFR_LINK_OK;
 }
 
@@ -291,8 +343,10 @@ static void tcp_after_fork(struct hfr_link *link) {
 }
 
 static void tcp_close(struct hfr_link *link) {
+  struct tcp_link *l = (struct tcp_link *)link;
   tcp_after_fork(link);
-  free(((struct tcp_link *)link)->rx_own);
+  for (int s = 0; s < l->net->streams; s++) free(l->stream[s].back);
+  free(l->rx_own);
   free(link);
 }
 

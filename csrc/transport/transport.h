@@ -3,7 +3,7 @@
  * whole messages in order, in each direction. Nothing here blocks. All calls on the links of a communicator come from whoever
  * drives it, one thread at a time.
  *
- * The receiver always knows what comes next, because both sides execute matching plans: it asks for a message of so many bytes.
+ * The receiver mostly knows what comes next, because both sides execute matching plans: it asks for a message of so many bytes.
  */
 #ifndef HFR_TRANSPORT_H_
 #define HFR_TRANSPORT_H_
@@ -41,7 +41,7 @@ struct hfr_link {
   int peer, vc;
   uint64_t posted; /* messages taken by post_send, ever */
   uint64_t bytes_sent, bytes_received, messages_sent, messages_received, stalls;
-  uint64_t tx_turn, tx_ticket, rx_turn, rx_ticket; /* order of point-to-point operations; kept by the engine */
+  uint64_t tx_turn, tx_ticket; /* order of sends; kept by the engine */
 };
 
 enum { HFR_LINK_FAILED = -1, HFR_LINK_AGAIN = 0, HFR_LINK_OK = 1 };
@@ -56,7 +56,8 @@ struct hfr_transport {
   uint64_t (*sent)(struct hfr_link *link);
   /* Has the next message, of `bytes` bytes, arrived? OK: *header and *data are valid until release(). dst, unless NULL, is where
      the payload is wanted: the transport may put it there (*data == dst) or not. Asked again with the same arguments until it is
-     OK. A message of another size is OK too, with no data: the header tells. */
+     OK (dst NULL with bytes 0 commits to nothing). A message of another size is OK too, with no data: the header tells. Asked
+     again with that size and a dst, which may take until it is OK again, the transport gives its data after all. */
   int (*recv)(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data);
   void (*release)(struct hfr_link *link);
   /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells

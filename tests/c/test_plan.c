@@ -575,6 +575,24 @@ static int uses_messages_twice(const struct request *q) { /* two stages on one l
   return 0;
 }
 
+/* A receive has no plan of its own: it takes the parts that the sender's plan cuts, as engine/p2p.c does. */
+static void step_receive(const struct hfr_plan *p, int stage, int64_t i, struct hfr_step *s) {
+  size_t unit = hfr_message_bytes(p->layout, &p->geometry, p->stage[stage].peer, p->esize), at = (size_t)i * unit,
+         left = p->call.count * p->esize - at;
+  s->bytes = left < unit ? left : unit;
+  s->dst = hfr_user(HFR_RECV, at);
+}
+
+static void plan_receive(struct request *q) {
+  struct hfr_plan *p = &q->plan;
+  if (p->nstages) TROUBLE(p->layout->rank, q, 0, "a receive with %d stages", p->nstages);
+  size_t bytes = p->call.count * p->esize, unit = hfr_message_bytes(p->layout, &p->geometry, p->call.root, p->esize);
+  struct hfr_stage *s = hfr_plan_add(p, 0, HFR_STAGE_RECV, bytes ? (int64_t)((bytes + unit - 1) / unit) : 1, "recv");
+  s->peer = p->call.root;
+  s->vc = HFR_VC_P2P;
+  p->step = step_receive;
+}
+
 static struct request *make_request(int me, struct op *op, int receiving) {
   struct rank *r = &sim.rank[me];
   struct request *q = grab(sizeof *q);
@@ -605,6 +623,7 @@ static struct request *make_request(int me, struct op *op, int receiving) {
     call.sendcounts = at, call.senddispls = at + n, call.recvcounts = at + 2 * n, call.recvdispls = at + 3 * n;
   }
   if (hfr_plan_build(&q->plan, &r->layout, &geometry, &call)) abort();
+  if (op->coll == HFR_P2P && receiving) plan_receive(q);
   q->cursor = grab((size_t)q->plan.nstages * sizeof *q->cursor);
   for (int s = 0; s < q->plan.nstages; s++)
     if (q->plan.stage[s].niter < 0) TROUBLE(me, q, s, "%" PRId64 " iterations", q->plan.stage[s].niter);
