@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HEADER = ROOT / "csrc" / "include" / "hfreduce.h"
-NDARRAY = ROOT / "csrc" / "python" / "ndarray.h"
+SHORT_WAYS = [ROOT / "csrc" / "python" / name for name in ("ndarray.h", "tensor.h")]
 
 
 def core_build() -> ModuleType:
@@ -49,12 +49,12 @@ class BuildCore(build_ext):
         generated = Path(self.build_temp) / "_core.c"
         generated.parent.mkdir(parents=True, exist_ok=True)
         ffi = FFI()
-        ffi.cdef(declarations(HEADER) + declarations(NDARRAY))
-        ffi.set_source("hfreduce._core", "#include <ndarray.h>")
+        ffi.cdef("".join(declarations(header) for header in (HEADER, *SHORT_WAYS)))
+        ffi.set_source("hfreduce._core", "".join(f"#include <{header.name}>\n" for header in SHORT_WAYS))
         ffi.emit_c_code(str(generated))
         (extension,) = self.extensions
         extension.sources = [str(generated)]
-        extension.include_dirs = [str(HEADER.parent), str(NDARRAY.parent)]
+        extension.include_dirs = [str(HEADER.parent), str(SHORT_WAYS[0].parent)]
         extension.library_dirs = [str(self.library.parent)]
         extension.extra_compile_args = ["-Werror"] if werror else []
         super().run()

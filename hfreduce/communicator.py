@@ -26,6 +26,9 @@ from hfreduce.work import Sender, Work, reap
 _ndarray = np.ndarray
 _fast_all_reduce = lib.hfr_ndarray_all_reduce
 _INVALID_ARGUMENT = lib.hfreduceInvalidArgument
+_IN_PROGRESS = lib.hfreduceInProgress
+# A blocking call comes back to Python after so many seconds, to see whether a signal (Ctrl-C) waits to be handled.
+_PATIENCE = 0.25
 _NULL = ffi.NULL
 _open_groups = _group.open_groups
 
@@ -190,6 +193,7 @@ class Communicator:
         self._timeout = timeout
         self._running: deque[Work] = deque()
         self._handle = handle
+        check(lib.hfreduceCommSetPatience(handle, _PATIENCE), handle)
         self._finalizer = weakref.finalize(self, _destroy, handle, self._running, os.getpid())
 
     # --- what it is ---
@@ -268,6 +272,8 @@ class Communicator:
             code = _fast_all_reduce(id(x), OPS.get(op, -1) if type(op) is str else -1, self._handle)
             if code == 0:
                 return x
+            if code == _IN_PROGRESS:
+                return self._wait_out(x, x)
             if code > 0 and code != _INVALID_ARGUMENT:
                 raise self._failure(code)
             # what is wrong, or special, the general path below finds out and says
@@ -589,6 +595,8 @@ class Communicator:
             code = function(*arguments, handle, _NULL)
             if self._running:
                 reap(self._running)
+            if code == _IN_PROGRESS:
+                return self._wait_out(keep, result)
             if code:
                 raise self._failure(code)
             return result
@@ -610,6 +618,12 @@ class Communicator:
         if error is not None or code:
             raise error if error is not None else self._failure(code)
         return Work(work[0], (keep,), result, self._running)
+
+    def _wait_out(self, keep: Any, result: Any) -> Any:
+        """Wait for what the C call began and has not ended; an exception from a signal handler leaves it running, as async work."""
+        work = ffi.new("hfreduceWork_t *")
+        check(lib.hfreduceTakeWork(work))
+        return Work(work[0], keep, result, self._running).wait()
 
     def _open(self) -> Any:
         """The handle, or InvalidUsageError when closed."""

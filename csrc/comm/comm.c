@@ -269,6 +269,13 @@ hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
   return hfreduceSuccess;
 }
 
+hfreduceResult_t hfreduceCommSetPatience(hfreduceComm_t comm, double seconds) {
+  HFR_TRY(check(comm, "hfreduceCommSetPatience"));
+  if (!(seconds >= 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetPatience: %g s; it must be 0 or more", seconds);
+  comm->engine.patience_ns = (int64_t)(seconds * 1e9);
+  return hfreduceSuccess;
+}
+
 /* ---------------------------------------------------------------- splitting */
 
 struct split_entry {

@@ -81,6 +81,9 @@ static hfreduceResult_t launch(struct grouped *g, int n, struct hfreduceWork **o
     atomic_store(&w->refs, 1);
     atomic_store(&w->done, 1);
   }
+  int one = n > 0;
+  for (int i = 1; i < n; i++) one &= g[i].comm == g[0].comm;
+  w->engine = one ? &g[0].comm->engine : NULL;
   for (int i = 0; i < n; i++) r[i]->work = w;
   for (int i = 0; i < n; i++) hfr_engine_submit(&g[i].comm->engine, r[i]);
   free(r);
@@ -94,32 +97,69 @@ static hfreduceResult_t outcome(struct hfreduceWork *w) {
   return (hfreduceResult_t)code;
 }
 
-static void put_work(struct hfreduceWork *w) {
-  if (atomic_fetch_sub(&w->refs, 1) == 1) free(w);
+/* The result of a work that has ended. Gives it back. */
+static hfreduceResult_t conclude(struct hfreduceWork *w) {
+  hfreduceResult_t r = outcome(w);
+  hfr_work_put(w);
+  return r;
 }
 
 static hfreduceResult_t run_blocking(struct grouped *g, int n) {
   struct hfreduceWork *w;
   HFR_TRY(launch(g, n, &w));
-  int one = 1;
-  for (int i = 1; i < n; i++) one &= g[i].comm == g[0].comm;
-  if (n && one) {
-    hfr_drive_until(&g[0].comm->engine, w, -1);
+  if (w->engine) {
+    hfr_drive_until(w->engine, w, -1);
   } else {
     for (int i = 0; i < n; i++) hfr_drive_async(&g[i].comm->engine);
     hfr_work_wait(w, -1);
   }
-  hfreduceResult_t r = outcome(w);
-  put_work(w);
-  return r;
+  return conclude(w);
+}
+
+/* What a blocking call of this thread lost patience with, until it is taken. */
+static _Thread_local struct hfreduceWork *pending;
+
+static hfreduceResult_t leave_pending(struct hfreduceWork *w) {
+  if (pending) hfr_work_put(pending);
+  pending = w;
+  return hfreduceInProgress;
+}
+
+static hfreduceResult_t run_patiently(struct hfreduceComm *c, const struct hfr_call *call) {
+  struct grouped one = {c, *call};
+  struct hfreduceWork *w;
+  if (!c->engine.patience_ns) return run_blocking(&one, 1);
+  HFR_TRY(launch(&one, 1, &w));
+  if (hfr_drive_until(&c->engine, w, hfr_now_ns() + c->engine.patience_ns)) return conclude(w);
+  return leave_pending(w);
+}
+
+/* What the short way began goes on as a request. The short way drives the engine. */
+static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *call, int copied) {
+  struct hfr_request *r = NULL;
+  struct hfreduceWork *w = calloc(1, sizeof *w);
+  hfreduceResult_t result = w ? plan_request(c, call, &r) : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
+  if (result) { /* the others count on this rank */
+    hfr_engine_fail(&c->engine, hfr_last_error());
+    free(w);
+  } else {
+    atomic_store(&w->refs, 2);
+    atomic_store(&w->remaining, 1);
+    w->engine = &c->engine;
+    r->work = w;
+    hfr_engine_adopt(&c->engine, r, copied);
+    result = leave_pending(w);
+  }
+  hfr_drive_end(&c->engine);
+  return result;
 }
 
 hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call) {
   if (!group.depth) {
     hfreduceResult_t r;
-    if (call->coll == HFR_ALL_REDUCE && hfr_oneshot_all_reduce(&c->engine, call, &r)) return r;
-    struct grouped one = {c, *call};
-    return run_blocking(&one, 1);
+    enum hfr_oneshot how = call->coll == HFR_ALL_REDUCE ? hfr_oneshot_all_reduce(&c->engine, call, &r) : HFR_ONESHOT_NO;
+    if (how == HFR_ONESHOT_DONE) return r;
+    return how == HFR_ONESHOT_NO ? run_patiently(c, call) : adopt(c, call, how == HFR_ONESHOT_COPIED);
   }
   if (group.n == group.cap) {
     int cap = group.cap ? 2 * group.cap : 16;
@@ -197,8 +237,17 @@ hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
 hfreduceResult_t hfreduceWorkWait(hfreduceWork_t work, double timeout) {
   if (!work) return hfr_fail(hfreduceInvalidArgument, "hfreduceWorkWait: work is NULL");
   int64_t deadline = timeout < 0 ? -1 : hfr_now_ns() + (int64_t)(timeout * 1e9);
-  if (!hfr_work_wait(work, deadline)) return hfreduceInProgress;
+  if (!(timeout == 0 ? hfr_work_wait(work, deadline) : hfr_work_drive(work, deadline))) return hfreduceInProgress;
   return outcome(work);
+}
+
+hfreduceResult_t hfreduceTakeWork(hfreduceWork_t *work) {
+  if (!work) return hfr_fail(hfreduceInvalidArgument, "hfreduceTakeWork: work is NULL");
+  *work = pending;
+  if (!pending)
+    return hfr_fail(hfreduceInvalidUsage, "hfreduceTakeWork: no blocking call of this thread returned hfreduceInProgress");
+  pending = NULL;
+  return hfreduceSuccess;
 }
 
 hfreduceResult_t hfreduceWorkTest(hfreduceWork_t work, int *done) {
@@ -215,6 +264,6 @@ hfreduceResult_t hfreduceWorkErrorInfo(hfreduceWork_t work, hfreduceErrorInfo_t 
 }
 
 hfreduceResult_t hfreduceWorkDestroy(hfreduceWork_t work) {
-  if (work) put_work(work);
+  if (work) hfr_work_put(work);
   return hfreduceSuccess;
 }

@@ -18,6 +18,12 @@ struct hfreduceWork {
   _Atomic uint32_t done;      /* futex word */
   _Atomic int code;           /* first error */
   hfreduceErrorInfo_t info;   /* valid once done, if code */
+  struct hfr_engine *engine;  /* of all its requests, alive until done; NULL: several engines */
+  /* completion.c */
+  _Atomic(struct hfreduceCompletionQueue *) queue; /* who is told; a mark once it has ended */
+  struct hfreduceWork *next_done;
+  uint64_t token;
+  _Atomic int notified;
 };
 
 struct hfr_request {
@@ -61,6 +67,7 @@ struct hfr_engine {
   _Atomic int inbox_full;
   struct hfr_request *free;
   _Atomic uint32_t active; /* requests submitted and not ended */
+  _Atomic uint32_t guests; /* threads that wait for a work of this engine, and may drive it */
   /* the driver's: */
   struct hfr_request *queue, **queue_tail; /* collectives, in order */
   struct hfr_request *p2p, **p2p_tail;     /* running sends and receives, in order of issue */
@@ -77,7 +84,8 @@ struct hfr_engine {
   _Atomic int64_t *left_ns; /* by rank: when it left (0: it has not) */
   _Atomic int anyone_left;
   int64_t timeout_ns;
-  int spins, yields; /* patience before sleeping */
+  int64_t patience_ns; /* a blocking call hands its request to the progress thread after this long; 0: never */
+  int spins, yields;   /* polls before sleeping */
   const char *host;
   /* told once, by whichever thread found the error, without locks held */
   void (*on_error)(void *arg, const hfreduceErrorInfo_t *info);
@@ -99,6 +107,9 @@ struct hfr_request *hfr_request_get(struct hfr_engine *engine);
 void hfr_request_put(struct hfr_engine *engine, struct hfr_request *request);
 /* Hand a planned request over. Its work's `remaining` counts it already. Order of calls is order of issue. */
 void hfr_engine_submit(struct hfr_engine *engine, struct hfr_request *request);
+/* Go on with what hfr_oneshot_all_reduce began and lost patience with, as a request; copied: its data lies in the arena. The
+ * caller drives the engine, and still does afterwards. */
+void hfr_engine_adopt(struct hfr_engine *engine, struct hfr_request *request, int copied);
 /* Do what can be done now for all requests. 1: something moved. Driver only. */
 int hfr_engine_progress(struct hfr_engine *engine);
 /* As blocked requests: note what would wake them. Driver only. */
@@ -124,14 +135,30 @@ int hfr_drive_until(struct hfr_engine *engine, struct hfreduceWork *work, int64_
 void hfr_drive_async(struct hfr_engine *engine);
 /* Wait for a work that others drive. 1 done, 0 time is up. */
 int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns);
+/* Wait for a work, and drive its engine meanwhile if nobody else does. Any thread. */
+int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns);
+/* The driver's role, for who does more than one of the above in it. 1: it is ours. */
+int hfr_drive_begin(struct hfr_engine *engine);
+void hfr_drive_end(struct hfr_engine *engine);
 /* Take the engine off the progress thread's list and out of its hands. */
 void hfr_drive_stop(struct hfr_engine *engine);
 /* In a forked child: there is no progress thread; the next hfr_drive_async starts one. */
 void hfr_drive_after_fork(void);
 
-/* Fast path for small blocking all_reduce on one node: one synchronisation, no request (engine/oneshot.c). 1: done or failed
- * (*result); 0: take the normal way. */
-int hfr_oneshot_all_reduce(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);
+/* Fast path for small blocking all_reduce on one node: one synchronisation, no request (engine/oneshot.c). */
+enum hfr_oneshot {
+  HFR_ONESHOT_NO,     /* take the normal way */
+  HFR_ONESHOT_DONE,   /* done or failed: *result */
+  HFR_ONESHOT_BEGUN,  /* patience is over; the caller drives the engine now and goes on with hfr_engine_adopt(.., 0) */
+  HFR_ONESHOT_COPIED, /* ... with hfr_engine_adopt(.., 1) */
+};
+enum hfr_oneshot hfr_oneshot_all_reduce(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);
+
+/* --- completion.c --- */
+/* A work has ended: tell its queue. */
+void hfr_work_notify(struct hfreduceWork *work);
+void hfr_work_put(struct hfreduceWork *work);
+
 /* A message that names both sides of a disagreement. */
 void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size_t size);
 void hfr_fail_mismatch(struct hfr_engine *engine, const struct hfr_fingerprint *mine, int peer,

@@ -11,6 +11,7 @@
 
 struct awaited {
   struct hfr_request *request; /* for errors: has no plan */
+  int64_t *give_up_ns;         /* when patience is over; 0: not looked up yet */
   _Atomic uint64_t *counter;
   uint64_t need;
   int local;
@@ -31,51 +32,63 @@ static int arrived(struct hfr_engine *e, void *arg) {
   return 0;
 }
 
-/* 1 when the counter has come; 0 when the engine has failed. */
-static int await(struct hfr_engine *e, struct awaited *a) {
+enum outcome { FAILED, IMPATIENT, CAME };
+
+static enum outcome await(struct hfr_engine *e, struct awaited *a) {
   struct hfr_backoff b = {0};
-  if (atomic_load_explicit(a->counter, memory_order_acquire) >= a->need) return 1;
+  if (atomic_load_explicit(a->counter, memory_order_acquire) >= a->need) return CAME;
   while (!arrived(e, a)) {
-    if (!a->request->deadline_ns)
-      a->request->deadline_ns = a->request->timeout_ns > 0 ? hfr_now_ns() + a->request->timeout_ns : INT64_MAX;
+    if (!a->request->deadline_ns) {
+      int64_t now = hfr_now_ns();
+      a->request->deadline_ns = a->request->timeout_ns > 0 ? now + a->request->timeout_ns : INT64_MAX;
+      *a->give_up_ns = e->patience_ns > 0 ? now + e->patience_ns : INT64_MAX;
+    }
+    if (b.idle > e->spins + e->yields && hfr_now_ns() > *a->give_up_ns) return IMPATIENT;
     e->queue = a->request; /* hfr_engine_check looks at the head of the queue; nobody else drives */
     hfr_backoff_wait(e, &b, arrived, a);
     e->queue = NULL;
   }
-  return !atomic_load_explicit(&e->error, memory_order_acquire);
+  return atomic_load_explicit(&e->error, memory_order_acquire) ? FAILED : CAME;
 }
 
 /* All peers have taken what lay in the slot that comes next. */
-static int slot_free(struct hfr_engine *e, struct hfr_request *r) {
+static enum outcome slot_free(struct hfr_engine *e, struct hfr_request *r, int64_t *give_up_ns) {
   uint64_t need = r->base + 1 - (uint64_t)e->geometry.slots;
-  if (e->out_known >= need) return 1;
+  if (e->out_known >= need) return CAME;
   for (int i = 0; i < e->arena->nlocal; i++) {
-    struct awaited a = {r, &e->arena->ctrl[i].out, need, i};
-    if (i != e->arena->local && !await(e, &a)) return 0;
+    struct awaited a = {r, give_up_ns, &e->arena->ctrl[i].out, need, i};
+    enum outcome o = i == e->arena->local ? CAME : await(e, &a);
+    if (o != CAME) return o;
   }
-  return 1;
+  return CAME;
 }
 
-static int exchange(struct hfr_engine *e, const struct hfr_call *call, struct hfr_request *r, size_t bytes) {
+/* *copied: the data lies in the arena, and the others may have seen it. */
+static enum outcome exchange(struct hfr_engine *e, const struct hfr_call *call, struct hfr_request *r, size_t bytes,
+                             int *copied) {
   struct hfr_arena *a = e->arena;
   struct hfr_rank_ctrl *me = &a->ctrl[a->local];
   me->fp[r->fp.seq & 1] = r->fp;
   atomic_store_explicit(&me->start, r->fp.seq, memory_order_release);
-  if (!slot_free(e, r)) return 0;
+  int64_t give_up_ns = 0;
+  enum outcome o = slot_free(e, r, &give_up_ns);
+  if (o != CAME) return o;
   memcpy(hfr_arena_in(a, a->local, r->base), call->send, bytes);
   atomic_store_explicit(&me->in, r->base + 1,
                         memory_order_release); /* pairs with await() and counter_reached(): slot and fingerprint are whole */
   hfr_arena_notify(a);
+  *copied = 1;
   for (int i = 0; i < a->nlocal; i++) {
     e->sources[i] = hfr_arena_in(a, i, r->base);
     if (i == a->local) continue;
-    struct awaited w = {r, &a->ctrl[i].in, r->base + 1, i};
-    if (!await(e, &w)) return 0;
+    struct awaited w = {r, &give_up_ns, &a->ctrl[i].in, r->base + 1, i};
+    o = await(e, &w);
+    if (o != CAME) return o;
     const struct hfr_fingerprint *theirs = &a->ctrl[i].fp[r->fp.seq & 1];
     if (!hfr_fingerprint_equal(theirs, &r->fp)) {
       struct hfr_fingerprint copy = *theirs;
       hfr_fail_mismatch(e, &r->fp, hfr_rank_at(e->layout, e->layout->node, i), &copy);
-      return 0;
+      return FAILED;
     }
   }
   e->out_known = r->base;
@@ -86,24 +99,24 @@ static int exchange(struct hfr_engine *e, const struct hfr_call *call, struct hf
   /* Pairs with slot_free(). No notify, which is a fence: who sleeps for this slot needs my next operation as well, and that one
    * notifies. */
   atomic_store_explicit(&me->out, r->base + 1, memory_order_release);
-  return 1;
+  return CAME;
 }
 
-int hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_call *call, hfreduceResult_t *result) {
+enum hfr_oneshot hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_call *call, hfreduceResult_t *result) {
   size_t bytes = call->count * hfr_dtype_size(call->dtype);
   int idle = 0;
   if (e->layout->nnodes != 1 || !bytes || call->premul || (int64_t)bytes > hfr_oneshot_bytes(&e->geometry, e->arena->nlocal) ||
       call->count > (size_t)hfr_oneshot_bytes(&e->geometry, e->arena->nlocal))
-    return 0;
+    return HFR_ONESHOT_NO;
   if (atomic_load_explicit(&e->active, memory_order_acquire) ||
       !atomic_compare_exchange_strong_explicit(&e->driver, &idle, 1, memory_order_acquire, memory_order_relaxed))
-    return 0;
+    return HFR_ONESHOT_NO;
   if (e->layout->nlocal == 1) {
     if (call->recv != call->send) memcpy(call->recv, call->send, bytes);
     e->seq++;
     atomic_store_explicit(&e->driver, 0, memory_order_release);
     *result = hfreduceSuccess;
-    return 1;
+    return HFR_ONESHOT_DONE;
   }
   /* A plain object: only what errors and checks read is set. */
   struct hfr_request r;
@@ -121,17 +134,19 @@ int hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_call *call, hf
   r.deadline_ns = 0; /* looked up when a wait gets long: reading the clock costs as much as the exchange */
   r.started = 1;
   r.verified = 0;
-  int ok = exchange(e, call, &r, bytes);
+  int copied = 0;
+  enum outcome outcome = exchange(e, call, &r, bytes, &copied);
+  if (outcome == IMPATIENT) return copied ? HFR_ONESHOT_COPIED : HFR_ONESHOT_BEGUN;
   e->base++;
   e->collectives++;
   e->fast++;
   atomic_store_explicit(&e->driver, 0, memory_order_release);
   if (atomic_load_explicit(&e->active, memory_order_acquire)) hfr_drive_async(e);
   *result = hfreduceSuccess;
-  if (!ok) {
+  if (outcome == FAILED) {
     hfreduceErrorInfo_t why;
     *result = (hfreduceResult_t)hfr_engine_error(e, &why);
     *hfr_last_error() = hfr_as_told_by(e, &r, &why);
   }
-  return 1;
+  return HFR_ONESHOT_DONE;
 }

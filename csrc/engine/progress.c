@@ -71,11 +71,15 @@ static int look_for_progress(struct hfr_engine *e, void *arg) {
   return hfr_engine_progress(e) || atomic_load_explicit(&u->work->done, memory_order_acquire);
 }
 
-int hfr_drive_until(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
-  if (!try_drive(e)) {
-    hfr_drive_async(e);
-    return hfr_work_wait(work, deadline_ns);
-  }
+int hfr_drive_begin(struct hfr_engine *e) { return try_drive(e); }
+
+void hfr_drive_end(struct hfr_engine *e) {
+  stop_driving(e);
+  if (atomic_load_explicit(&e->active, memory_order_acquire)) hfr_drive_async(e);
+}
+
+/* As the driver. */
+static int drive(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
   struct until u = {work};
   struct hfr_backoff b = {0};
   int done;
@@ -87,9 +91,44 @@ int hfr_drive_until(struct hfr_engine *e, struct hfreduceWork *work, int64_t dea
     hfr_backoff_wait(e, &b, look_for_progress, &u);
     if (deadline_ns >= 0 && b.idle > e->spins && hfr_now_ns() > deadline_ns) break;
   }
-  stop_driving(e);
-  if (atomic_load_explicit(&e->active, memory_order_acquire)) hfr_drive_async(e);
   return done;
+}
+
+int hfr_drive_until(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
+  if (!try_drive(e)) {
+    hfr_drive_async(e);
+    return hfr_work_wait(work, deadline_ns);
+  }
+  int done = drive(e, work, deadline_ns);
+  hfr_drive_end(e);
+  return done;
+}
+
+#define STEAL_TRIES 64 /* the progress thread holds an engine for one pass at a time, unless it sleeps with it */
+
+int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns) {
+  struct hfr_engine *e = NULL;
+  pthread_mutex_lock(&pool.lock); /* pairs with hfr_drive_stop(): an engine with unfinished work has not got past it */
+  if (!atomic_load_explicit(&work->done, memory_order_acquire) && work->engine) {
+    e = work->engine;
+    atomic_fetch_add(&e->guests, 1);
+  }
+  pthread_mutex_unlock(&pool.lock);
+  int done = 0;
+  if (e) {
+    for (int i = 0; i < STEAL_TRIES && !(done = (int)atomic_load_explicit(&work->done, memory_order_acquire)); i++) {
+      if (try_drive(e)) {
+        done = drive(e, work, deadline_ns);
+        hfr_drive_end(e);
+        break;
+      }
+      hfr_cpu_relax();
+    }
+    if (!done) done = hfr_work_wait(work, deadline_ns);
+    atomic_fetch_sub(&e->guests, 1);
+    return done;
+  }
+  return hfr_work_wait(work, deadline_ns);
 }
 
 int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns) {
@@ -257,6 +296,7 @@ void hfr_drive_stop(struct hfr_engine *e) {
   pthread_mutex_lock(&pool.busy); /* a pass that still knows the engine is over when we get it */
   pthread_mutex_unlock(&pool.busy);
   atomic_fetch_sub(&pool.waiting, 1);
+  while (atomic_load(&e->guests)) sched_yield(); /* all works have ended: they are on their way out */
 }
 
 void hfr_drive_after_fork(void) {

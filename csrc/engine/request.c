@@ -118,10 +118,6 @@ void hfr_request_put(struct hfr_engine *e, struct hfr_request *r) {
   pthread_mutex_unlock(&e->lock);
 }
 
-static void work_put(struct hfreduceWork *w) {
-  if (atomic_fetch_sub_explicit(&w->refs, 1, memory_order_acq_rel) == 1) free(w);
-}
-
 /* The request is over: tell its work, recycle it. */
 static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
   struct hfreduceWork *w = r->work;
@@ -134,7 +130,8 @@ static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceEr
   if (atomic_fetch_sub_explicit(&w->remaining, 1, memory_order_acq_rel) == 1) {
     atomic_store_explicit(&w->done, 1, memory_order_release); /* pairs with hfr_work_wait */
     hfr_futex_wake(&w->done, INT32_MAX);
-    work_put(w);
+    hfr_work_notify(w);
+    hfr_work_put(w);
   }
 }
 
@@ -171,8 +168,8 @@ static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
   hfr_arena_notify(e->arena);
 }
 
-/* A request reaches the head of its line. 0: its link cannot be made. */
-static int begin(struct hfr_engine *e, struct hfr_request *r) {
+/* Set the cursors of a request to its beginning. 0: a link cannot be made. */
+static int rewind_stages(struct hfr_engine *e, struct hfr_request *r) {
   hfr_request_start(r);
   if (r->cursors_cap < r->plan.nstages) {
     free(r->cursor);
@@ -197,11 +194,30 @@ static int begin(struct hfr_engine *e, struct hfr_request *r) {
     }
     c->tx_base = l->posted;
   }
+  return 1;
+}
+
+/* A request reaches the head of its line. 0: its link cannot be made. */
+static int begin(struct hfr_engine *e, struct hfr_request *r) {
+  if (!rewind_stages(e, r)) return 0;
   if (r->plan.call.coll == HFR_P2P)
     r->verified = 1; /* pairs are verified by message headers */
   else
     begin_collective(e, r);
   return 1;
+}
+
+void hfr_engine_adopt(struct hfr_engine *e, struct hfr_request *r, int copied) {
+  r->next = NULL;
+  r->fp.seq = e->seq;
+  r->base = e->base;
+  atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
+  if (rewind_stages(e, r) && copied) { /* the plan "one-shot" begins with its copy-in */
+    r->cursor[0].done = r->plan.stage[0].niter;
+    r->left--;
+  }
+  *e->queue_tail = r; /* empty: hfr_oneshot_all_reduce saw to that */
+  e->queue_tail = &r->next;
 }
 
 /* ---------------------------------------------------------------- steps */

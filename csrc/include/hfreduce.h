@@ -32,6 +32,7 @@ extern "C" {
 
 typedef struct hfreduceComm *hfreduceComm_t;
 typedef struct hfreduceWork *hfreduceWork_t;
+typedef struct hfreduceCompletionQueue *hfreduceCompletionQueue_t;
 /* A device stream (CUstream), or NULL: the buffers are host memory and the call waits. */
 typedef void *hfreduceStream_t;
 
@@ -173,6 +174,11 @@ hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device);
 hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info);
 /* The deadline in seconds for operations issued from now on. */
 hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds);
+/* A blocking call outside a group that has not ended after so many seconds (0, the default: wait on) returns hfreduceInProgress;
+   the operation goes on, and its buffers must live until then. So a caller can look at its signals now and then. */
+hfreduceResult_t hfreduceCommSetPatience(hfreduceComm_t comm, double seconds);
+/* The work of this thread's blocking call that returned hfreduceInProgress. Once. */
+hfreduceResult_t hfreduceTakeWork(hfreduceWork_t *work);
 
 /* --- collectives: count is in elements; any alignment; see NCCL for the in-place rules, which hold here. count 0 is legal and
    still checked against the other ranks. --- */
@@ -245,6 +251,19 @@ hfreduceResult_t hfreduceWorkTest(hfreduceWork_t work, int *done);
 hfreduceResult_t hfreduceWorkErrorInfo(hfreduceWork_t work, hfreduceErrorInfo_t *info);
 /* Give the handle back. An operation that still runs goes on. */
 hfreduceResult_t hfreduceWorkDestroy(hfreduceWork_t work);
+
+/* --- completion queues: for threads that wait for whichever work ends next. Any number of threads may pop. --- */
+hfreduceResult_t hfreduceCompletionQueueCreate(hfreduceCompletionQueue_t *queue);
+/* Put token into queue when work has ended, well or badly; at once if it has. Once a work. The queue outlives the work's
+ * operation. */
+hfreduceResult_t hfreduceWorkNotify(hfreduceWork_t work, hfreduceCompletionQueue_t queue, uint64_t token);
+/* Take the oldest token; wait for one at most `timeout` seconds (< 0: for ever). hfreduceInProgress if none came, hfreduceAborted
+ * if the queue is closed and empty. */
+hfreduceResult_t hfreduceCompletionQueuePop(hfreduceCompletionQueue_t queue, double timeout, uint64_t *token);
+/* End the waits of those who pop, now and from now on. */
+hfreduceResult_t hfreduceCompletionQueueClose(hfreduceCompletionQueue_t queue);
+/* Only when nobody pops and no notified work is unfinished. */
+hfreduceResult_t hfreduceCompletionQueueDestroy(hfreduceCompletionQueue_t queue);
 
 /* --- memory that is cheap to communicate from: page-aligned, huge pages where the system grants them --- */
 hfreduceResult_t hfreduceMemAlloc(void **ptr, size_t size);
