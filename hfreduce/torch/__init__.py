@@ -1,0 +1,29 @@
+"""hfreduce for PyTorch: the process-group backend "hfreduce", and gradient sync without a process group.
+
+import hfreduce.torch
+torch.distributed.init_process_group("hfreduce")
+
+Installed with pip, the backend is known after `import torch` alone (entry point torch.backends).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hfreduce.torch.backend import communicator, register
+
+if TYPE_CHECKING:
+    from hfreduce.torch.process_group import ProcessGroup
+
+__all__ = ["ProcessGroup", "communicator", "register"]
+
+_WHERE = {"ProcessGroup": "process_group"}
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'hfreduce.torch' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hfreduce.torch.{_WHERE[name]}"), name)

@@ -1,0 +1,64 @@
+"""Registration of the backend with torch.distributed, and making a process group from what torch hands over."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+#: The backend's name in init_process_group.
+NAME = "hfreduce"
+
+
+def register() -> None:
+    """Make the backend known to torch.distributed; again is no fault. Imports nothing of the core until a group is made."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise ImportError("this torch was built without torch.distributed")
+    if NAME.upper() in dist.Backend._plugins:
+        return
+    dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+
+
+def _create(options: Any, backend_options: Any) -> Any:
+    """What torch calls for a new group: its store, rank, size and timeout are in `options`."""
+    from hfreduce.torch.process_group import create
+
+    timeout = options.timeout
+    chosen = getattr(backend_options, "_timeout", None)
+    if isinstance(chosen, timedelta):
+        timeout = chosen
+    return create(
+        options.store,
+        options.group_rank,
+        options.group_size,
+        timeout,
+        name=options.group_id,
+        global_ranks=list(options.global_ranks_in_group),
+    )
+
+
+def communicator(group: Any = None) -> Any:
+    """The hfreduce.Communicator of a process group (None: the default group).
+
+    Without an initialised process group: hfreduce.init(). TypeError if the group is of another backend.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if group is None and not dist.is_initialized():
+        from hfreduce.launch import init
+
+        return init()
+    group = dist.group.WORLD if group is None else group
+    for found in (group, _backend_of(group, torch.device("cpu"))):
+        if hasattr(found, "communicator"):
+            return found.communicator
+    raise TypeError(f'the group\'s backend is {dist.get_backend(group)!r}, not "{NAME}"')
+
+
+def _backend_of(group: Any, device: Any) -> Any:
+    try:
+        return group._get_backend(device)
+    except RuntimeError:
+        return None

@@ -1,0 +1,186 @@
+"""Work: what a process group's calls return, over the core's work handles."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hfreduce import work as core_work
+from hfreduce.errors import HfreduceError
+from hfreduce.torch.completion import completer
+
+_NO_TIMEOUT = timedelta(0)
+
+
+def _seconds(timeout: Any) -> float | None:
+    """torch's timeout of a wait: zero and negative mean none of its own."""
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    return seconds if seconds > 0 else None
+
+
+class Work(dist.Work):  # type: ignore[misc, unused-ignore]
+    """An operation of a process group.
+
+    `core` is the core's handle (None: it has ended already). `finish` puts the result where the caller wants it, once, before
+    anybody learns that the operation has ended. `outputs` is the value of `result()` and of the future.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        core: core_work.Work | None,
+        outputs: Sequence[Any],
+        finish: Callable[[], None] | None = None,
+        source: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__()
+        self._group = group
+        self._core = core
+        self._outputs = list(outputs)
+        self._finish = finish
+        self._source = source
+        self._error: HfreduceError | None = None
+        self._future: Any = None
+        self._trigger: Any = None
+        self._lock = threading.Lock()
+
+    # --- what torch calls ---
+
+    def wait(self, timeout: Any = _NO_TIMEOUT) -> bool:
+        """Wait until it has ended; raise its error. With a timeout (timedelta): raise when that passes; the operation goes on."""
+        core = self._core
+        if core is not None:
+            try:
+                core.wait(None if timeout is _NO_TIMEOUT else _seconds(timeout))
+            except HfreduceError as error:
+                if not core.done():
+                    raise self._group._as_torch(error) from None
+                self._fail(error)
+            except BaseException:  # a signal: the operation goes on
+                raise
+        self._conclude()
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        core = self._core
+        if core is None or core.done():
+            try:
+                self._conclude()
+            except HfreduceError:
+                pass
+            return True
+        return False
+
+    def is_success(self) -> bool:
+        return self.is_completed() and self._error is None
+
+    def exception(self) -> BaseException | None:
+        return self._error if self.is_completed() else None
+
+    def result(self) -> list[Any]:
+        """The tensors that it writes."""
+        return self._outputs
+
+    def source_rank(self) -> int:
+        """Rank in the group that a receive got its message from."""
+        return -1 if self._source is None else self._source()
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Any:
+        """A torch.futures.Future of the list of tensors; its callbacks run in a thread of the package's."""
+        with self._lock:
+            future = self._future
+            if future is not None:
+                return future
+            # A callback that raises is how Python gives a future an error that C++ callers see too.
+            trigger: Any = torch.futures.Future()
+            future = self._future = trigger.then(self._value)
+            self._trigger = trigger
+        if self._core is None or self._core.done():
+            self.complete()
+        else:
+            completer().add(self._core._handle, self)
+        return future
+
+    # --- ours ---
+
+    def complete(self) -> None:
+        """The operation has ended: conclude it and complete the future."""
+        try:
+            self.is_completed()
+        finally:
+            self._trigger.set_result(None)
+
+    def _value(self, _: Any) -> list[Any]:
+        self._conclude()
+        return self._outputs
+
+    def _fail(self, error: HfreduceError) -> None:
+        with self._lock:
+            if self._error is None:
+                self._error = self._group._as_torch(error)
+
+    def _conclude(self) -> None:
+        """It has ended: finish it, or raise its error."""
+        core = self._core
+        if core is not None:
+            error = core.exception()
+            if error is not None:
+                self._fail(error)
+        if self._error is not None:
+            raise self._error
+        if self._finish is not None:
+            with self._lock:
+                if self._finish is not None:
+                    self._finish()
+                    self._finish = None
+                    self._core = None
+
+
+class CoalescedWork(dist.Work):  # type: ignore[misc, unused-ignore]
+    """Several works as one."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        super().__init__()
+        self._works = list(works)
+
+    def wait(self, timeout: Any = _NO_TIMEOUT) -> bool:
+        for work in self._works:
+            work.wait(timeout)
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def is_success(self) -> bool:
+        return all(work.is_success() for work in self._works)
+
+    def exception(self) -> BaseException | None:
+        return next((error for error in (work.exception() for work in self._works) if error is not None), None)
+
+    def result(self) -> list[Any]:
+        return [tensor for work in self._works for tensor in work.result()]
+
+    def source_rank(self) -> int:
+        return -1
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Any:
+        return torch.futures.collect_all([work.get_future() for work in self._works]).then(
+            lambda all_: [tensor for each in all_.value() for tensor in each.value()]
+        )
