@@ -55,7 +55,10 @@ struct hfreduceComm {
   _Atomic uint32_t go;             /* futex: moves when the state below does */
   _Atomic int ready, went, failed; /* rank 0: how many others are; all are ready; an error came before that */
   hfreduceErrorInfo_t early;       /* valid once failed */
-  struct hfreduceComm *next;       /* registered */
+  /* the watcher's: collectives begun when it last looked, and for how many looks */
+  uint64_t seen;
+  int idle;
+  struct hfreduceComm *next; /* registered */
   /* user-made ops: values from hfreduceNumOps */
   struct hfr_premul {
     int used;

@@ -367,6 +367,20 @@ static void heartbeat(struct hfreduceComm *c, int64_t now) {
   }
 }
 
+#define IDLE_TICKS 4 /* a second without a new collective */
+
+/* A communicator that has gone quiet gives its slots' pages back to the page cache: dozens of groups then cost a rank what the
+   few that work cost. Whoever touches them again faults them in. */
+static void rest(struct hfreduceComm *c) {
+  if (!atomic_load_explicit(&c->engine_up, memory_order_acquire) || !c->arena.map) return;
+  uint64_t begun = atomic_load_explicit(&c->arena.ctrl[c->arena.local].start, memory_order_relaxed);
+  if (begun != c->seen)
+    c->idle = 0;
+  else if (++c->idle == IDLE_TICKS)
+    hfr_arena_rest(&c->arena);
+  c->seen = begun;
+}
+
 /* ---------------------------------------------------------------- accepting */
 
 static int find_secret(void *arg, const struct hfr_auth_hello *hello, uint8_t secret[16]) {
@@ -569,7 +583,10 @@ static void *watcher_main(void *arg) {
       else
         tell_missing(r, now);
     }
-    for (struct hfreduceComm *c = rt.comms; c; c = c->next) heartbeat(c, now);
+    for (struct hfreduceComm *c = rt.comms; c; c = c->next) {
+      heartbeat(c, now);
+      rest(c);
+    }
   }
   return NULL;
 }

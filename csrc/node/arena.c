@@ -94,6 +94,8 @@ hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
   return hfreduceSuccess;
 }
 
+void hfr_arena_rest(struct hfr_arena *a) { madvise(a->data, (size_t)(a->map + a->bytes - a->data), MADV_DONTNEED); }
+
 void hfr_arena_close(struct hfr_arena *a) {
   if (a->map) munmap(a->map, a->bytes);
   hfr_arena_after_fork(a);

@@ -1,5 +1,5 @@
-/* The short way from a torch tensor to a call: addresses as integers, as Tensor.data_ptr() gives them. Compiled into the cffi module
- * only. */
+/* The short way from a torch tensor to a call: addresses as integers, as Tensor.data_ptr() gives them. Compiled into the cffi
+ * module only. */
 #ifndef HFR_PYTHON_TENSOR_H_
 #define HFR_PYTHON_TENSOR_H_
 #include <hfreduce.h>
