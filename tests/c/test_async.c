@@ -1,0 +1,183 @@
+/* Work that outlives the call: patience, completion queues, threads that wait for works of engines that they may drive. */
+#include "check.h"
+#include "ranks.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define OK(call)                                                                                       \
+  do {                                                                                                 \
+    hfreduceResult_t result_ = (call);                                                                 \
+    if (result_) {                                                                                     \
+      fprintf(stderr, "rank %d: %s: %d: %s\n", rank, #call, (int)result_, hfreduceGetLastError(NULL)); \
+      return 1;                                                                                        \
+    }                                                                                                  \
+  } while (0)
+#define WANT(condition)                                                               \
+  do {                                                                                \
+    if (!(condition)) {                                                               \
+      fprintf(stderr, "rank %d: line %d: %s is false\n", rank, __LINE__, #condition); \
+      return 1;                                                                       \
+    }                                                                                 \
+  } while (0)
+
+static void pause_ms(int ms) { usleep((useconds_t)ms * 1000); }
+
+static int all_ones(const float *x, size_t count, float want) {
+  for (size_t i = 0; i < count; i++)
+    if (x[i] != want) return 0;
+  return 1;
+}
+
+/* A rank that comes late: the others' blocking calls return in between, and go on. */
+static int patience(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  static const size_t sizes[] = {1, 40, 5000, 300000};
+  hfreduceComm_t comm;
+  hfreduceWork_t work = NULL;
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  WANT(hfreduceTakeWork(&work) == hfreduceInvalidUsage && !work);
+  WANT(hfreduceCommSetPatience(comm, -1) == hfreduceInvalidArgument);
+  OK(hfreduceCommSetPatience(comm, 0.02));
+  float *x = malloc(300000 * sizeof *x);
+  int lost = 0;
+  for (int round = 0; round < 8; round++) {
+    size_t count = sizes[round % 4];
+    int late = (round / 4 + round) % n;
+    for (size_t i = 0; i < count; i++) x[i] = 1;
+    /* twice as many operations as slots before it: a late rank may hold a slot, or its data */
+    for (int i = 0; i < 2 * (round % 3); i++) {
+      float y = 1;
+      hfreduceResult_t r = hfreduceAllReduce(&y, &y, 1, hfreduceFloat32, hfreduceSum, comm, NULL);
+      if (r == hfreduceInProgress) {
+        OK(hfreduceTakeWork(&work));
+        OK(hfreduceWorkWait(work, -1));
+        OK(hfreduceWorkDestroy(work));
+      } else {
+        OK(r);
+      }
+      WANT(y == (float)n);
+    }
+    if (rank == late && n > 1) pause_ms(150);
+    hfreduceResult_t r = hfreduceAllReduce(x, x, count, hfreduceFloat32, hfreduceSum, comm, NULL);
+    if (r == hfreduceInProgress) {
+      lost++;
+      OK(hfreduceTakeWork(&work));
+      int done = 0;
+      while (!done) OK(hfreduceWorkTest(work, &done));
+      OK(hfreduceWorkDestroy(work));
+    } else {
+      OK(r);
+    }
+    WANT(all_ones(x, count, (float)n));
+  }
+  WANT(n == 1 || lost > 0);
+  OK(hfreduceCommSetPatience(comm, 0));
+  OK(hfreduceBarrier(comm, NULL));
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
+#define WORKS 40
+struct popper {
+  hfreduceCompletionQueue_t queue;
+  _Atomic int seen[WORKS];
+  _Atomic int taken;
+};
+
+static void *pop_all(void *arg) {
+  struct popper *p = arg;
+  uint64_t token;
+  hfreduceResult_t r;
+  while ((r = hfreduceCompletionQueuePop(p->queue, 0.01, &token)) != hfreduceAborted)
+    if (r == hfreduceSuccess && token < WORKS) {
+      p->seen[token]++;
+      p->taken++;
+    }
+  return NULL;
+}
+
+static int queues(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  struct popper p;
+  pthread_t thread[3];
+  hfreduceWork_t work[WORKS];
+  static _Thread_local float x[WORKS][64];
+  (void)arg;
+  memset(&p, 0, sizeof p);
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  OK(hfreduceCompletionQueueCreate(&p.queue));
+  uint64_t token;
+  WANT(hfreduceCompletionQueuePop(p.queue, 0, &token) == hfreduceInProgress);
+  for (int i = 0; i < 3; i++) WANT(pthread_create(&thread[i], NULL, pop_all, &p) == 0);
+  for (int i = 0; i < WORKS; i++) {
+    for (int j = 0; j < 64; j++) x[i][j] = 1;
+    OK(hfreduceGroupStart());
+    OK(hfreduceAllReduce(x[i], x[i], 64, hfreduceFloat32, hfreduceSum, comm, NULL));
+    OK(hfreduceGroupEndAsync(&work[i]));
+    if (i % 3 == 0) OK(hfreduceWorkWait(work[i], -1)); /* some have ended before they are notified */
+    OK(hfreduceWorkNotify(work[i], p.queue, (uint64_t)i));
+    WANT(hfreduceWorkNotify(work[i], p.queue, 0) == hfreduceInvalidUsage);
+    if (i % 4 == 0) OK(hfreduceWorkDestroy(work[i])); /* the token still comes */
+  }
+  for (int ms = 0; p.taken < WORKS && ms < 20000; ms++) pause_ms(1);
+  WANT(p.taken == WORKS);
+  OK(hfreduceCompletionQueueClose(p.queue));
+  for (int i = 0; i < 3; i++) pthread_join(thread[i], NULL);
+  for (int i = 0; i < WORKS; i++) {
+    WANT(p.seen[i] == 1);
+    WANT(all_ones(x[i], 64, (float)n));
+    if (i % 4) OK(hfreduceWorkDestroy(work[i]));
+  }
+  WANT(hfreduceCompletionQueuePop(p.queue, -1, &token) == hfreduceAborted);
+  OK(hfreduceCompletionQueueDestroy(p.queue));
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
+/* Several threads wait for one work while the communicator's owner destroys it: nobody touches an engine that is gone. */
+static void *wait_for(void *arg) { return (void *)(uintptr_t)hfreduceWorkWait(arg, -1); }
+
+static int guests(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  (void)arg;
+  float *x = calloc(100000, sizeof *x);
+  hfreduceComm_t comm;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  for (int i = 0; i < 12; i++) {
+    hfreduceComm_t child;
+    hfreduceWork_t work;
+    pthread_t thread[3];
+    OK(hfreduceCommSplit(comm, 0, rank, &child, NULL));
+    OK(hfreduceGroupStart());
+    OK(hfreduceAllReduce(x, x, i % 2 ? 100000 : 10, hfreduceFloat32, hfreduceSum, child, NULL));
+    OK(hfreduceGroupEndAsync(&work));
+    for (int t = 0; t < 3; t++) WANT(pthread_create(&thread[t], NULL, wait_for, work) == 0);
+    OK(hfreduceCommDestroy(child));
+    for (int t = 0; t < 3; t++) {
+      void *r;
+      pthread_join(thread[t], &r);
+      WANT(!r);
+    }
+    OK(hfreduceWorkDestroy(work));
+  }
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
+int main(void) {
+  static const struct {
+    const char *name;
+    rank_function function;
+  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}};
+  static const char *const nodes[] = {"1", "2", "3", "1,1", "2,1"};
+  for (size_t t = 0; t < sizeof test / sizeof *test; t++) {
+    for (size_t i = 0; i < sizeof nodes / sizeof *nodes; i++)
+      CHECK(run_processes(nodes[i], test[t].function, NULL, 60) == 0, "%s, nodes %s", test[t].name, nodes[i]);
+    CHECK(run_threads(2, test[t].function, NULL, 60) == 0, "%s, 2 threads", test[t].name);
+  }
+  return check_done();
+}
