@@ -219,7 +219,7 @@ static int receive_part(struct hfr_engine *e, struct hfr_request *r, int peer) {
     if (!part_ok(e, r, peer, h)) return 1;
     place = b->place + b->have;
     bytes = next_part(b);
-    if (bytes && !data) got = b->link->transport->recv(b->link, place, bytes, &h, &data);
+    if (!data) got = b->link->transport->recv(b->link, place, bytes, &h, &data);
   }
   if (got == HFR_LINK_FAILED) {
     if (r->source < 0 && call->root == HFR_ANY_SOURCE && !b->arriving && atomic_load(&e->left_ns[peer]))

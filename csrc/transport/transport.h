@@ -57,7 +57,7 @@ struct hfr_transport {
   /* Has the next message, of `bytes` bytes, arrived? OK: *header and *data are valid until release(). dst, unless NULL, is where
      the payload is wanted: the transport may put it there (*data == dst) or not. Asked again with the same arguments until it is
      OK (dst NULL with bytes 0 commits to nothing). A message of another size is OK too, with no data: the header tells. Asked
-     again with that size and a dst, which may take until it is OK again, the transport gives its data after all. */
+     again with that size (0 too) and a dst, which may take until it is OK again, the transport gives its data after all. */
   int (*recv)(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data);
   void (*release)(struct hfr_link *link);
   /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells
