@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from hfreduce.torch.backend import communicator, register
 
 if TYPE_CHECKING:
+    from hfreduce.torch.launch import init_process_group
     from hfreduce.torch.process_group import ProcessGroup
 
-__all__ = ["ProcessGroup", "communicator", "register"]
+__all__ = ["ProcessGroup", "communicator", "init_process_group", "register"]
 
-_WHERE = {"ProcessGroup": "process_group"}
+_WHERE = {"ProcessGroup": "process_group", "init_process_group": "launch"}
 
 register()
 

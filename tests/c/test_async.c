@@ -174,10 +174,11 @@ int main(void) {
     rank_function function;
   } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}};
   static const char *const nodes[] = {"1", "2", "3", "1,1", "2,1"};
-  for (size_t t = 0; t < sizeof test / sizeof *test; t++) {
+  size_t tests = sizeof test / sizeof *test;
+  for (size_t t = 0; t < tests; t++)
     for (size_t i = 0; i < sizeof nodes / sizeof *nodes; i++)
       CHECK(run_processes(nodes[i], test[t].function, NULL, 60) == 0, "%s, nodes %s", test[t].name, nodes[i]);
-    CHECK(run_threads(2, test[t].function, NULL, 60) == 0, "%s, 2 threads", test[t].name);
-  }
+  /* last: a process with threads does not fork well */
+  for (size_t t = 0; t < tests; t++) CHECK(run_threads(2, test[t].function, NULL, 60) == 0, "%s, 2 threads", test[t].name);
   return check_done();
 }
