@@ -23,9 +23,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "c"
 #: Arguments by program and variant; a sanitized program costs 5 to 20 times as much.
-QUICK = {"test_collectives": ["--quick"], "test_plan": ["--quick"]}
+QUICK = {"test_collectives": ["--quick"], "test_plan": ["--quick"], "test_p2p": ["--quick"]}
 #: Who has threads, and so is worth running under TSan.
-THREADED = ["test_async", "test_base", "test_collectives"]
+THREADED = ["test_async", "test_base", "test_collectives", "test_p2p"]
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 240
 BUILD_LIMIT = 400
