@@ -695,6 +695,8 @@ class Communicator:
 
 
 def _tag(tag: Any) -> int:
+    if type(tag) is int and 0 <= tag < 2**31:
+        return tag
     value = _integer(tag, "tag")
     if not 0 <= value < 2**31:
         raise InvalidArgumentError(f"tag: {value} is not from 0 to {2**31 - 1}")

@@ -292,6 +292,23 @@ def test_any_source_serves_all(run_ranks: Any, nodes: tuple[int, ...]) -> None:
     run_ranks(everyone_is_served, 3, 100, env=Hosts(nodes))
 
 
+def long_awaited(comm: Any) -> None:
+    """Whoever blocks long comes back to Python in between, and still learns the rank."""
+    x = np.zeros(3)
+    if comm.rank == 0:
+        assert comm.recv_any(x, tag=5) == 1
+        assert x.tolist() == [1, 1, 1]
+    else:
+        time.sleep(0.7)
+        comm.send(np.ones(3), 0, tag=5)
+
+
+@pytest.mark.limit(40)
+@PAIRS
+def test_any_source_is_awaited_long(run_ranks: Any, nodes: tuple[int, ...]) -> None:
+    run_ranks(long_awaited, 2, env=Hosts(nodes))
+
+
 def beside_collectives(comm: Any) -> None:
     """An open receive from any source holds up no collective, and the other way round."""
     x = np.zeros(3)
@@ -419,7 +436,7 @@ def test_a_rank_dies_while_any_is_awaited(run_ranks: Any, nodes: tuple[int, ...]
     assert max(outcome.value for outcome in outcomes[:2]) < 3
 
 
-def deserted(comm: Any, one: bool) -> None:
+def deserted(comm: Any) -> None:
     """Rank 2 leaves; rank 0 can still receive from rank 1; when that has left too, nobody can send."""
     comm.barrier()
     if comm.rank == 1:
@@ -440,7 +457,7 @@ def deserted(comm: Any, one: bool) -> None:
 @pytest.mark.limit(40)
 @pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=str)
 def test_ranks_leave_while_any_is_awaited(run_ranks: Any, nodes: tuple[int, ...]) -> None:
-    run_ranks(deserted, 3, True, env=Hosts(nodes), timeout=20)
+    run_ranks(deserted, 3, env=Hosts(nodes), timeout=20)
 
 
 def aborted(comm: Any) -> None:
