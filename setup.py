@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 HEADER = ROOT / "csrc" / "include" / "hfreduce.h"
 SHORT_WAYS = [ROOT / "csrc" / "python" / name for name in ("ndarray.h", "tensor.h")]
+SHIM = ROOT / "csrc" / "torch" / "shim.cpp"
 
 
 def core_build() -> ModuleType:
@@ -64,18 +65,19 @@ class BuildCore(build_ext):
             shutil.copy2(source, target)
 
     def companions(self, in_place: bool) -> list[tuple[Path, Path]]:
-        """(from, to) of the files that go beside the module. In place the header stays where it is; `hfreduce config` knows."""
+        """(from, to) of the files that go beside the module. In place header and shim stay where they are; the package knows."""
         package = ROOT / "hfreduce" if in_place else Path(self.build_lib) / "hfreduce"
         files = [(self.library, package / "lib" / "libhfreduce.so")]
         if not in_place:
             files.append((HEADER, package / "include" / "hfreduce.h"))
+            files.append((SHIM, package / "torch" / "shim.cpp"))  # compiled by the user, against the torch that he has
         return files
 
     def get_outputs(self) -> list[str]:
         outputs = super().get_outputs()
         if not self.inplace:
             package = Path(self.build_lib) / "hfreduce"
-            outputs += [str(package / "lib" / "libhfreduce.so"), str(package / "include" / "hfreduce.h")]
+            outputs += [str(package / path) for path in ("lib/libhfreduce.so", "include/hfreduce.h", "torch/shim.cpp")]
         return outputs
 
 
