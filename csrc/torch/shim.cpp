@@ -329,6 +329,10 @@ class Backend : public c10d::Backend {
       HFR_WORK(COALESCED, ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"), outputs, inputs, opts);
   Ptr<Work> gather(TensorLists &outputs, Tensors &inputs, const c10d::GatherOptions &opts) override
       HFR_WORK(GATHER, ("gather"), outputs, inputs, opts);
+  Ptr<Work> gather_single(at::Tensor &output, at::Tensor &input, const c10d::GatherOptions &opts)
+      HFR_WORK(GATHER, ("gather_single", "gather_into_tensor"), output, input, opts);
+  Ptr<Work> gather_into_tensor(at::Tensor &output, at::Tensor &input, const c10d::GatherOptions &opts)
+      HFR_WORK(GATHER, ("gather_into_tensor", "gather_single"), output, input, opts);
   Ptr<Work> scatter(Tensors &outputs, TensorLists &inputs, const c10d::ScatterOptions &opts) override
       HFR_WORK(SCATTER, ("scatter"), outputs, inputs, opts);
   Ptr<Work> reduce_scatter(Tensors &outputs, TensorLists &inputs, const c10d::ReduceScatterOptions &opts) override
