@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -362,7 +363,7 @@ def said(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """said(function): its values by rank. All functions ran in one launch, since to start torch takes seconds."""
     env = {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "HFREDUCE_TORCH_SHIM": "1"}
     folder = str(tmp_path_factory.mktemp("stores"))
-    by_rank = run_ranks(all_functions, 2, 2, folder, ON_RANKS, comm=False, timeout=150.0, env=env)
+    by_rank = run_ranks(all_functions, 2, 2, folder, ON_RANKS, comm=False, timeout=280.0, env=env)
 
     def values(name: str) -> list[Any]:
         for rank, outcome in enumerate(by_rank):
@@ -679,24 +680,128 @@ def test_debug_detail_names_ranks_and_shapes(said: Any) -> None:
         assert "Rank 0" in text and "Rank 1" in text, text
 
 
+# --- the backend "hfreduce" on it ---
+
+
+@contextlib.contextmanager
+def hfreduce_group(rank: int, nranks: int, path: str, backend: str = "hfreduce") -> Iterator[Any]:
+    """A default group of the package's backend."""
+    import torch.distributed as dist
+
+    import hfreduce.torch  # noqa: F401
+
+    store = dist.FileStore(path, nranks)
+    dist.init_process_group(backend, rank=rank, world_size=nranks, store=store, timeout=timedelta(seconds=20))
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def own_backend(rank: int, n: int, path: str) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    import hfreduce
+    from hfreduce.torch.process_group import ProcessGroupMixin
+
+    with hfreduce_group(rank, n, path) as group:
+        backend = group._get_backend(torch.device("cpu"))
+        assert type(group) is dist.ProcessGroup and isinstance(backend, ProcessGroupMixin)
+        assert dist.get_backend() == group.name() == "hfreduce"
+        assert hfreduce.torch.communicator() is backend.communicator
+        x = torch.full((5,), float(rank + 1))
+        work = dist.all_reduce(x, async_op=True)
+        assert work.get_future().wait()[0].data_ptr() == x.data_ptr() and work.wait()
+        assert (x == n * (n + 1) / 2).all()
+        total = work.get_future().then(lambda f: float(f.value()[0].sum())).wait()
+        assert total == x.sum()
+
+        model = DistributedDataParallel(torch.nn.Linear(3, 2))
+        model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+        model(torch.full((1, 3), float(rank))).sum().backward()
+        assert (model.module.weight.grad == (n - 1) / 2).all()
+
+        half = group.split_group([0, 1] if rank < 2 else [2, 3], timeout=timedelta(seconds=9))
+        assert type(half) is dist.ProcessGroup and half.size() == 2
+        y = torch.ones(2)
+        half.allreduce([y]).wait()
+        assert (y == 2).all()
+        again = dist.new_group([0, 1])
+        dist.all_reduce(y, group=again)
+        assert (y == 4).all()
+
+        y = torch.zeros(3)
+        (work,) = dist.batch_isend_irecv([dist.P2POp(dist.irecv, y, 1 - rank), dist.P2POp(dist.isend, x[:3], 1 - rank)])
+        work.wait()
+        assert torch.equal(x[:3], y)
+        with pytest.raises(hfreduce.MismatchError, match=r"all_reduce.*float32.*all_reduce.*float"):
+            dist.all_reduce(torch.ones(3 + rank))
+
+
+def own_backend_detail(rank: int, n: int, path: str) -> str:
+    import torch
+    import torch.distributed as dist
+
+    import hfreduce
+
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        with hfreduce_group(rank, n, path) as group:
+            assert "Wrapper" in type(group._get_backend(torch.device("cpu"))).__name__
+            assert hfreduce.torch.communicator().nranks == n
+            with pytest.raises(RuntimeError) as raised:
+                dist.all_reduce(torch.ones(3 + rank))
+            return str(raised.value)
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+
+
+def own_backend_beside_gloo(rank: int, n: int, path: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    with hfreduce_group(rank, n, path, "cpu:hfreduce,cuda:gloo") as group:
+        assert isinstance(group._get_backend(torch.device("cuda")), dist.ProcessGroupGloo)
+        assert group._get_backend(torch.device("cpu")).name() == "hfreduce"
+        x = torch.ones(2)
+        dist.all_reduce(x)
+        assert x[0] == n
+
+
+def test_own_backend(said: Any) -> None:
+    said("own_backend")
+
+
+def test_own_backend_in_debug_mode(said: Any) -> None:
+    for text in said("own_backend_detail"):
+        assert "TensorShape=[3]" in text and "TensorShape=[4]" in text, text
+
+
+def test_own_backend_beside_gloo(said: Any) -> None:
+    said("own_backend_beside_gloo")
+
+
 # --- life and death ---
 
 
-def cycles(rank: int, n: int, path: str) -> None:
+def cycles(rank: int, n: int, path: str, name: str) -> None:
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("ignore")
     kept = []
-    toy = register()
+    kind = register() if name == "toy" else importlib.import_module("hfreduce.torch.base").group_class()
     for i in range(50):
         store = dist.FileStore(f"{path}-{i}", n)
-        dist.init_process_group("toy", rank=rank, world_size=n, store=store, timeout=timedelta(seconds=20))
+        dist.init_process_group(name, rank=rank, world_size=n, store=store, timeout=timedelta(seconds=20))
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-        assert type(backend) is toy
+        assert type(backend) is kind
         kept.append(weakref.ref(backend))
         del backend
-        gc.collect()
+        if i % 10 == 0:  # with torch loaded, it takes long
+            gc.collect()
         assert kept[-1]() is not None, "the group's backend was collected"
         x = torch.ones(2)
         dist.all_reduce(x)
@@ -707,12 +812,14 @@ def cycles(rank: int, n: int, path: str) -> None:
 
 
 @pytest.mark.limit(300)
-def test_fifty_groups_come_and_go(said: Any) -> None:
-    said("cycles")
+@pytest.mark.parametrize("name", ["toy", "hfreduce"])
+def test_fifty_groups_come_and_go(said: Any, name: str) -> None:
+    said(f"cycles:{name}")
 
 
 ON_RANKS = (
-    "every_operation works_and_futures built_in_hooks:ALLREDUCE built_in_hooks:FP16_COMPRESS a_failing_hook mixed coalescing functional sequence mismatch cycles"
+    "every_operation works_and_futures built_in_hooks:ALLREDUCE built_in_hooks:FP16_COMPRESS a_failing_hook mixed coalescing functional sequence mismatch "
+    "own_backend own_backend_detail own_backend_beside_gloo cycles:toy cycles:hfreduce"
 ).split()
 
 

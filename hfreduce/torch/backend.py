@@ -59,6 +59,7 @@ def communicator(group: Any = None) -> Any:
 
 def _backend_of(group: Any, device: Any) -> Any:
     try:
-        return group._get_backend(device)
+        found = group._get_backend(device)
     except RuntimeError:
         return None
+    return getattr(found, "wrapped_pg", found)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it

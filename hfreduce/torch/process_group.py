@@ -142,6 +142,7 @@ class ProcessGroupMixin:
     """The operations. `_setup` takes the place of a constructor: torch's bases have their own."""
 
     _comm: Communicator
+    _native: Any = None  # the shim, where the group is built on it
 
     def _setup(
         self,
@@ -1204,8 +1205,10 @@ class ProcessGroup(ProcessGroupMixin, dist.ProcessGroup):  # type: ignore[misc, 
 
 
 def make(comm: Communicator, store: Any, timeout: timedelta, name: str = "", global_ranks: Sequence[int] = ()) -> Any:
-    """A process group on a communicator."""
-    return ProcessGroup(comm, store, timeout, name, global_ranks)
+    """A process group on a communicator, or a backend for torch's own: see base.py."""
+    from hfreduce.torch.base import group_class
+
+    return group_class()(comm, store, timeout, name, global_ranks)
 
 
 def create(store: Any, rank: int, size: int, timeout: timedelta, *, name: str = "", global_ranks: Sequence[int] = ()) -> Any:

@@ -103,10 +103,14 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
             future = self._future
             if future is not None:
                 return future
-            # A callback that raises is how Python gives a future an error that C++ callers see too.
-            trigger: Any = torch.futures.Future()
-            future = self._future = trigger.then(self._value)
-            self._trigger = trigger
+            native = getattr(self._group, "_native", None)
+            if native is not None:
+                future = self._future = native.make_future()
+            else:
+                # A callback that raises is how Python gives a future an error that C++ callers see too.
+                trigger: Any = torch.futures.Future()
+                future = self._future = trigger.then(self._value)
+                self._trigger = trigger
         if self._core is None or self._core.done():
             self.complete()
         else:
@@ -117,10 +121,19 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
 
     def complete(self) -> None:
         """The operation has ended: conclude it and complete the future."""
+        if self._trigger is not None:
+            try:
+                self.is_completed()
+            finally:
+                self._trigger.set_result(None)
+            return
+        native = self._group._native
         try:
-            self.is_completed()
-        finally:
-            self._trigger.set_result(None)
+            self._conclude()
+        except BaseException as error:
+            native.fail(self._future, error)
+        else:
+            native.complete(self._future, self._outputs)
 
     def _value(self, _: Any) -> list[Any]:
         self._conclude()

@@ -1,0 +1,70 @@
+"""What the process group's logic is mixed into: a Backend that torch's C++ calls in full where there is one, else torch's ProcessGroup.
+
+torch after 2.14 lets Python subclass its Backend; up to then the shim (shim.py), where it was built, has one to subclass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from hfreduce.communicator import Communicator
+from hfreduce.torch import shim
+from hfreduce.torch.process_group import ProcessGroup, ProcessGroupMixin
+
+
+def _subclassable() -> Any:
+    """The Backend that Python can subclass; None if there is none."""
+    from torch._C._distributed_c10d import Backend
+
+    try:
+        type("Probe", (Backend,), {})(0, 1)
+    except TypeError:  # it has no constructor
+        native = shim.load()
+        return None if native is None else native.Backend
+    return Backend
+
+
+@functools.cache
+def group_class() -> Any:
+    """The class of this process's groups. It is chosen at first use and then stays."""
+    base = _subclassable()
+    if base is None:
+        return ProcessGroup
+    from torch._C._distributed_c10d import Backend as TorchBackend
+
+    class Backend(ProcessGroupMixin, base):  # type: ignore[misc, valid-type, unused-ignore]
+        """The operations as a backend of torch's own ProcessGroup, one for a device type."""
+
+        _native = shim.load()
+
+        def __init__(
+            self, comm: Communicator, store: Any, timeout: timedelta, name: str = "", global_ranks: Sequence[int] = ()
+        ) -> None:
+            base.__init__(self, comm.rank, comm.nranks)
+            self._setup(comm, store, timeout, name, global_ranks)
+            options = TorchBackend.Options("hfreduce", timeout)  # C++ insists on its own type
+            options.group_name, options.global_ranks_in_group = name, list(global_ranks)
+            self._options = options
+            if dist.is_gloo_available():  # TORCH_DISTRIBUTED_DEBUG=DETAIL: torch itself compares the ranks' calls, over Gloo
+                self._detail, self._plain = False, True
+
+        @property
+        def supports_splitting(self) -> bool:
+            return True
+
+        def split(self, store: Any, ranks: Sequence[int], opts: Any = None) -> Any:
+            """The backend of some of this group's ranks; collective over all of it. None on a rank that is not among them."""
+            return self.split_group(ranks, getattr(opts, "_timeout", None))
+
+        def eager_connect_single_device(self, device: Any) -> None:
+            """Nothing: a group is connected when it is made."""
+
+        def perform_nocolor_split(self, device: Any) -> None:
+            """Nothing: new_group makes its communicator with its own members alone."""
+
+    return Backend
