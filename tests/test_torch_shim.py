@@ -29,6 +29,9 @@ if importlib.util.find_spec("torch") is None:
 
 from hfreduce.torch import shim
 
+# The first test of each fixture compiles, or runs all that the ranks do.
+pytestmark = pytest.mark.limit(300)
+
 # --- building and finding ---
 
 
@@ -64,7 +67,6 @@ def built(cache: Path) -> list[Path]:
     return sorted(cache.rglob("_shim*.so"))
 
 
-@pytest.mark.limit(300)
 def test_build_puts_one_file_into_the_cache(cache: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     (path,) = built(cache)
@@ -138,7 +140,6 @@ def stand_in(folder: Path, script: str) -> str:
     return str(path)
 
 
-@pytest.mark.limit(300)
 def test_ranks_that_build_at_once_compile_once(cache: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", stand_in(home, f'sleep 0.5; cp "{built(cache)[0]}" "$out"'))
     found: list[Path] = []
@@ -153,7 +154,6 @@ def test_ranks_that_build_at_once_compile_once(cache: Path, home: Path, monkeypa
     assert (home / "calls").read_text().count("call") == 2
 
 
-@pytest.mark.limit(300)
 @pytest.mark.parametrize(
     ("script", "words"),
     [("echo 'error: strange header' >&2; exit 1", "strange header"), ('echo no library >"$out"', "does not load")],
@@ -290,13 +290,13 @@ def toy_class() -> Any:
 
         def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
             self.calls.append("allgather_into_tensor_coalesced")
-            works = [self.gloo._allgather_base(out, x, dist.AllgatherOptions()) for out, x in zip(outputs, inputs)]
+            works = [self.gloo._allgather_base(out, x, opts) for out, x in zip(outputs, inputs)]
             return Work(All(works), outputs, self)
 
         def reduce_scatter_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
             self.calls.append("reduce_scatter_tensor_coalesced")
-            options = dist.ReduceScatterOptions()
-            return Work(All([self.gloo._reduce_scatter_base(*pair, options) for pair in zip(outputs, inputs)]), outputs, self)
+            works = [self.gloo._reduce_scatter_base(out, x, opts) for out, x in zip(outputs, inputs)]
+            return Work(All(works), outputs, self)
 
     def operation(name: str) -> Any:
         def issue(self: Any, *arguments: Any) -> Any:
@@ -437,7 +437,6 @@ def every_operation(rank: int, n: int, path: str) -> list[str]:
         return list(backend.calls)
 
 
-@pytest.mark.limit(300)
 def test_every_operation_reaches_python(said: Any) -> None:
     calls = said("every_operation")
     assert calls[1][:16] == (
@@ -499,7 +498,6 @@ def works_and_futures(rank: int, n: int, path: str) -> None:
         native.fail(native.make_future(), "no exception")
 
 
-@pytest.mark.limit(300)
 def test_works_and_futures(said: Any) -> None:
     said("works_and_futures")
 
@@ -563,7 +561,6 @@ def a_failing_hook(rank: int, n: int, path: str) -> None:
             type(backend).allreduce = intact
 
 
-@pytest.mark.limit(300)
 def test_ddp_raises_what_failed(said: Any) -> None:
     said("a_failing_hook")
 
@@ -582,7 +579,6 @@ def mixed(rank: int, n: int, path: str) -> None:
         assert x[0] == n and not backend.calls, "the other device's backend was used"
 
 
-@pytest.mark.limit(300)
 def test_one_backend_per_device(said: Any) -> None:
     said("mixed")
 
@@ -600,7 +596,6 @@ def coalescing(rank: int, n: int, path: str) -> list[str]:
         return list(backend.calls)
 
 
-@pytest.mark.limit(300)
 def test_batch_isend_irecv_coalesces(said: Any) -> None:
     assert said("coalescing") == [["send", "recv", "coalesced 2"]] * 2
 
@@ -635,7 +630,6 @@ def functional(rank: int, n: int, path: str) -> list[str]:
         return list(backend.calls)
 
 
-@pytest.mark.limit(300)
 def test_functional_collectives(said: Any) -> None:
     calls = said("functional")[0]
     assert {"allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced", "_allgather_base"} <= set(calls)
@@ -653,7 +647,6 @@ def sequence(rank: int, n: int, path: str) -> None:
         assert base._get_sequence_number_for_group() == 101
 
 
-@pytest.mark.limit(300)
 def test_sequence_numbers(said: Any) -> None:
     said("sequence")
 
@@ -673,7 +666,6 @@ def mismatch(rank: int, n: int, path: str) -> str:
         dist.set_debug_level(dist.DebugLevel.OFF)
 
 
-@pytest.mark.limit(300)
 def test_debug_detail_names_ranks_and_shapes(said: Any) -> None:
     for text in said("mismatch"):
         assert "OpType=ALLREDUCE" in text and "TensorShape=[3]" in text and "TensorShape=[4]" in text, text
@@ -709,7 +701,7 @@ def own_backend(rank: int, n: int, path: str) -> None:
     with hfreduce_group(rank, n, path) as group:
         backend = group._get_backend(torch.device("cpu"))
         assert type(group) is dist.ProcessGroup and isinstance(backend, ProcessGroupMixin)
-        assert dist.get_backend() == group.name() == "hfreduce"
+        assert dist.get_backend() == backend.name() == "hfreduce"
         assert hfreduce.torch.communicator() is backend.communicator
         x = torch.full((5,), float(rank + 1))
         work = dist.all_reduce(x, async_op=True)
@@ -811,7 +803,6 @@ def cycles(rank: int, n: int, path: str, name: str) -> None:
     assert not any(ref() is not None for ref in kept), "backends are never freed"
 
 
-@pytest.mark.limit(300)
 @pytest.mark.parametrize("name", ["toy", "hfreduce"])
 def test_fifty_groups_come_and_go(said: Any, name: str) -> None:
     said(f"cycles:{name}")
@@ -845,7 +836,6 @@ print("ready", flush=True)
 """
 
 
-@pytest.mark.limit(300)
 @pytest.mark.parametrize("how", ["", "raise SystemExit(0)", "dist.destroy_process_group()", "del sys.kept, held, in_cpp, work"])
 def test_exit_with_all_alive(cache: Path, how: str) -> None:
     done = python("-c", EXIT + how, cache=cache, HFREDUCE_TORCH_SHIM="1")
