@@ -775,6 +775,47 @@ def test_own_backend_beside_gloo(said: Any) -> None:
     said("own_backend_beside_gloo")
 
 
+# --- without it ---
+
+
+def built_in_hook_without_shim(rank: int, n: int, path: str) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from hfreduce.torch.work import typed_future
+
+    with hfreduce_group(rank, n, path) as group:
+        assert type(group) is not dist.ProcessGroup
+        model = DistributedDataParallel(torch.nn.Linear(3, 2))
+        model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.full((1, 3), float(rank))).sum().backward()
+        assert (model.module.weight.grad == (n - 1) / 2).all()
+
+    done: Any = torch.futures.Future()
+    tensors = [torch.ones(2)]
+    typed = typed_future(done, tensors)
+    assert not typed.done()
+    done.set_result(None)
+    assert typed.wait()[0] is tensors[0]
+
+    def broken(_: Any) -> None:
+        raise Refused("rank 7 was lost")
+
+    done = torch.futures.Future()
+    typed = typed_future(done.then(broken), tensors)
+    done.set_result(None)
+    with pytest.raises(RuntimeError, match="rank 7 was lost"):
+        typed.wait()
+
+
+def test_ddp_built_in_hook_without_the_shim(tmp_path: Path) -> None:
+    env = {"HFREDUCE_TORCH_SHIM": "0", "OMP_NUM_THREADS": "1"}
+    run_ranks(built_in_hook_without_shim, 2, 2, str(tmp_path / "store"), comm=False, timeout=100.0, env=env)
+
+
 # --- life and death ---
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,6 +17,39 @@ from hfreduce.errors import HfreduceError
 from hfreduce.torch.completion import completer
 
 _NO_TIMEOUT = timedelta(0)
+
+
+# The value of a future made in Python is a Python object, which DDP's built-in FP16 hook cannot read. TorchScript makes
+# futures of its own types; the script holds no thread while it waits.
+_SCRIPT = """
+def after(done: Future[int], tensors: List[Tensor]) -> List[Tensor]:
+    torch.jit.wait(done)
+    return tensors
+
+def start(done: Future[int], tensors: List[Tensor]) -> Future[List[Tensor]]:
+    return torch.jit.fork(after, done, tensors)
+"""
+
+
+@functools.cache
+def _script() -> Any:
+    return torch.jit.CompilationUnit(_SCRIPT)
+
+
+def typed_future(future: Any, tensors: list[Any]) -> Any:
+    """A future whose value, for C++ too, is the list of tensors once `future` is complete; its error is `future`'s, as text.
+
+    It is completed, and its callbacks run, in one of torch's few inter-op threads: not for callbacks that wait for others.
+    """
+    return _script().start(future, tensors)
+
+
+def _asked_by_cpp() -> bool:
+    """Whether the caller of our caller is C++, as DDP's built-in hooks are: the frame below is backward()'s, or there is none."""
+    try:
+        return sys._getframe(2).f_code.co_name == "_engine_run_backward"
+    except ValueError:
+        return True
 
 
 def _seconds(timeout: Any) -> float | None:
@@ -109,8 +144,10 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
             else:
                 # A callback that raises is how Python gives a future an error that C++ callers see too.
                 trigger: Any = torch.futures.Future()
-                future = self._future = trigger.then(self._value)
-                self._trigger = trigger
+                future = trigger.then(self._value)
+                if _asked_by_cpp():
+                    future = typed_future(future, self._outputs)
+                self._future, self._trigger = future, trigger
         if self._core is None or self._core.done():
             self.complete()
         else:
