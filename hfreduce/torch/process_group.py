@@ -8,7 +8,9 @@ to its place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import time
@@ -1221,7 +1223,13 @@ def create(store: Any, rank: int, size: int, timeout: timedelta, *, name: str = 
             key = "hfreduce/unique_id"
             if rank == 0:
                 store.set(key, get_unique_id().hex())
-            comm = Communicator(rank, size, UniqueId(bytes.fromhex(store.get(key).decode())), timeout=seconds, name=name or None)
+            unique_id = UniqueId(bytes.fromhex(store.get(key).decode()))
+            comm = Communicator(rank, size, unique_id, timeout=seconds, name=name or None)
+            # torchrun's store outlives a restart: ranks of the next attempt must find neither this id nor what we say later.
+            if rank == 0:
+                with contextlib.suppress(RuntimeError, NotImplementedError):
+                    store.delete_key(key)
+            store = dist.PrefixStore(hashlib.sha256(unique_id).hexdigest()[:16], store)
     except HfreduceError as error:
         raise as_torch(error) from None
     return make(comm, store, timeout, name, global_ranks)
