@@ -142,7 +142,7 @@ def _rank_main(pipe: connection.Connection, where: str) -> None:
 
 
 def _server_main(pipe: connection.Connection) -> None:
-    """Fork a rank for each message (a path for its files); its pipe follows. For a pid, wait and send the wait status."""
+    """Fork a rank for each message (a path for its files); its pipe follows. For a pid, wait for its end and send its wait status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else inductor would start a pool of processes
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else Gloo resolves the host's name, which may be slow or fail
@@ -155,7 +155,10 @@ def _server_main(pipe: connection.Connection) -> None:
         while True:
             message = pipe.recv()
             if isinstance(message, int):
-                pipe.send(os.waitpid(message, 0)[1])
+                try:
+                    pipe.send(os.waitpid(message, 0)[1])
+                except ChildProcessError:  # it was waited for before
+                    pipe.send(0)
                 continue
             handle = reduction.recv_handle(pipe)
             pid = os.fork()

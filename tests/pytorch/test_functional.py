@@ -83,11 +83,21 @@ def expected(rank: int, nranks: int) -> dict[str, Tensor]:
     }
 
 
+def few(x: Tensor, group: Any, rank: int, nranks: int) -> dict[str, Tensor]:
+    """Those that training needs most; each kernel that inductor compiles costs seconds."""
+    return {
+        "sum": funcol.all_reduce(x, "sum", group),
+        "all_gather": funcol.all_gather_tensor(x[:ROWS], 0, group),
+        "reduce_scatter": funcol.reduce_scatter_tensor(x, "sum", 0, group),
+        "all_to_all": funcol.all_to_all_single(x, None, None, group),
+    }
+
+
 def functional(nranks: int, compiler: str) -> dict[str, Tensor]:
     rank = dist.get_rank()
     call: Callable[..., dict[str, Tensor]] = every
     if compiler:
-        call = torch.compile(every, backend=compiler, fullgraph=True)
+        call = torch.compile(few if compiler == "inductor" else every, backend=compiler, fullgraph=True)
     for _ in range(2):  # the second call of a compiled function runs without guards failing
         results = call(parts(rank, nranks), dist.group.WORLD, rank, nranks)
     return {name: value + 0 for name, value in results.items()}  # waits
@@ -95,7 +105,8 @@ def functional(nranks: int, compiler: str) -> dict[str, Tensor]:
 
 def check(ranks: Any, nranks: int, compiler: str, timeout: float) -> None:
     for rank, value in enumerate(ranks.run(functional, nranks, nranks, compiler, timeout=timeout)):
-        assert_equal(value, expected(rank, nranks), 1e-6, 0.0, f"rank {rank}")
+        wanted = {name: part for name, part in expected(rank, nranks).items() if compiler != "inductor" or name in value}
+        assert_equal(value, wanted, 1e-6, 0.0, f"rank {rank}")
 
 
 @pytest.mark.parametrize("nranks", [1, 2, 4])

@@ -57,7 +57,7 @@ def redistributed(shape: tuple[int, ...]) -> dict[str, Any]:
 
 def redistributed_alone(shape: tuple[int, ...]) -> dict[str, Any]:
     letters = "R01P" if len(shape) == 1 else "R0P"
-    layouts = [a for a in letters] if len(shape) == 1 else [a + b for a in letters for b in letters]
+    layouts = list(letters) if len(shape) == 1 else [a + b for a in letters for b in letters]
     return {
         f"{source}->{target}": matrix()
         for source in layouts
