@@ -22,6 +22,7 @@ HFREDUCE = [sys.executable, "-m", "hfreduce"]
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn, whose digits are learnt, is not installed"
 )
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 
 
 def run(command: Sequence[str], status: int = 0, env: dict[str, str] | None = None) -> str:
@@ -118,6 +119,85 @@ def test_digits_without_scikit_learn(tmp_path: Path) -> None:
     (tmp_path / "sklearn.py").write_text("raise ImportError('not here')\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     text = run([sys.executable, str(EXAMPLES / "train_digits.py")], 1, env)
+    assert "needs scikit-learn" in text and "pip install scikit-learn" in text and "Traceback" not in text
+
+
+# --- torch_ddp and torch_fsdp_lm ---
+
+
+def torchrun(nranks: int, program: str, *args: str) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nranks)]
+    return run([*launcher, str(EXAMPLES / program), *args])
+
+
+def check_falling(text: str, nranks: int, backend: str) -> list[float]:
+    """The losses that were printed."""
+    assert re.search(rf"{nranks} ranks, backend {backend}$", text, re.MULTILINE), text
+    losses = [float(loss) for loss in re.findall(r"^(?:epoch|step).* loss ([0-9.]+) ", text, re.MULTILINE)]
+    assert len(losses) > 1 and losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0], text
+    shares = [float(share) for share in re.findall(r"waiting +([0-9.]+) % of the step", text)]
+    assert len(shares) == len(losses) and all(0 <= share <= 100 for share in shares), text
+    assert all(float(speed) > 0 for speed in re.findall(r"([0-9.]+) samples/s", text)), text
+    return losses
+
+
+@needs_torch
+@needs_digits
+@pytest.mark.parametrize(("nranks", "backend", "batch"), [(4, "hfreduce", 240), (3, "hfreduce", 200), (2, "gloo", 240)])
+def test_torch_ddp(nranks: int, backend: str, batch: int) -> None:
+    options = ["--check", "--backend", backend, "--epochs", "10", "--batch", str(batch)]
+    text = torchrun(nranks, "torch_ddp.py", *options)
+    check_falling(text, nranks, backend)
+    assert "bit-identical on all ranks" in text and "equal within rounding" in text, text
+    assert float(re.findall(r"accuracy +([0-9.]+) %", text)[-1]) > 90, text
+
+
+@needs_torch
+@needs_digits
+def test_torch_ddp_alone() -> None:
+    text = run([sys.executable, str(EXAMPLES / "torch_ddp.py"), "--check", "--epochs", "6"])
+    check_falling(text, 1, "hfreduce")
+    assert "equal within rounding" in text, text
+
+
+SMALL_MODEL = shlex.split("--steps 40 --report 20 --width 48 --layers 2 --heads 3")
+
+
+@needs_torch
+@pytest.mark.limit(330)
+def test_torch_fsdp_lm() -> None:
+    """The same losses on any number of ranks, and on Gloo."""
+    texts = {
+        (3, "hfreduce"): torchrun(3, "torch_fsdp_lm.py", *SMALL_MODEL),
+        (2, "gloo"): torchrun(2, "torch_fsdp_lm.py", "--backend", "gloo", *SMALL_MODEL),
+        (1, "hfreduce"): run([sys.executable, str(EXAMPLES / "torch_fsdp_lm.py"), *SMALL_MODEL]),
+    }
+    found = []
+    for (nranks, backend), text in texts.items():
+        losses = check_falling(text, nranks, backend)
+        found.append([*losses, float(re.findall(r"held-out text: loss ([0-9.]+)", text)[0])])
+    assert all(losses == pytest.approx(found[0], abs=2e-3) for losses in found), texts
+
+
+@needs_torch
+def test_torch_fsdp_lm_with_a_short_text(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("too short")
+    text = run([sys.executable, str(EXAMPLES / "torch_fsdp_lm.py"), "--text", str(tmp_path / "text")], 2)
+    assert "9 characters are too few" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("example", ["torch_ddp", "torch_fsdp_lm"])
+def test_without_torch(example: str, tmp_path: Path) -> None:
+    """The message says what to do."""
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
+    text = run([sys.executable, str(EXAMPLES / f"{example}.py")], 1, {**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert text.startswith(f"{example}: needs PyTorch") and "pip install torch" in text and "Traceback" not in text
+
+
+@needs_torch
+def test_torch_ddp_without_scikit_learn(tmp_path: Path) -> None:
+    (tmp_path / "sklearn.py").write_text("raise ImportError('not here')\n")
+    text = run([sys.executable, str(EXAMPLES / "torch_ddp.py")], 1, {**os.environ, "PYTHONPATH": str(tmp_path)})
     assert "needs scikit-learn" in text and "pip install scikit-learn" in text and "Traceback" not in text
 
 
