@@ -295,9 +295,11 @@ class ProcessGroupMixin:
             )
         if isinstance(error, MismatchError):
             extra = self._both_sides(error)
-        if isinstance(error, DeadlineError) and not self._told:
-            self._told = True
-            self.recorder.dump(str(error))
+        if isinstance(error, DeadlineError):
+            extra = " (the timeout of the process group or of the call)"  # the word that torch's users look for
+            if not self._told:
+                self._told = True
+                self.recorder.dump(str(error))
         return as_torch(error, extra)
 
     def _both_sides(self, error: MismatchError) -> str:
