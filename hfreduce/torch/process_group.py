@@ -1023,7 +1023,7 @@ class ProcessGroupMixin:
         """
         if isinstance(getattr(timeout, "timeout", None), timedelta):  # BarrierOptions
             timeout = timeout.timeout
-        seconds = timeout.total_seconds() if timeout is not None and timeout.days >= 0 and timeout else self._default_seconds
+        seconds = timeout.total_seconds() if timeout is not None and timeout.days >= 0 else self._default_seconds
         self._record("monitored_barrier", (), "", None)
         key = f"hfreduce/monitored_barrier/{next(self._barriers)}"
         self._store.set(f"{key}/{self._rank}", b"1")
@@ -1049,7 +1049,7 @@ class ProcessGroupMixin:
         verdict = ""
         if missing:
             who = f"Rank{'s' if wait_all_ranks else ''} {', '.join(map(str, missing))}"
-            verdict = f"{who} failed to pass monitoredBarrier in {int(seconds * 1000)} ms"
+            verdict = f"{who} failed to pass monitoredBarrier in {int(seconds * 1000)} ms (Rank 0 timed out in monitoredBarrier)"
         self._store.set(f"{key}/verdict", verdict)
         if verdict:
             raise as_torch(DeadlineError(f"[Rank 0]: {verdict}", rank=0, peer=missing[0], op="monitored_barrier"))
