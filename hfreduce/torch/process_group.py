@@ -613,8 +613,10 @@ class ProcessGroupMixin:
         )
 
     @_operation
-    def reduce(self, tensors: Any, opts: Any = None, root: Any = None, op: Any = None, timeout: Any = None) -> Any:
-        opts = _with(dist.ReduceOptions, opts if not isinstance(opts, int) else None, op, timeout)
+    def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None, *, root: Any = None) -> Any:
+        if isinstance(opts, int):
+            root, opts = opts, None
+        opts = _with(dist.ReduceOptions, opts, op, timeout)
         if root is not None:
             opts.rootRank = root
         tensor = self._checked(_one(tensors, "tensors"))
@@ -635,7 +637,7 @@ class ProcessGroupMixin:
     # --- moving ---
 
     @_operation
-    def broadcast(self, tensors: Any, opts: Any = None, root: Any = None, timeout: Any = None) -> Any:
+    def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None, *, root: Any = None) -> Any:
         if isinstance(opts, int):
             root, opts = opts, None
         opts = _with(dist.BroadcastOptions, opts, None, timeout)
@@ -734,7 +736,7 @@ class ProcessGroupMixin:
         return False
 
     @_operation
-    def gather(self, outputs: Any, inputs: Any, opts: Any = None, root: Any = None, timeout: Any = None) -> Any:
+    def gather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None, *, root: Any = None) -> Any:
         if isinstance(opts, int):
             root, opts = opts, None
         opts = _with(dist.GatherOptions, opts, None, timeout)
@@ -767,7 +769,7 @@ class ProcessGroupMixin:
         )
 
     @_operation
-    def scatter(self, outputs: Any, inputs: Any, opts: Any = None, root: Any = None, timeout: Any = None) -> Any:
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None, *, root: Any = None) -> Any:
         if isinstance(opts, int):
             root, opts = opts, None
         opts = _with(dist.ScatterOptions, opts, None, timeout)
@@ -1124,9 +1126,11 @@ class _AllgatherOptions:
 
 
 def _with(kind: Any, opts: Any, op: Any, timeout: Any) -> Any:
-    """The options of a call, from whichever of its spellings was used: an options object, or op and timeout."""
+    """The options of a call, from whichever of its spellings was used: an options object, or op and timeout in its place."""
     if isinstance(opts, (dist.ReduceOp, dist.ReduceOp.RedOpType)):
-        op, opts = opts, None
+        opts, op, timeout = None, opts, op if isinstance(op, timedelta) else timeout
+    elif isinstance(opts, timedelta):
+        opts, timeout = None, opts
     if opts is None:
         opts = kind()
         if op is not None:
