@@ -13,6 +13,10 @@ def pytest_pycollect_makemodule(module_path: Any, parent: Any) -> None:
     """Skip a test module before it is imported: it imports torch."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed", allow_module_level=True)
+    import torch
+
+    if not torch.distributed.is_available():
+        pytest.skip("this torch was built without torch.distributed", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")
