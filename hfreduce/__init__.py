@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hfreduce.grouping import Group, group
     from hfreduce.launch import init
     from hfreduce.memory import empty, zeros
+    from hfreduce.reducer import GradientReducer
     from hfreduce.types import DTYPE_NAMES, OP_NAMES
     from hfreduce.unique_id import UniqueId, get_unique_id
     from hfreduce.work import Work
@@ -43,6 +44,7 @@ __all__ = [
     "CorruptDataError",
     "CudaError",
     "DeadlineError",
+    "GradientReducer",
     "Group",
     "HfreduceError",
     "InProgressError",
