@@ -136,6 +136,7 @@ class Step:
     """
 
     _buckets: Sequence[Any] = ()
+    _hint = ""
 
     def __init__(
         self, comm: Communicator, names: Sequence[str], op: str, compress: str | None, error_feedback: bool, bucket_bytes: int
@@ -169,6 +170,9 @@ class Step:
 
     def _finish(self, bucket: Any) -> None:
         raise NotImplementedError
+
+    def _end(self) -> None:
+        """All buckets are finished."""
 
     # --- the step ---
 
@@ -207,7 +211,7 @@ class Step:
     def _again(self, index: int, bucket: Any) -> None:
         raise InvalidUsageError(
             f"gradient {self._names[index]} became ready a second time before synchronize(); to accumulate several backward "
-            f"passes, run all but the last inside `with no_sync()`"
+            f"passes, run all but the last inside `with no_sync()`{self._hint}"
         )
 
     def synchronize(self) -> None:
@@ -226,8 +230,8 @@ class Step:
         try:
             for bucket in buckets:
                 bucket.work.wait()
-            for bucket in buckets:
-                self._finish(bucket)
+                self._finish(bucket)  # the next ones run meanwhile
+            self._end()
         finally:
             self._reset()
             self.wait_seconds += time.perf_counter() - begin

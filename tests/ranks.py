@@ -25,7 +25,15 @@ Environment = Any  # Mapping[str, str], or a function from the rank to one, or N
 # Ranks are forked from a server that has imported hfreduce and used nothing of it: quick to start, and each reads its own
 # environment.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["numpy", "hfreduce", "ranks"])
+_preload = ["numpy", "hfreduce", "ranks"]
+_context.set_forkserver_preload(_preload)
+
+
+def preload(module: str) -> None:
+    """Let the server import a module that takes long. To be called when a test module is imported: the server starts later."""
+    if module not in _preload:
+        _preload.append(module)
+        _context.set_forkserver_preload(_preload)
 
 
 @dataclass
