@@ -6,10 +6,10 @@
 The gradients are of the sizes of ResNet-50's: 161 tensors, 25.6 million float32. The backward pass makes them, last layer first,
 by filling memory, and computes nothing else; so the communication can hide behind little, and its time is
 
-    communication time of a step = time of a step - time of the same step under no_sync()
+    communication time of a step = time of a step - time of the same step of the bare model
 
 of zero_grad and backward (and synchronize), on the slowest rank. All variants make their steps in turn in the same processes,
-with and without communication one after the other; the order of the variants turns from round to round. The table has medians
+the bare model before each of them; the order of the variants turns from round to round. The table has medians
 over rounds, and in brackets the tenth and ninetieth percentile. README.md beside this file says what the variants are.
 """
 
@@ -20,7 +20,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -30,26 +30,12 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import numpy as np
 import torch
 import torch.distributed as dist
+from gradient_sizes import count, resnet50
 from torch.nn.parallel import DistributedDataParallel
 
 import hfreduce
 from hfreduce.torch import DistributedDataParallel as HfreduceDDP
 from hfreduce.torch import GradientReducer
-
-
-def resnet50() -> Iterator[tuple[int, ...]]:
-    """Shapes of ResNet-50's parameters, in the order of its layers."""
-    yield from [(64, 3, 7, 7), (64,), (64,)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            yield from [(width, inputs, 1, 1), (width,), (width,)]
-            yield from [(width, width, 3, 3), (width,), (width,)]
-            yield from [(4 * width, width, 1, 1), (4 * width,), (4 * width,)]
-            if block == 0:
-                yield from [(4 * width, inputs, 1, 1), (4 * width,), (4 * width,)]
-            inputs = 4 * width
-    yield from [(1000, 2048), (1000,)]
 
 
 class Fill(torch.autograd.Function):
@@ -80,42 +66,37 @@ class Model(torch.nn.Module):
 
 
 class Variant(NamedTuple):
-    """A way to sum gradients. step(scale, sync) makes one step, whose gradients are `scale` on this rank."""
+    """A way to sum gradients. step(scale) makes one step, whose gradients are `scale` on this rank."""
 
     name: str
-    step: Callable[[float, bool], None]
+    step: Callable[[float], None]
     params: list[Any]
     close: Callable[[], object]
 
 
 def make(name: str, comm: hfreduce.Communicator, shapes: list[tuple[int, ...]], args: argparse.Namespace) -> Variant:
-    """One of VARIANTS."""
+    """One of VARIANTS, or the bare model."""
     model = Model(shapes)
     call: Any = model
     finish: Callable[[], object] = lambda: None  # noqa: E731
     close: Callable[[], object] = lambda: None  # noqa: E731
     if name.startswith("gloo"):
         call = DistributedDataParallel(model, gradient_as_bucket_view=name == "gloo-view")
-        no_sync = call.no_sync
     elif name == "ddp":
         call = HfreduceDDP(model, comm=comm, **args.options)
-        no_sync, close = call.no_sync, call.close
-    else:
+        close = call.close
+    elif name != "bare":
         compress = {"fp16": "fp16", "bf16": "bf16"}.get(name)
         reducer = GradientReducer(model, comm=comm, compress=compress, **args.options)
-        no_sync, finish, close = reducer.no_sync, reducer.synchronize, reducer.close
+        finish, close = reducer.synchronize, reducer.close
     params = list(model.parameters())
 
-    def step(scale: float, sync: bool) -> None:
+    def step(scale: float) -> None:
         for param in params:
             param.grad = None
         x = torch.full((), scale, requires_grad=True)
-        if sync:
-            (call(x) * scale).backward()
-            finish()
-        else:
-            with no_sync():
-                (call(x) * scale).backward()
+        (call(x) * scale).backward()
+        finish()
 
     return Variant(name, step, params, close)
 
@@ -123,23 +104,23 @@ def make(name: str, comm: hfreduce.Communicator, shapes: list[tuple[int, ...]], 
 VARIANTS = ["gloo", "gloo-view", "reducer", "ddp", "bf16"]
 
 
-def measure(comm: hfreduce.Communicator, variants: list[Variant], rounds: int) -> Any:
+def measure(comm: hfreduce.Communicator, bare: Variant, variants: list[Variant], rounds: int) -> Any:
     """Seconds (variant, round, without and with communication), of the slowest rank."""
     expected = (comm.nranks + 1) / 2
     for variant in variants:
         for _ in range(3):  # buckets are made anew after the first step
-            variant.step(comm.rank + 1.0, True)
+            variant.step(comm.rank + 1.0)
         if not all((param.grad == expected).all() for param in variant.params):
             raise SystemExit(f"torch_reducer_perf: {variant.name} gives wrong gradients")
     times = np.empty((len(variants), rounds, 2))
     for turn in range(rounds):
         for place in range(len(variants)):
             index = (turn + place) % len(variants)
-            for sync in (False, True):
+            for which, variant in enumerate((bare, variants[index])):
                 comm.barrier()
                 begin = perf_counter()
-                variants[index].step(1.0, sync)
-                times[index, turn, int(sync)] = perf_counter() - begin
+                variant.step(1.0)
+                times[index, turn, which] = perf_counter() - begin
     comm.all_reduce(times, op="max")
     return times
 
@@ -158,8 +139,7 @@ def main() -> int:
         import hfreduce.torch.reducer as module
 
         module.DIRECT_BYTES = args.direct
-    shapes = list(resnet50())
-    count = sum(int(np.prod(shape)) for shape in shapes)
+    shapes = resnet50()
     with hfreduce.init(timeout=120) as comm:
         if any(name.startswith("gloo") for name in args.variants):
             port = np.zeros(1, np.int32)
@@ -171,11 +151,11 @@ def main() -> int:
             address = f"tcp://127.0.0.1:{port[0]}"
             dist.init_process_group("gloo", init_method=address, rank=comm.rank, world_size=comm.nranks)
         variants = [make(name, comm, shapes, args) for name in args.variants]
-        times = 1e3 * measure(comm, variants, args.rounds)
+        times = 1e3 * measure(comm, make("bare", comm, shapes, args), variants, args.rounds)
         if comm.rank == 0:
             cores = len(os.sched_getaffinity(0))
             print(
-                f"# {len(shapes)} gradients, {count / 1e6:.1f} million float32; {comm.nranks} ranks on {comm.nodes} nodes, "
+                f"# {len(shapes)} gradients, {sum(map(count, shapes)) / 1e6:.1f} million float32; {comm.nranks} ranks on {comm.nodes} nodes, "
                 f"{cores} cores; torch {torch.__version__}, hfreduce {hfreduce.__version__}"
             )
             print(f"# times in ms: median (p10 to p90) of {args.rounds} alternating steps")

@@ -21,7 +21,7 @@ import numpy as np
 from hfreduce._ffi import ffi, lib
 from hfreduce.communicator import Communicator
 from hfreduce.errors import InvalidArgumentError, InvalidUsageError, MismatchError
-from hfreduce.grouping import current
+from hfreduce.grouping import current, open_groups
 from hfreduce.work import Work
 
 #: Bytes of a bucket unless the caller says otherwise.
@@ -105,7 +105,7 @@ def require_same(comm: Communicator, lines: Sequence[str], what: str) -> None:
 def launch(comm: Communicator, segments: Sequence[Segment], keep: Any) -> Work:
     """Start all_reduces in place, together, as one Work; straight through the C interface, as each microsecond counts."""
     handle = comm._handle
-    if current() is not None:
+    if open_groups and current() is not None:
         raise InvalidUsageError("a bucket's all_reduce cannot start inside `with group()`")
     _group_start()
     code = 0

@@ -186,7 +186,32 @@ def test_torch_fsdp_lm_with_a_short_text(tmp_path: Path) -> None:
     assert "9 characters are too few" in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("example", ["torch_ddp", "torch_fsdp_lm"])
+@needs_torch
+@needs_digits
+@pytest.mark.parametrize(
+    ("nranks", "launcher", "options"), [(4, "torchrun", ""), (3, "hfreduce", "--batch 200 --accumulate 3"), (1, "", "")]
+)
+def test_torch_reducer(nranks: int, launcher: str, options: str) -> None:
+    program, arguments = str(EXAMPLES / "torch_reducer.py"), ["--check", *options.split()]
+    if launcher == "torchrun":
+        text = torchrun(nranks, program, *arguments)
+    elif launcher == "hfreduce":
+        text = run_ranks(nranks, program, *arguments)
+    else:
+        text = run([sys.executable, program, *arguments])
+    check_training(text, nranks, 1)
+    assert len(re.findall(r"[0-9] samples/s  waiting +[0-9.]+ % of the step$", text, re.MULTILINE)) == 4, text
+
+
+@needs_torch
+@needs_digits
+def test_torch_reducer_on_two_nodes_in_16_bits() -> None:
+    text = run_nodes(2, 1, sys.executable, str(EXAMPLES / "torch_reducer.py"), "--check", "--compress", "bf16")
+    check_training(text, 2, 2)
+    assert "tcp" in text
+
+
+@pytest.mark.parametrize("example", ["torch_ddp", "torch_fsdp_lm", "torch_reducer"])
 def test_without_torch(example: str, tmp_path: Path) -> None:
     """The message says what to do."""
     (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")

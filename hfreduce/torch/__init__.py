@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 from hfreduce.torch.backend import communicator, register
 
 if TYPE_CHECKING:
+    from hfreduce.torch.ddp import DistributedDataParallel
     from hfreduce.torch.launch import init_process_group
     from hfreduce.torch.process_group import ProcessGroup
+    from hfreduce.torch.reducer import GradientReducer
 
-__all__ = ["ProcessGroup", "communicator", "init_process_group", "register"]
+__all__ = ["DistributedDataParallel", "GradientReducer", "ProcessGroup", "communicator", "init_process_group", "register"]
 
-_WHERE = {"ProcessGroup": "process_group", "init_process_group": "launch"}
+_WHERE = {
+    "DistributedDataParallel": "ddp",
+    "GradientReducer": "reducer",
+    "ProcessGroup": "process_group",
+    "init_process_group": "launch",
+}
 
 register()
 
