@@ -39,6 +39,7 @@ from hfreduce.unique_id import UniqueId, get_unique_id
 from hfreduce.work import Work as CoreWork
 
 _tensor_all_reduce = lib.hfr_tensor_all_reduce
+_all_reduce = lib.hfreduceAllReduce
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: False)
 _strided = torch.strided
 _CPU = torch.device("cpu")
@@ -492,17 +493,23 @@ class ProcessGroupMixin:
                 if (
                     code is not None
                     and number is not None
-                    and not opts.asyncOp
                     and self._coalescing is None
                     and tensor.is_cpu
                     and tensor.layout is _strided
                     and tensor.is_contiguous()
                     and not tensor.is_neg()
                     and len(tensors) == 1
-                    and self._seconds == self._default_seconds
                 ):
-                    self._record("all_reduce", tensor.shape, tensor.dtype, None)
                     comm = self._comm
+                    if opts.asyncOp:
+                        self._deadline(opts)
+                        place = ffi.cast("void *", tensor.data_ptr())
+                        core = comm._issue(_all_reduce, (place, place, tensor.numel(), code, number), tensor, None, True, None)
+                        self._record("all_reduce", tensor.shape, tensor.dtype, core)
+                        return Work(self, core, [tensor])
+                    if self._seconds != self._default_seconds:
+                        self._deadline(None)
+                    self._record("all_reduce", tensor.shape, tensor.dtype, None)
                     result = _tensor_all_reduce(tensor.data_ptr(), tensor.numel(), code, number, comm._handle)
                     if result == 0:
                         return _DONE

@@ -100,6 +100,9 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
                 self._fail(error)
             except BaseException:  # a signal: the operation goes on
                 raise
+            else:
+                if self._finish is None:
+                    return True
         self._conclude()
         return True
 
