@@ -27,6 +27,7 @@ from hfreduce.torch.tensors import (
     address,
     in_turn,
 )
+from hfreduce.torch.tracing import untraced
 from hfreduce.torch.work import Work
 from hfreduce.work import Work as CoreWork
 
@@ -39,6 +40,7 @@ _SHUTDOWN_GRACE = 10.0
 Call = tuple[Any, tuple[Any, ...]]
 
 
+@untraced
 class Group:
     """The operations. `_setup` takes the place of a constructor: torch's bases have their own."""
 

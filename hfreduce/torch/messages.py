@@ -26,8 +26,10 @@ from hfreduce.torch.tensors import (
     is_dense,
     one,
 )
+from hfreduce.torch.tracing import untraced
 
 
+@untraced
 class Messages(Group):
     """Needs Group."""
 

@@ -29,9 +29,11 @@ from hfreduce.torch.tensors import (
     one_list,
     scatter_back,
 )
+from hfreduce.torch.tracing import untraced
 from hfreduce.torch.work import Work
 
 
+@untraced
 class Moves(Group):
     """Needs Group."""
 

@@ -25,10 +25,12 @@ from hfreduce.torch.errors import as_torch
 from hfreduce.torch.messages import Messages
 from hfreduce.torch.moves import Moves
 from hfreduce.torch.reductions import Reductions
+from hfreduce.torch.tracing import untraced
 from hfreduce.torch.work import CoalescedWork
 from hfreduce.unique_id import UniqueId, get_unique_id
 
 
+@untraced
 class ProcessGroupMixin(Reductions, Messages):
     """The operations. `_setup` takes the place of a constructor: torch's bases have their own."""
 

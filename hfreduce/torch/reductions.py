@@ -31,6 +31,7 @@ from hfreduce.torch.tensors import (
     part_dtype,
     product,
 )
+from hfreduce.torch.tracing import untraced
 from hfreduce.torch.work import CoalescedWork, Work
 
 _tensor_all_reduce = lib.hfr_tensor_all_reduce
@@ -39,6 +40,7 @@ _strided = torch.strided
 _SUM = dist.ReduceOp.SUM
 
 
+@untraced
 class Reductions(Moves):
     """Needs Moves: sparse tensors are gathered."""
 

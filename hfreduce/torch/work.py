@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hfreduce import work as core_work
 from hfreduce.errors import HfreduceError
 from hfreduce.torch.completion import completer
+from hfreduce.torch.tracing import untraced
 
 _NO_TIMEOUT = timedelta(0)
 
@@ -60,6 +61,7 @@ def _seconds(timeout: Any) -> float | None:
     return seconds if seconds > 0 else None
 
 
+@untraced
 class Work(dist.Work):  # type: ignore[misc, unused-ignore]
     """An operation of a process group.
 
@@ -201,6 +203,7 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
                     self._core = None
 
 
+@untraced
 class CoalescedWork(dist.Work):  # type: ignore[misc, unused-ignore]
     """Several works as one."""
 
