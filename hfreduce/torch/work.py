@@ -13,11 +13,17 @@ import torch
 import torch.distributed as dist
 
 from hfreduce import work as core_work
+from hfreduce._ffi import lib
 from hfreduce.errors import HfreduceError
 from hfreduce.torch.completion import completer
 from hfreduce.torch.tracing import untraced
 
 _NO_TIMEOUT = timedelta(0)
+# Whoever wants the future of an operation of so few bytes waits so many seconds for the operation itself, where it may end at
+# once: handing a future to another thread and back takes longer.
+_SMALL, _BRIEFLY = 64 << 10, 50e-6
+# What DDP's built-in compression hook makes of gradients: it alone reads a future's value in C++.
+_HALF = (torch.float16, torch.bfloat16)
 
 
 # The value of a future made in Python is a Python object, which DDP's built-in FP16 hook cannot read. TorchScript makes
@@ -150,14 +156,20 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
                 # A callback that raises is how Python gives a future an error that C++ callers see too.
                 trigger: Any = torch.futures.Future()
                 future = trigger.then(self._value)
-                if _asked_by_cpp():
+                if self._outputs and self._outputs[0].dtype in _HALF and _asked_by_cpp():
                     future = typed_future(future, self._outputs)
                 self._future, self._trigger = future, trigger
-        if self._core is None or self._core.done():
+        core = self._core
+        if core is not None and self._is_small():
+            lib.hfreduceWorkWait(core._handle, _BRIEFLY)
+        if core is None or core.done():
             self.complete()
         else:
-            completer().add(self._core._handle, self)
+            completer().add(core._handle, self)
         return future
+
+    def _is_small(self) -> bool:
+        return bool(sum([tensor.numel() * tensor.element_size() for tensor in self._outputs]) <= _SMALL)
 
     # --- ours ---
 
