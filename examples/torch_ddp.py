@@ -33,7 +33,7 @@ try:
 except ImportError as _error:
     sys.exit(f"torch_ddp: needs PyTorch ({_error}): pip install torch")
 
-import hfreduce.torch  # noqa: F401  (registers the backend; not needed where hfreduce was installed with pip)
+import hfreduce.torch  # registers the backend; not needed for that where hfreduce was installed with pip
 
 #: Steps of which one is measured.
 SAMPLE = 4
@@ -192,10 +192,7 @@ def main() -> int:
     data = load()
     if not 1 <= args.batch <= len(data.train):
         parser.error(f"--batch {args.batch} is not from 1 to {len(data.train)}")
-    if "RANK" in os.environ:
-        dist.init_process_group(args.backend)
-    else:
-        dist.init_process_group(args.backend, store=dist.HashStore(), rank=0, world_size=1)
+    hfreduce.torch.init_process_group(args.backend)  # dist.init_process_group; also under mpirun, srun or hfreduce run, or alone
     rank, nranks = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         print(

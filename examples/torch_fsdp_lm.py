@@ -45,7 +45,7 @@ except ImportError:
     except ImportError as _error:
         sys.exit(f"torch_fsdp_lm: this torch ({torch.__version__}) has no FSDP2 ({_error}): pip install 'torch>=2.6'")
 
-import hfreduce.torch  # noqa: F401  (registers the backend; not needed where hfreduce was installed with pip)
+import hfreduce.torch  # registers the backend; not needed for that where hfreduce was installed with pip
 
 #: Steps of which one is measured.
 SAMPLE = 8
@@ -200,10 +200,7 @@ def main() -> int:
     cut = len(text) * 9 // 10
     if len(text) - cut <= args.context:
         parser.error(f"--text {args.text}: {len(text)} characters are too few for --context {args.context}")
-    if "RANK" in os.environ:
-        dist.init_process_group(args.backend)
-    else:
-        dist.init_process_group(args.backend, store=dist.HashStore(), rank=0, world_size=1)
+    hfreduce.torch.init_process_group(args.backend)  # dist.init_process_group; also under mpirun, srun or hfreduce run, or alone
     rank, nranks = dist.get_rank(), dist.get_world_size()
     if args.batch < nranks:
         parser.error(f"--batch {args.batch} is less than a sample for each of {nranks} ranks")
