@@ -251,11 +251,6 @@ def test_python_hook(ranks: Any, name: str) -> None:
     ranks.compare(hooked, 2, 2, name, reference=reference, identical=IDENTICAL, **tolerance(name))
 
 
-def is_native() -> bool:
-    """Whether the default group is C++'s, and not a Python class derived from it."""
-    return type(dist.group.WORLD) is dist.ProcessGroup
-
-
 def built_in(nranks: int, name: str) -> dict[str, Any]:
     model = DDP(models.mlp(), bucket_cap_mb=TINY)
     model._register_builtin_comm_hook(getattr(dist.BuiltinCommHookType, name))
@@ -265,8 +260,6 @@ def built_in(nranks: int, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["ALLREDUCE", "FP16_COMPRESS"])
 def test_built_in_hook(ranks: Any, name: str) -> None:
-    if not ranks.run(is_native, 1)[0] and name == "FP16_COMPRESS":
-        pytest.skip("this hook asks for a future made in C++, which a process group in Python cannot give")
     ranks.compare(built_in, 2, 2, name, reference=reference, identical=IDENTICAL, **tolerance(name))
 
 
