@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import functools
 import importlib
 import itertools
 import multiprocessing
@@ -96,6 +97,15 @@ class Job:
     timeout: float
 
 
+_kept: list[Any] = []
+
+
+@functools.cache
+def _store(port: int) -> Any:
+    """This rank's connection to the test process's store, kept: torch looks up the peer's name, which takes seconds on some machines."""
+    return dist.TCPStore("127.0.0.1", port, is_master=False)
+
+
 def _call(job: Job) -> Any:
     if job.module:
         importlib.import_module(job.module)
@@ -107,8 +117,11 @@ def _call(job: Job) -> Any:
     if job.backend == "fake":
         store = importlib.import_module(job.module).FakeStore()
     else:
-        store = dist.PrefixStore(job.prefix, dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=limit))
+        store = dist.PrefixStore(job.prefix, _store(job.port))
+        store.set_timeout(limit)
     dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.nranks, timeout=limit)
+    # Gloo's group aborts the process if one of its own threads drops it last, as PowerSGD's callbacks do: the next run does.
+    _kept[:] = [dist.group.WORLD] if job.backend == "gloo" else []
     value = job.function(*job.args)
     dist.destroy_process_group()
     if "torch._dynamo" in sys.modules:
@@ -235,7 +248,11 @@ class Ranks:
             self._fork(nranks)
             for rank in range(nranks):
                 job = Job(function, args, rank, nranks, module, name, self._store.port, prefix, timeout)
-                self._ranks[rank].pipe.send_bytes(pickle.dumps(job))
+                try:
+                    self._ranks[rank].pipe.send_bytes(pickle.dumps(job))
+                except BrokenPipeError:
+                    text = f"rank {rank} died after the run before, {self._end_of(self._ranks[rank])}"
+                    raise AssertionError(text) from None
             texts, values = self._collect(nranks, time.monotonic() + timeout)
         except BaseException:
             self.kill()
@@ -306,8 +323,7 @@ class Ranks:
                 try:
                     good, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
-                    status = self._wait(self._ranks[rank].pid)
-                    good, value = False, f"died, exit code {status}\n{self._ranks[rank].stacks()}"
+                    good, value = False, f"died, {self._end_of(self._ranks[rank])}"
                 if good:
                     values[rank] = value
                 else:
@@ -315,9 +331,10 @@ class Ranks:
                     end = min(end, time.monotonic() + GRACE)
         return texts, values
 
-    def _wait(self, pid: int) -> int:
-        self._pipe.send(pid)
-        return os.waitstatus_to_exitcode(self._pipe.recv())
+    def _end_of(self, rank: Rank) -> str:
+        """How a rank that is dead ended."""
+        self._pipe.send(rank.pid)
+        return f"exit code {os.waitstatus_to_exitcode(self._pipe.recv())}\n{rank.stacks()}"
 
     def kill(self) -> None:
         """End all ranks at once; the next run forks new ones."""
