@@ -894,6 +894,18 @@ def test_split(run_ranks: Any, nodes: tuple[int, ...], threads: bool) -> None:
     run_ranks(split_up, len(nodes), env=Hosts(nodes), threads=threads)
 
 
+def split_late(comm: Any) -> float:
+    if comm.rank == 1:
+        time.sleep(1.0)  # longer than a blocking call waits before it looks at the program's signals
+    with comm.split(comm.rank % 2) as part:
+        return float(part.all_reduce(np.ones(1))[0])
+
+
+@pytest.mark.limit(40)
+def test_split_waits_for_ranks_that_come_late(run_ranks: Any) -> None:
+    assert run_ranks(split_late, 4) == [2.0] * 4
+
+
 def lose_a_part(rank: int, nranks: int, note: str) -> HfreduceError | float:
     """A death breaks the communicators that the dead rank was in, and no other."""
     comm = joined(rank, nranks, 1)

@@ -301,7 +301,10 @@ hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfre
     free(ids);
     return hfr_fail(hfreduceSystemError, "out of memory for a split of %d ranks", n);
   }
-  /* Who goes where, then the new ids from each group's first rank: both over the communicator itself. */
+  /* Who goes where, then the new ids from each group's first rank: both over the communicator itself, and without the
+   * patience of the caller's operations: nothing may still run on these buffers when they are freed. */
+  int64_t patience = comm->engine.patience_ns;
+  comm->engine.patience_ns = 0;
   hfreduceResult_t r = hfreduceAllGather(&me, all, sizeof me, hfreduceUint8, comm, NULL);
   for (int i = 0; !r && i < n; i++)
     if (all[i].color == color && color >= 0) all[members++] = all[i];
@@ -311,6 +314,7 @@ hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfre
   int first = members ? all[0].rank : -1;
   if (!r && first == comm->rank) r = new_id(&id, comm->uid.local);
   if (!r) r = hfreduceAllGather(&id, ids, sizeof id, hfreduceUint8, comm, NULL);
+  comm->engine.patience_ns = patience;
   if (!r && members) {
     hfreduceConfig_t inherited;
     hfreduceConfigInit(&inherited);
