@@ -54,7 +54,8 @@ def main() -> None:
                 os.replace(folder / "new", saved)
             dist.barrier()
     except RuntimeError as error:
-        (folder / f"error-{attempt}-{rank}").write_text(f"{type(error).__name__}: {error}")
+        (folder / f"writing-{rank}").write_text(f"{type(error).__name__}: {error}")
+        os.replace(folder / f"writing-{rank}", folder / f"error-{attempt}-{rank}")
         raise
     torch.save({"first": first, "attempt": attempt, "weights": models.weights(model)}, folder / f"result-{rank}.pt")
     dist.destroy_process_group()
