@@ -38,6 +38,7 @@ def on_ranks(function: Any, nranks: int, *args: Any, **options: Any) -> list[Any
 
 def _with_group(rank: int, function: Any, *args: Any) -> Any:
     torch.set_num_threads(1)
+    dist.set_debug_level_from_env()  # torch was imported before the rank's environment was set
     hfreduce.torch.init_process_group(timeout=60)
     value = function(rank, *args)
     if dist.is_initialized():
@@ -258,7 +259,9 @@ ENDINGS = {
     "callbacks running": "dist.all_reduce(torch.ones(4), async_op=True).get_future().then(lambda f: time.sleep(0.2))",
     "exception": "w = dist.all_reduce(torch.ones(4), async_op=True); sys.exit(0)",
     "destroyed twice": "g = dist.group.WORLD; dist.destroy_process_group(); g.shutdown(); g.abort()",
-    "aborted": "w = dist.irecv(torch.ones(4), src=1 - dist.get_rank()); dist.group.WORLD.abort(); f = w.get_future()",
+    # through the store: an abort may overtake what a rank has not finished
+    "aborted": "w = dist.irecv(torch.ones(4), src=1 - dist.get_rank()); g = dist.group.WORLD; s = g.get_group_store(); "
+    "s.set(f'here{dist.get_rank()}', b'1'); s.wait(['here0', 'here1']); g.abort(); f = w.get_future()",
 }
 
 
