@@ -367,7 +367,7 @@ static void heartbeat(struct hfreduceComm *c, int64_t now) {
   }
 }
 
-#define IDLE_TICKS 4 /* a second without a new collective */
+#define IDLE_TICKS 2 /* half a second without a new collective */
 
 /* A communicator that has gone quiet gives its slots' pages back to the page cache: dozens of groups then cost a rank what the
    few that work cost. Whoever touches them again faults them in. */
