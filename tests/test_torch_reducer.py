@@ -339,6 +339,21 @@ def test_compression_and_error_feedback(compress: str) -> None:
     assert 0 < fed_back < plain / 10
 
 
+def _carried_over(comm: hfreduce.Communicator) -> None:
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    reducer = GradientReducer(params, comm=comm, compress="bf16", error_feedback=True)
+    for step in range(2):
+        for index in (1, 0, 2) if step == 0 else (0, 1, 2):
+            params[index].grad = torch.full((1,), 1 + 2**-9 * index) if step == 0 else torch.zeros(1)  # bf16 keeps 1
+            reducer.ready(params[index])
+        reducer.synchronize()
+    assert [float(param.grad[0]) for param in params] == [0, 2**-9, 2**-8]
+
+
+def test_residuals_outlive_the_first_buckets() -> None:
+    run_ranks(_carried_over, 2)
+
+
 def _overflow(comm: hfreduce.Communicator) -> None:
     param = torch.nn.Parameter(torch.zeros(3))
     reducer = GradientReducer([param], comm=comm, compress="fp16", error_feedback=True)
@@ -626,6 +641,35 @@ def _ddp_trains(comm: hfreduce.Communicator, compress: str | None, checkpoint: s
 @pytest.mark.parametrize("compress", [None, "bf16"])
 def test_ddp_as_one_process(nranks: int, compress: str | None) -> None:
     run_ranks(_ddp_trains, nranks, compress, "")
+
+
+def _last_in_checkpoint(comm: hfreduce.Communicator) -> None:
+    from torch.utils.checkpoint import checkpoint as recompute
+
+    class Last(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = torch.nn.Linear(20, 20), torch.nn.Linear(20, 20)
+
+        def forward(self, x: Any) -> Any:
+            return recompute(self.b, torch.tanh(self.a(x)), use_reentrant=True)
+
+    model = Last()
+    ddp = DistributedDataParallel(model, bucket_bytes=1, comm=comm)
+    calls = []
+    whole = ddp.reducer.synchronize
+    ddp.reducer.synchronize = lambda: calls.append(sum(ddp.reducer._ready)) or whole()  # type: ignore[method-assign]
+    for step in range(2):
+        model.zero_grad()
+        ddp(batch(step)[0]).square().mean().backward()
+    assert calls == [4, 4]
+
+
+@pytest.mark.limit(150)
+def test_ddp_whose_first_gradients_come_in_a_checkpoint() -> None:
+    """Their pass ends before the one around it, and it is the latter whose end counts."""
+    run_ranks(_last_in_checkpoint, 2, timeout=120.0, comm_timeout=60.0)
 
 
 @pytest.mark.limit(150)
