@@ -703,13 +703,14 @@ def test_ddp_is_like_torchs() -> None:
     run_ranks(_like_torchs, 2)
 
 
-def _from_launcher(rank: int, initialised: bool, port: int) -> float:
+def _from_launcher(rank: int, backend: str, port: int) -> float:
     torch.set_num_threads(1)
     group = None
-    if initialised:
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    if backend:
+        torch.distributed.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
         group = torch.distributed.new_group([1, 2])
         if rank == 0:
+            torch.distributed.barrier()  # it hosts the store
             torch.distributed.destroy_process_group()
             return 0.5
     param = torch.nn.Parameter(torch.zeros(3))
@@ -717,15 +718,16 @@ def _from_launcher(rank: int, initialised: bool, port: int) -> float:
     (param * rank).sum().backward()
     reducer.synchronize()
     reducer.close()
-    if initialised:
+    if backend:
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return float(param.grad[0])
 
 
-@pytest.mark.parametrize("initialised", [False, True])
-def test_which_ranks(initialised: bool) -> None:
+@pytest.mark.parametrize("backend", ["", "gloo", "hfreduce"])
+def test_which_ranks(backend: str) -> None:
     """Those of the launcher; those of a process group, also of another backend."""
     with ranks.reserved_address() as address:
         port = int(address.rpartition(":")[2])
-        values = ranks.run_ranks(_from_launcher, 3, initialised, port, comm=False)
-    assert values == ([0.5, 1.5, 1.5] if initialised else [1.0] * 3)
+        values = ranks.run_ranks(_from_launcher, 3, backend, port, comm=False)
+    assert values == ([0.5, 1.5, 1.5] if backend else [1.0] * 3)
