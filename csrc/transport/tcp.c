@@ -1,28 +1,22 @@
 /*
- * TCP: a link is one or several connections (streams), message i of a direction on stream i mod streams. The lower rank connects,
- * the higher one accepts (its process' listener hands the descriptor over through hfr_net.arrived). The kernel's buffers are the
- * flow control: nothing is read that the receiving side has not asked for, so data goes straight to where it is wanted.
+ * TCP: a link is one or several connections (streams), message i of a direction on stream i mod streams. The kernel's buffers are
+ * the flow control: nothing is read that the receiving side has not asked for, so data goes straight to where it is wanted.
  */
-#include "transport.h"
+#include "connect.h"
 
-#include "../base/auth.h"
 #include "../base/crc32c.h"
-#include "../base/thread.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #define TX_QUEUE 8 /* messages posted and not yet with the kernel, a link */
 
-enum stream_state { STREAM_IDLE, STREAM_CONNECTING, STREAM_AUTH, STREAM_UP };
-
 struct tcp_stream {
-  enum stream_state state;
-  int fd;
-  struct hfr_auth auth;
+  struct hfr_connect connect;
   /* Read for a payload that turned out shorter: read again before the socket. Empty whenever a message has not wholly come. */
   uint8_t *back;
   size_t back_at, back_bytes;
@@ -47,79 +41,30 @@ struct tcp_link {
   uint8_t *rx_dst, *rx_own; /* where the payload goes: the caller's place, or a buffer of the link */
   size_t rx_own_bytes;
   int rx_ready;
-  int64_t began_ns, broken_ns;
-  hfreduceErrorInfo_t why; /* what broke the link */
+  struct hfr_breakage breakage;
 };
-
-/* A broken connection is mostly a consequence: give the control connections this long to tell the cause (who died, who
- * disagreed). */
-#define BROKEN_GRACE_NS 500000000ll
 
 static hfreduceResult_t tcp_open_link(struct hfr_net *net, int peer, int vc, struct hfr_link **out) {
   struct tcp_link *l = calloc(1, sizeof *l);
   if (!l) return hfr_fail(hfreduceSystemError, "out of memory for a link to rank %d", peer);
   l->link = (struct hfr_link){.transport = &hfr_transport_tcp, .peer = peer, .vc = vc};
   l->net = net;
-  l->began_ns = hfr_now_ns();
-  for (int s = 0; s < net->streams; s++) l->stream[s].fd = -1;
+  for (int s = 0; s < net->streams; s++) l->stream[s].connect.fd = -1;
   *out = &l->link;
   return hfreduceSuccess;
 }
 
-/* Remember the thread's last error as the reason and start the grace. Returns AGAIN until it is over. */
-static int broken(struct tcp_link *l) {
-  if (!l->broken_ns) {
-    char text[HFR_ADDR_TEXT];
-    char reason[sizeof l->why.text];
-    memcpy(reason, hfr_last_error()->text, sizeof reason);
-    hfr_fail(hfreduceRemoteError, "connection with rank %d on %s (%s): %.500s", l->link.peer, l->net->host[l->link.peer],
-             hfr_addr_text(&l->net->addr[l->link.peer], text), reason);
-    l->why = *hfr_last_error();
-    l->why.peer = l->link.peer;
-    l->broken_ns = hfr_now_ns();
-  }
-  if (hfr_now_ns() - l->broken_ns < BROKEN_GRACE_NS) return HFR_LINK_AGAIN;
-  *hfr_last_error() = l->why;
-  return HFR_LINK_FAILED;
-}
-
+static int broken(struct tcp_link *l) { return hfr_broken(&l->breakage, l->net, l->link.peer); }
 static int lost(struct tcp_link *l, const char *what, int error) {
-  hfr_fail(hfreduceRemoteError, "%s: %s", what, error ? strerror(error) : "closed by the peer");
-  return broken(l);
+  return hfr_lost(&l->breakage, l->net, l->link.peer, what, error);
 }
 
 /* Bring stream s up as far as possible. OK when it can carry data. */
 static int stream_up(struct tcp_link *l, int s) {
-  struct tcp_stream *t = &l->stream[s];
-  if (t->state == STREAM_UP) return HFR_LINK_OK;
-  if (l->broken_ns) return broken(l);
-  if (t->state == STREAM_IDLE) {
-    if (l->net->rank > l->link.peer) {
-      _Atomic int *box =
-          &l->net->arrived[((size_t)l->link.peer * HFR_NVC + (size_t)l->link.vc) * (size_t)l->net->streams + (size_t)s];
-      int fd = atomic_exchange_explicit(box, 0, memory_order_acquire);
-      if (!fd) return HFR_LINK_AGAIN;
-      t->fd = fd - 1;
-      hfr_socket_tune(t->fd);
-      t->state = STREAM_UP;
-      return HFR_LINK_OK;
-    }
-    if (hfr_socket_connect(&l->net->addr[l->link.peer], &t->fd)) return broken(l);
-    t->state = STREAM_CONNECTING;
-  }
-  if (t->state == STREAM_CONNECTING) {
-    struct pollfd p = {t->fd, POLLOUT, 0};
-    if (poll(&p, 1, 0) <= 0) return HFR_LINK_AGAIN;
-    int error = hfr_socket_error(t->fd);
-    if (error) return lost(l, "cannot connect", error);
-    hfr_socket_tune(t->fd);
-    hfr_auth_client(&t->auth, t->fd, HFR_AUTH_DATA, l->net->comm_id, l->net->secret, l->net->rank, l->link.peer, l->link.vc, s);
-    t->state = STREAM_AUTH;
-  }
-  int r = hfr_auth_step(&t->auth);
-  if (r < 0) return broken(l);
-  if (r > 0) t->state = STREAM_UP;
-  return r > 0 ? HFR_LINK_OK : HFR_LINK_AGAIN;
+  if (l->stream[s].connect.state == HFR_CONNECT_UP) return HFR_LINK_OK;
+  if (l->breakage.since_ns) return broken(l);
+  int up = hfr_connect_step(&l->stream[s].connect, l->net, l->link.peer, l->link.vc, s);
+  return up == HFR_LINK_FAILED ? broken(l) : up;
 }
 
 /* Messages of stream s that are not yet with the kernel, in order, as one vector: header, payload, header, payload, ... */
@@ -154,7 +99,7 @@ static int push_stream(struct tcp_link *l, int s) {
     int up = stream_up(l, s);
     if (up != HFR_LINK_OK) return up;
     struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)n};
-    ssize_t w = sendmsg(l->stream[s].fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+    ssize_t w = sendmsg(l->stream[s].connect.fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (w < 0) return errno == EAGAIN || errno == EINTR ? HFR_LINK_AGAIN : lost(l, "sending failed", errno);
     account(l, s, (size_t)w);
   }
@@ -176,7 +121,7 @@ static int push(struct tcp_link *l) {
 
 static int tcp_post_send(struct hfr_link *link, const struct hfr_msg_header *header, const void *data) {
   struct tcp_link *l = (struct tcp_link *)link;
-  if (l->broken_ns) return broken(l);
+  if (l->breakage.since_ns) return broken(l);
   if (link->posted - l->sent >= TX_QUEUE) {
     if (push(l) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
     if (link->posted - l->sent >= TX_QUEUE) {
@@ -230,7 +175,7 @@ static int rx_begin(struct tcp_link *l, void *dst, size_t bytes) {
 static ssize_t read_stream(struct tcp_stream *t, struct iovec *iov, int n) {
   if (!t->back) {
     struct msghdr msg = {.msg_iov = iov, .msg_iovlen = (size_t)n};
-    return recvmsg(t->fd, &msg, MSG_DONTWAIT);
+    return recvmsg(t->connect.fd, &msg, MSG_DONTWAIT);
   }
   size_t taken = 0;
   for (int i = 0; i < n; i++) {
@@ -279,7 +224,7 @@ static int tcp_recv(struct hfr_link *link, void *dst, size_t bytes, const struct
       rx_redirect(l, &l->stream[s], dst, bytes) == HFR_LINK_FAILED)
     return HFR_LINK_FAILED;
   if (!l->rx_ready) {
-    if (l->broken_ns) return broken(l);
+    if (l->breakage.since_ns) return broken(l);
     int up = stream_up(l, s);
     if (up != HFR_LINK_OK) return up;
     if (!l->rx_have && rx_begin(l, dst, bytes) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
@@ -321,25 +266,23 @@ static void tcp_release(struct hfr_link *link) {
 
 static void tcp_want(struct hfr_link *link, int recv, struct hfr_waitset *set) {
   struct tcp_link *l = (struct tcp_link *)link;
-  if (l->broken_ns) return; /* the grace is timed */
+  if (l->breakage.since_ns) return; /* the grace is timed */
   for (int s = 0; s < l->net->streams; s++) {
     struct tcp_stream *t = &l->stream[s];
-    if (t->fd < 0 || set->n == (int)(sizeof set->fd / sizeof *set->fd)) continue; /* an arriving connection rings the bell */
-    if (t->state == STREAM_UP && recv && (int)(l->received % (unsigned)l->net->streams) != s) continue;
+    if (t->connect.fd < 0 || set->n == (int)(sizeof set->fd / sizeof *set->fd))
+      continue; /* an arriving connection rings the bell */
+    if (t->connect.state == HFR_CONNECT_UP && recv && (int)(l->received % (unsigned)l->net->streams) != s) continue;
     struct iovec iov[2 * TX_QUEUE];
-    if (t->state == STREAM_UP && !recv && !gather(l, s, iov)) continue;
-    short events = (short)(t->state == STREAM_CONNECTING ? POLLOUT
-                           : t->state == STREAM_AUTH     ? t->auth.events
-                           : recv                        ? POLLIN
-                                                         : POLLOUT);
-    set->fd[set->n++] = (struct pollfd){t->fd, events, 0};
+    if (t->connect.state == HFR_CONNECT_UP && !recv && !gather(l, s, iov)) continue;
+    short events = t->connect.state == HFR_CONNECT_UP && !recv ? POLLOUT : hfr_connect_events(&t->connect);
+    set->fd[set->n++] = (struct pollfd){t->connect.fd, events, 0};
   }
 }
 
 static void tcp_after_fork(struct hfr_link *link) {
   struct tcp_link *l = (struct tcp_link *)link;
   for (int s = 0; s < l->net->streams; s++)
-    if (l->stream[s].fd >= 0) close(l->stream[s].fd);
+    if (l->stream[s].connect.fd >= 0) close(l->stream[s].connect.fd);
 }
 
 static void tcp_close(struct hfr_link *link) {
