@@ -26,6 +26,8 @@ BUILD = ROOT / "build" / "c"
 QUICK = {"test_collectives": ["--quick"], "test_plan": ["--quick"], "test_p2p": ["--quick"]}
 #: Who has threads, and so is worth running under TSan.
 THREADED = ["test_async", "test_base", "test_collectives", "test_p2p"]
+#: The exit status by which a program says that it cannot run here; its output says why.
+SKIPPED = 77
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 240
 BUILD_LIMIT = 400
@@ -114,6 +116,8 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
                 process.wait()
         output.seek(0)
         text = output.read()
+    if code == SKIPPED:
+        pytest.skip(text.strip() or f"{program} says that it cannot run here")
     if code != 0:
         how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
         pytest.fail(f"{program} ({variant}) {how}\n{shorten(text)}", pytrace=False)
