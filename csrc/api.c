@@ -56,7 +56,7 @@ hfreduceResult_t hfreduceParamGet(int index, hfreduceParam_t *param) {
 }
 
 size_t hfreduceDescribe(char *text, size_t size) {
-  char host[64], nic[32], address[HFR_ADDR_TEXT], out[2048];
+  char host[64], nic[32], address[HFR_ADDR_TEXT], out[16384];
   struct hfr_addr addr;
   int found = !hfr_nic_choose(&addr, nic);
   hfr_host_name(host);
@@ -70,6 +70,7 @@ size_t hfreduceDescribe(char *text, size_t size) {
   else
     n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: loopback only: %.300s\n", hfr_last_error()->text);
   n += snprintf(out + n, sizeof out - (size_t)n, "transport verbs: not in this version\n");
+  n += (int)hfr_transport_describe(out + n, sizeof out - 1024 - (size_t)n);
   for (int i = 0; hfr_device_at(i); i++)
     n += snprintf(out + n, sizeof out - (size_t)n, "device %s: %s\n", hfr_device_at(i)->name,
                   hfr_device_at(i)->why_absent() ? hfr_device_at(i)->why_absent() : "in use");

@@ -23,7 +23,11 @@
 #include "log.h"
 
 /* Parameters whose NCCL_ spelling is understood too. */
-#define HFR_PARAM_NCCL_ALIASES(X) X(SOCKET_IFNAME) X(SOCKET_FAMILY) X(DEBUG) X(DEBUG_FILE)
+/* clang-format off */
+#define HFR_PARAM_NCCL_ALIASES(X)                                                                                        \
+  X(SOCKET_IFNAME) X(SOCKET_FAMILY) X(DEBUG) X(DEBUG_FILE) X(IB_HCA) X(IB_GID_INDEX) X(IB_SL) X(IB_TC) X(IB_TIMEOUT)     \
+  X(IB_RETRY_CNT) X(IB_QPS_PER_CONNECTION) X(IB_PCI_RELAXED_ORDERING) X(IB_PKEY)
+/* clang-format on */
 
 #define PREFIX "HFREDUCE_"
 #define FILE_MAX_BYTES 65536

@@ -21,6 +21,17 @@
   X(TCP_BUFFER, "HFREDUCE_TCP_BUFFER", SIZE, "0", 0, 1073741824, "socket buffer in bytes (0: the system's autotuning)")          \
   X(CHECKSUM, "HFREDUCE_CHECKSUM", INT, "1", 0, 1, "1: CRC32C on every message over TCP")                                        \
   X(TRANSPORT, "HFREDUCE_TRANSPORT", TEXT, "", 0, 0, "transports between nodes, in order of preference (empty: automatic)")      \
+  X(IB_HCA, "HFREDUCE_IB_HCA", TEXT, "", 0, 0, "RDMA ports by device prefix; ^a,b excludes, =a is exact, a:1 is port 1 of a")    \
+  X(IB_GID_INDEX, "HFREDUCE_IB_GID_INDEX", INT, "-1", -1, 1023, "GID of the RDMA port (-1: RoCE v2 with an IPv4 address first)") \
+  X(IB_SL, "HFREDUCE_IB_SL", INT, "0", 0, 15, "service level of RDMA connections")                                               \
+  X(IB_TC, "HFREDUCE_IB_TC", INT, "0", 0, 255, "traffic class of RDMA connections (RoCE: the IP header's)")                      \
+  X(IB_TIMEOUT, "HFREDUCE_IB_TIMEOUT", INT, "18", 1, 31, "RDMA acknowledge timeout: 4.096 us times two to the power of this")    \
+  X(IB_RETRY_CNT, "HFREDUCE_IB_RETRY_CNT", INT, "7", 0, 7, "how often an unacknowledged RDMA packet is sent again")              \
+  X(IB_QPS_PER_CONNECTION, "HFREDUCE_IB_QPS_PER_CONNECTION", INT, "1", 1, 16, "queue pairs an RDMA connection")                  \
+  X(IB_PCI_RELAXED_ORDERING, "HFREDUCE_IB_PCI_RELAXED_ORDERING", INT, "2", 0, 2,                                                 \
+    "PCI relaxed ordering: 0 no, 1 and 2 if offered")                                                                            \
+  X(IB_PKEY, "HFREDUCE_IB_PKEY", INT, "0", 0, 65535, "index of the RDMA port's partition key")                                   \
+  X(IB_MTU, "HFREDUCE_IB_MTU", INT, "0", 0, 4096, "largest RDMA packet in bytes: 256 to 4096 (0: the port's)")                   \
   X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)") \
   X(SLOTS, "HFREDUCE_SLOTS", INT, "4", 2, 16, "staging slots a rank (rank 0's holds)")                                           \
   X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0, "network algorithm: tree or direct (empty: by size and node count; rank 0's holds)")  \

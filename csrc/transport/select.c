@@ -1,5 +1,6 @@
 /* The table of transports between nodes. */
 #include "transport.h"
+#include "verbs.h"
 
 #include <string.h>
 
@@ -21,3 +22,5 @@ hfreduceResult_t hfr_transport_select(const char *names, const struct hfr_transp
   }
   return hfr_fail(hfreduceInvalidUsage, "HFREDUCE_TRANSPORT is \"%s\"; between nodes this build has: tcp", names);
 }
+
+size_t hfr_transport_describe(char *text, size_t size) { return hfr_verbs_describe(text, size); }

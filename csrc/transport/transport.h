@@ -74,5 +74,9 @@ extern const struct hfr_transport hfr_transport_shm, hfr_transport_tcp;
  * what exists when none is. */
 hfreduceResult_t hfr_transport_select(const char *names, const struct hfr_transport **transport);
 
+/* The network hardware beside plain interfaces, one "key: value" a line: what there is, or why there is none. Writes at most size
+ * bytes, the NUL included; returns how many without it. */
+size_t hfr_transport_describe(char *text, size_t size);
+
 /* A link that FAILED has recorded why in hfr_last_error() of the calling thread. */
 #endif
