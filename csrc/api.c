@@ -69,7 +69,6 @@ size_t hfreduceDescribe(char *text, size_t size) {
                   hfr_addr_text(&addr, address));
   else
     n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: loopback only: %.300s\n", hfr_last_error()->text);
-  n += snprintf(out + n, sizeof out - (size_t)n, "transport verbs: not in this version\n");
   n += (int)hfr_transport_describe(out + n, sizeof out - 1024 - (size_t)n);
   for (int i = 0; hfr_device_at(i); i++)
     n += snprintf(out + n, sizeof out - (size_t)n, "device %s: %s\n", hfr_device_at(i)->name,

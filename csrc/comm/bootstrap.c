@@ -81,6 +81,7 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   hfr_host_name(r->host);
   r->addr = *addr;
   r->pid = (uint32_t)getpid();
+  memcpy(r->transports, c->offer.number, sizeof r->transports);
   r->slots = (uint32_t)((hfr_param_int(HFR_PARAM_SLOTS) + 1) / 2 * 2);
   r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
   const char *algo = hfr_param_text(HFR_PARAM_ALGO);
@@ -145,6 +146,33 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
   return result;
 }
 
+/* The transport between nodes: the first of rank 0's that all ranks can use. */
+static hfreduceResult_t choose_transport(struct hfreduceComm *c, const struct hfr_record *table) {
+  uint8_t common[HFR_TRANSPORTS_MAX];
+  char first[64], other[64];
+  memcpy(common, table[0].transports, sizeof common);
+  hfr_transport_list(common, first);
+  if (!c->offer.number[0])
+    return hfr_fail(
+        hfreduceInvalidUsage,
+        "HFREDUCE_TRANSPORT is \"%.100s\", of which rank %d can use none between nodes (%.400s); leave it empty to use "
+        "the best that all ranks have",
+        hfr_param_text(HFR_PARAM_TRANSPORT), c->rank, c->offer.why);
+  for (int r = 0; r < c->nranks; r++) {
+    hfr_transport_meet(common, table[r].transports);
+    if (hfr_transport_at(common[0])) continue;
+    hfr_transport_list(table[r].transports, other);
+    return hfr_fail(
+        hfreduceInvalidUsage,
+        "the ranks have no transport between nodes in common: rank 0 on %s offers %s, rank %d on %s offers %s; give all "
+        "the same HFREDUCE_TRANSPORT, or none",
+        c->hosts[0], first, r, c->hosts[r], other);
+  }
+  c->engine.remote = hfr_transport_at(common[0]);
+  if (*c->offer.why) HFR_INFO("between nodes: %s (%s)", c->engine.remote->name, c->offer.why);
+  return hfreduceSuccess;
+}
+
 /* Check the table's contents and take from it what all need. */
 static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_record *table) {
   int n = c->nranks;
@@ -169,6 +197,8 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
   int failed = hfr_layout_init(&c->layout, c->rank, n, label);
   free(label);
   if (failed) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
+  c->engine.remote = &hfr_transport_tcp;
+  if (c->layout.nnodes > 1) HFR_TRY(choose_transport(c, table));
   const struct hfr_record *zero = &table[0];
   if (zero->slots < 2 || zero->slots > 16 || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) ||
       zero->chunk % 4096 || zero->streams < 1 || zero->streams > HFR_MAX_STREAMS)
@@ -313,7 +343,6 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   e->layout = &c->layout;
   e->arena = &c->arena;
   e->net = &c->net;
-  HFR_TRY(hfr_transport_select(hfr_param_text(HFR_PARAM_TRANSPORT), &e->remote));
   e->host = c->hosts[c->rank];
   e->timeout_ns = (int64_t)(c->timeout * 1e9);
   e->on_error = on_engine_error;
@@ -323,7 +352,7 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
   /* Spinning keeps the awaited rank from running when ranks are more than cores; over the network a poll is a system call, and
    * its answer tens of microseconds away. */
-  e->spins = spin >= 0 ? (int)spin : crowded ? 16 : c->layout.nnodes > 1 ? 64 : 2000;
+  e->spins = spin >= 0 ? (int)spin : crowded ? 16 : c->layout.nnodes > 1 && !e->remote->polls_memory ? 64 : 2000;
   e->yields = crowded ? 64 : 16;
   HFR_TRY(hfr_engine_init(e));
   c->engine_up = 1;
@@ -361,6 +390,7 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
 
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   struct hfr_addr mine;
+  HFR_TRY(hfr_transport_offer(hfr_param_text(HFR_PARAM_TRANSPORT), &c->offer));
   HFR_TRY(hfr_runtime_listen(c->uid.local, &c->uid.root, &mine));
   if (c->uid.by_address && c->rank == 0) {
     HFR_TRY(hfr_runtime_listen_at(&c->uid.root));

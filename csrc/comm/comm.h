@@ -25,6 +25,7 @@ struct hfr_record {
   char host[64];
   struct hfr_addr addr; /* of its process' listener */
   uint32_t pid;
+  uint8_t transports[HFR_TRANSPORTS_MAX]; /* that it can use between nodes, best first; rank 0's order holds */
   /* rank 0's values hold for all */
   uint32_t slots, algo, streams, checksum;
   uint64_t chunk;
@@ -40,6 +41,7 @@ struct hfreduceComm {
   struct hfr_layout layout;
   struct hfr_arena arena;
   struct hfr_net net;
+  struct hfr_transport_offer offer;
   struct hfr_engine engine;
   _Atomic int engine_up; /* engine and arena are usable; the watcher looks */
   char (*hosts)[64];

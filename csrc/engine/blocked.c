@@ -18,9 +18,9 @@ static void want_request(struct hfr_engine *e, struct hfr_request *r, struct hfr
     struct hfr_cursor *c = &r->cursor[s];
     if (c->done == st->niter) continue;
     struct hfr_link *l;
-    if (st->kind == HFR_STAGE_SEND && c->done < c->posted && (l = hfr_engine_link(e, st->peer, st->vc)))
+    if (st->kind == HFR_STAGE_SEND && (c->done < c->posted || (c->have_step && hfr_guards_open(e, r, &c->step))) &&
+        (l = hfr_engine_link(e, st->peer, st->vc)))
       l->transport->want(l, 0, set);
-    if (st->kind == HFR_STAGE_SEND && c->done == c->posted) continue;
     if (st->kind == HFR_STAGE_RECV && c->have_step && hfr_guards_open(e, r, &c->step) &&
         (l = hfr_engine_link(e, st->peer, st->vc)))
       l->transport->want(l, 1, set);

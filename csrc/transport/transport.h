@@ -29,6 +29,7 @@ struct hfr_net {
   int streams, checksum;
   int64_t timeout_ns;   /* limit for a connection to come up */
   _Atomic int *arrived; /* nranks * HFR_NVC * streams; set by the acceptor, taken (exchanged with 0) by the link */
+  void *shared;         /* what the links between nodes have in common; their transport's */
 };
 
 struct hfr_waitset {
@@ -48,6 +49,9 @@ enum { HFR_LINK_FAILED = -1, HFR_LINK_AGAIN = 0, HFR_LINK_OK = 1 };
 
 struct hfr_transport {
   const char *name;
+  int polls_memory; /* 1: to ask it for progress costs no system call */
+  /* Why it cannot be used here; NULL when it can. The text is valid until the thread's next call. NULL: it always can. */
+  const char *(*why_not)(void);
   /* Make a link. Returns at once; the connection may still be forming. Owner: the caller, until close. */
   hfreduceResult_t (*open)(struct hfr_net *net, int peer, int vc, struct hfr_link **link);
   /* Take a message. OK: taken; data must stay as it is until sent() has counted it. AGAIN: no room now. */
@@ -68,11 +72,23 @@ struct hfr_transport {
   void (*after_fork)(struct hfr_link *link);
 };
 
-extern const struct hfr_transport hfr_transport_shm, hfr_transport_tcp;
+extern const struct hfr_transport hfr_transport_shm, hfr_transport_tcp, hfr_transport_verbs;
 
-/* The transport between nodes: the first usable one of `names` (comma-separated; "" admits all, best first). InvalidUsage names
- * what exists when none is. */
-hfreduceResult_t hfr_transport_select(const char *names, const struct hfr_transport **transport);
+/* --- the transports between nodes, by number from 1 --- */
+#define HFR_TRANSPORTS_MAX 4
+struct hfr_transport_offer {
+  uint8_t number[HFR_TRANSPORTS_MAX]; /* that can be used here, best first; 0 ends */
+  char why[600];                      /* why the others cannot */
+};
+/* What this rank offers: those of `names` (comma-separated, in order of preference; "": all, best first) that can be used here.
+ * InvalidUsage says what exists when none of the names is known. */
+hfreduceResult_t hfr_transport_offer(const char *names, struct hfr_transport_offer *offer);
+/* Strike out of `common` what `other` has not. */
+void hfr_transport_meet(uint8_t common[HFR_TRANSPORTS_MAX], const uint8_t other[HFR_TRANSPORTS_MAX]);
+/* "verbs, tcp" */
+void hfr_transport_list(const uint8_t offer[HFR_TRANSPORTS_MAX], char text[64]);
+/* NULL: there is none of this number. */
+const struct hfr_transport *hfr_transport_at(int number);
 
 /* The network hardware beside plain interfaces, one "key: value" a line: what there is, or why there is none. Writes at most size
  * bytes, the NUL included; returns how many without it. */

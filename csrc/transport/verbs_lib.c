@@ -393,7 +393,12 @@ size_t hfr_verbs_describe(char *text, size_t size) {
   int count = hfr_ib_ports(ports, HFR_IB_PORTS_MAX, &why);
   if (!size) return 0;
   *text = 0;
-  if (!count) n = (size_t)snprintf(text, size, "rdma: %s\n", why);
+  if (!count)
+    n = (size_t)snprintf(text, size, "transport verbs: not usable: %s\n", why);
+  else if (*ports[0].why_not)
+    n = (size_t)snprintf(text, size, "transport verbs: not usable: no port is, see below\n");
+  else
+    n = (size_t)snprintf(text, size, "transport verbs: preferred between nodes, on %s\n", ports[0].name);
   for (int i = 0; i < count && n < size; i++) {
     char line[700] = "";
     port_text(&ports[i], line, sizeof line);

@@ -1,10 +1,13 @@
-/* The verbs transport's rules and what it says of this machine; needs no device. */
+/* The verbs transport: its rules, what it says of this machine and, where there is a device, links over it. */
 #include "check.h"
+#include "ranks.h"
 
 #include "base/param.h"
+#include "base/thread.h"
 #include "transport/transport.h"
 #include "transport/verbs_lib.h"
 
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,16 +50,105 @@ static void test_describe(void) {
   char text[4096], little[10];
   struct hfr_ib_port port;
   size_t n = hfr_transport_describe(text, sizeof text);
-  CHECK(n == strlen(text) && !strncmp(text, "rdma", 4) && text[n - 1] == '\n', "%s", text);
+  CHECK(n == strlen(text) && !strncmp(text, "transport verbs: ", 17) && text[n - 1] == '\n', "%s", text);
   CHECK(hfr_transport_describe(little, sizeof little) == 9 && !strncmp(little, text, 9));
   CHECK(hfr_transport_describe(little, 0) == 0);
   hfr_error_clear(hfr_last_error());
-  CHECK(hfr_ib_choose(0, &port) ? *hfr_last_error()->text != 0 : port.context != NULL);
+  CHECK(hfr_ib_choose(0, &port) ? *hfr_last_error()->text != 0 : port.context != NULL, "%s", hfr_last_error()->text);
+}
+
+#define COUNT 300000
+
+/* Sums over verbs, large and small, so often that slots, credits and 15-bit counts come round. */
+static int sums(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfr_param_reload(); /* main() has read them before this rank's label was set */
+  hfreduceComm_t comm;
+  hfreduceCommInfo_t info;
+  int wrong = 0;
+  int small = *(int *)arg;
+  float *x = malloc(COUNT * sizeof *x), one = 1;
+  if (hfreduceCommInitRank(&comm, n, *id, rank)) return fprintf(stderr, "init: %s\n", hfreduceGetLastError(NULL)), 1;
+  hfreduceCommGetInfo(comm, &info);
+  wrong += !strstr(info.transports, "verbs");
+  for (int k = 0; k < 3; k++) {
+    for (int i = 0; i < COUNT; i++) x[i] = (float)(rank + i % 7 + k);
+    wrong += hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, NULL) != hfreduceSuccess;
+    for (int i = 0; i < COUNT; i++) wrong += x[i] != (float)(n * (n - 1) / 2 + n * (i % 7 + k));
+  }
+  for (int k = 0; k < small && !wrong; k++) {
+    float y = 0;
+    wrong += hfreduceAllReduce(&one, &y, 1, hfreduceFloat32, hfreduceSum, comm, NULL) != hfreduceSuccess || y != (float)n;
+  }
+  if (wrong) fprintf(stderr, "rank %d: %d wrong; %s; %s\n", rank, wrong, info.transports, hfreduceGetLastError(comm));
+  hfreduceCommDestroy(comm);
+  free(x);
+  return wrong;
+}
+
+/* The last rank dies between two operations: the others hear it within a second, though the device sends again for longer. */
+static int death(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfr_param_reload();
+  hfreduceComm_t comm;
+  float *x = calloc(COUNT, sizeof *x);
+  hfreduceErrorInfo_t why;
+  (void)arg;
+  if (hfreduceCommInitRank(&comm, n, *id, rank)) return 1;
+  if (hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, NULL)) return 1;
+  int64_t began = hfr_now_ns();
+  if (rank == n - 1) kill(getpid(), SIGKILL);
+  hfreduceResult_t r = hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, NULL);
+  double seconds = (double)(hfr_now_ns() - began) * 1e-9;
+  hfreduceGetErrorInfo(comm, &why);
+  fprintf(stderr, "rank %d after %.3f s: %s\n", rank, seconds, why.text);
+  hfreduceCommDestroy(comm);
+  free(x);
+  return r != hfreduceRemoteError || why.peer != n - 1 || seconds > 1;
+}
+
+static int refused(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfr_param_reload();
+  hfreduceComm_t comm;
+  hfreduceResult_t r = hfreduceCommInitRank(&comm, n, *id, rank);
+  const char *text = hfreduceGetLastError(NULL);
+  if (r == hfreduceInvalidUsage && strstr(text, (const char *)arg)) return 0;
+  fprintf(stderr, "rank %d: %d: %s\n", rank, (int)r, text);
+  return 1;
+}
+
+/* With a device: this process has opened it already, and so shows that a fork does not inherit it. */
+static void test_links(void) {
+  int few = 100, many = 40000, none = 0;
+  setenv("HFREDUCE_TRANSPORT", "verbs", 1);
+  CHECK(run_processes("1,1", sums, &many, 100) == 0);
+  CHECK(run_processes("1,2,1", sums, &few, 100) == 0);
+  setenv("HFREDUCE_IB_QPS_PER_CONNECTION", "3", 1);
+  CHECK(run_processes("1,1", sums, &few, 100) == 0, "three queue pairs");
+  unsetenv("HFREDUCE_IB_QPS_PER_CONNECTION");
+  setenv("HFREDUCE_CHUNK", "2M", 1);
+  CHECK(run_processes("1,1", sums, &few, 100) == 0, "four slots");
+  unsetenv("HFREDUCE_CHUNK");
+  setenv("HFREDUCE_IB_MTU", "512", 1);
+  CHECK(run_processes("1,1", sums, &none, 100) == 0, "small packets");
+  unsetenv("HFREDUCE_IB_MTU");
+  CHECK(run_processes("1,1", death, NULL, 30) == 1, "only the dead rank failed");
+  CHECK(run_processes("1,1,1", death, NULL, 30) == 1, "only the dead rank failed");
+  setenv("HFREDUCE_IB_HCA", "=nosuch:1", 1);
+  CHECK(run_processes("1,1", refused, "leaves it out", 30) == 0);
+  unsetenv("HFREDUCE_IB_HCA");
+  setenv("HFREDUCE_IB_GID_INDEX", "77", 1);
+  CHECK(run_processes("1,1", refused, "its GIDs: 0 ", 30) == 0);
+  unsetenv("HFREDUCE_IB_GID_INDEX");
+  unsetenv("HFREDUCE_TRANSPORT");
 }
 
 int main(void) {
+  struct hfr_ib_port port;
   test_match();
   test_params();
   test_describe();
+  if (!hfr_ib_choose(0, &port))
+    test_links();
+  else
+    printf("no links were made: %s\n", hfr_last_error()->text);
   return check_done();
 }

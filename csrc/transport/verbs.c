@@ -1,0 +1,350 @@
+/* RDMA: the data path of links (verbs_link.h has the protocol). */
+#include "verbs.h"
+#include "verbs_link.h"
+
+#include "../base/thread.h"
+
+#include <arpa/inet.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DRAIN_NS 1000000000ll
+#define POLL_BATCH 16
+
+/* The immediate: which message this is and how many of the other direction are released, 15 bits of each. */
+#define IMM_CREDIT 0x80000000u /* no message, only the count */
+#define IMM_MASK 0x7fffu
+
+static int broken(struct hfr_verbs_link *l) { return hfr_broken(&l->breakage, l->net, l->link.peer); }
+
+/* ---------------------------------------------------------------- what the device tells */
+
+static const char *advice(int status) {
+  switch (status) {
+    case HFR_IB_WC_RETRY_EXC_ERR:
+      return "; it does not answer: check that its process runs, that both ports are up and reach each other, and for RoCE that "
+             "UDP port 4791 is open and the GIDs are of one network";
+    case HFR_IB_WC_RNR_RETRY_EXC_ERR: return "; it had no receive posted";
+    case HFR_IB_WC_REM_ACCESS_ERR:
+    case HFR_IB_WC_REM_INV_REQ_ERR:
+    case HFR_IB_WC_REM_OP_ERR: return "; it refused the access to its memory: its process may have been replaced";
+    case HFR_IB_WC_LOC_PROT_ERR:
+    case HFR_IB_WC_LOC_LEN_ERR: return "; local memory was unmapped or is not registered";
+    case HFR_IB_WC_WR_FLUSH_ERR: return "; the queue pair was closed from outside: check the port's state and the kernel's log";
+    default: return "; check the port's state and the kernel's log";
+  }
+}
+
+static void completion_failed(struct hfr_verbs_link *l, const struct hfr_ib_wc *wc) {
+  if (l->breakage.since_ns) return; /* the first tells the cause, the others were flushed */
+  hfr_fail(hfreduceRemoteError, "RDMA from %s to its %s failed: %s (status %d, vendor %#x)%s", l->mine.port, l->theirs.port,
+           l->base->ib->wc_status_str(wc->status), wc->status, wc->vendor_err, advice(wc->status));
+  broken(l);
+}
+
+static void protocol_error(struct hfr_verbs_link *l, const char *what, uint32_t value) {
+  if (l->breakage.since_ns) return;
+  hfr_fail(hfreduceCorrupt, "it broke the RDMA protocol: %s %#x", what, value);
+  broken(l);
+}
+
+static void send_done(struct hfr_verbs_link *l, uint64_t id) {
+  struct hfr_verbs_qp *q = &l->qp[id >> 32];
+  for (uint32_t last = (uint32_t)id; q->done != last + 1; q->done++) {
+    int64_t m = q->message[q->done % HFR_VERBS_SQ];
+    if (m >= 0) l->tx_busy[m % l->depth] = 0;
+  }
+}
+
+/* The peer has released `count` messages (its low bits). Queue pairs may tell it out of order. */
+static void take_credit(struct hfr_verbs_link *l, uint32_t count) {
+  uint32_t more = (count - (uint32_t)l->credited) & IMM_MASK;
+  if (more <= l->link.posted - l->credited)
+    l->credited += more;
+  else if (more < IMM_MASK + 1 - 2 * HFR_VERBS_DEPTH)
+    protocol_error(l, "released messages that were not sent,", count);
+}
+
+static void received(struct hfr_verbs_link *l, const struct hfr_ib_wc *wc) {
+  struct hfr_verbs_qp *q = &l->qp[wc->wr_id];
+  uint32_t imm = ntohl(wc->imm_data);
+  if (++q->owed >= HFR_VERBS_REPOST) {
+    int n = q->owed;
+    q->owed = 0;
+    if (hfr_verbs_post_receives(l, q, n)) broken(l);
+  }
+  take_credit(l, imm >> 16 & IMM_MASK);
+  if (imm & IMM_CREDIT) return;
+  uint64_t m = q->next;
+  if ((imm & IMM_MASK) != (m & IMM_MASK) || m - l->consumed >= (unsigned)l->depth || wc->byte_len < HFR_VERBS_HEADER ||
+      wc->byte_len > l->slot_bytes) {
+    protocol_error(l, "unexpected message", imm);
+    return;
+  }
+  q->next += (unsigned)l->nqps;
+  l->rx_bytes[m % (unsigned)l->depth] = wc->byte_len;
+}
+
+/* Take what has completed; how much that was. */
+static int poll_completions(struct hfr_verbs_link *l) {
+  struct hfr_ib_wc wc[POLL_BATCH];
+  int n, all = 0;
+  do {
+    n = l->cq->context->poll_cq(l->cq, POLL_BATCH, wc);
+    for (int i = 0; i < n; i++)
+      if (wc[i].status != HFR_IB_WC_SUCCESS)
+        completion_failed(l, &wc[i]);
+      else if (wc[i].opcode == HFR_IB_WC_RECV_RDMA_WITH_IMM)
+        received(l, &wc[i]);
+      else
+        send_done(l, wc[i].wr_id);
+    all += n > 0 ? n : 0;
+  } while (n == POLL_BATCH);
+  while (l->sent < l->link.posted && !(l->tx_busy[l->sent % (unsigned)l->depth] && l->tx_lent[l->sent % (unsigned)l->depth]))
+    l->sent++;
+  return all;
+}
+
+/* ---------------------------------------------------------------- sending */
+
+static int has_room(const struct hfr_verbs_qp *q) { return q->posted - q->done < HFR_VERBS_SQ; }
+
+/* Post a write on queue pair q; message -1: none of whose slots it uses. Not everything is signalled: a completion tells of all
+ * before it. */
+static int post(struct hfr_verbs_link *l, struct hfr_verbs_qp *q, struct hfr_ib_send_wr *wr, int64_t message) {
+  struct hfr_ib_send_wr *bad;
+  if (message >= 0 || q->posted + 1 - q->signalled >= HFR_VERBS_SQ / 4) wr->send_flags |= HFR_IB_SEND_SIGNALED;
+  wr->wr_id = (uint64_t)(q - l->qp) << 32 | q->posted;
+  wr->rkey = l->theirs.rkey;
+  q->message[q->posted % HFR_VERBS_SQ] = message;
+  int error = q->qp->context->post_send(q->qp, wr, &bad);
+  if (error) {
+    hfr_fail(hfreduceSystemError, "%s took no send for rank %d on %s: %s", l->mine.port, l->link.peer, l->net->host[l->link.peer],
+             strerror(error));
+    broken(l);
+    return -1;
+  }
+  q->posted++;
+  if (wr->send_flags & HFR_IB_SEND_SIGNALED) q->signalled = q->posted;
+  return 0;
+}
+
+/* Tell the peer what was released, when that is half of its slots: it has the other half meanwhile. */
+static void give_credit(struct hfr_verbs_link *l) {
+  struct hfr_verbs_qp *q = &l->qp[0];
+  if (l->consumed - l->told < (unsigned)l->depth / 2 || l->breakage.since_ns) return;
+  if (!has_room(q)) poll_completions(l);
+  if (!has_room(q)) return; /* asked again with the next progress */
+  struct hfr_ib_send_wr wr = {.opcode = HFR_IB_WR_RDMA_WRITE_WITH_IMM,
+                              .imm_data = htonl(IMM_CREDIT | ((uint32_t)l->consumed & IMM_MASK) << 16),
+                              .remote_addr = l->theirs.address};
+  if (!post(l, q, &wr, -1)) l->told = l->consumed;
+}
+
+/* Make progress. OK: the link is up and whole. */
+static int progress(struct hfr_verbs_link *l) {
+  if (l->phase != HFR_VERBS_UP) {
+    int up = hfr_verbs_bring_up(l);
+    if (up != HFR_LINK_OK) return up;
+  }
+  poll_completions(l);
+  give_credit(l);
+  return l->breakage.since_ns ? broken(l) : HFR_LINK_OK;
+}
+
+/* Room for the next message here and there? */
+static int can_post(const struct hfr_verbs_link *l) {
+  uint64_t m = l->link.posted;
+  return m - l->credited < (unsigned)l->depth && !l->tx_busy[m % (unsigned)l->depth] && has_room(&l->qp[m % (unsigned)l->nqps]);
+}
+
+/* Key of memory that is registered for good, 0 if it is not. */
+static uint32_t key_of(const struct hfr_verbs_link *l, const void *data, size_t bytes) {
+  const struct hfr_ib_mr *mr = l->base->arena;
+  uintptr_t at = (uintptr_t)data, begin = mr ? (uintptr_t)mr->addr : 0;
+  return mr && at >= begin && bytes <= mr->length && at - begin <= mr->length - bytes ? mr->lkey : 0;
+}
+
+static int verbs_post_send(struct hfr_link *link, const struct hfr_msg_header *header, const void *data) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  size_t bytes = header->bytes;
+  if (l->phase != HFR_VERBS_UP || l->breakage.since_ns || !can_post(l)) {
+    int r = progress(l);
+    if (r != HFR_LINK_OK) return r;
+    if (!can_post(l)) {
+      link->stalls++;
+      return HFR_LINK_AGAIN;
+    }
+  }
+  if (bytes > l->payload_bytes) {
+    hfr_fail(hfreduceInternalError, "message of %zu bytes for a slot of %zu", bytes, l->payload_bytes);
+    return HFR_LINK_FAILED;
+  }
+  uint64_t m = link->posted;
+  unsigned slot = (unsigned)(m % (unsigned)l->depth);
+  uint8_t *own = hfr_verbs_tx_slot(l, m);
+  struct hfr_ib_sge sge[2] = {{(uintptr_t)own, HFR_VERBS_HEADER, l->mr->lkey}, {(uintptr_t)data, (uint32_t)bytes, 0}};
+  struct hfr_ib_send_wr wr = {.opcode = HFR_IB_WR_RDMA_WRITE_WITH_IMM,
+                              .sg_list = sge,
+                              .num_sge = bytes ? 2 : 1,
+                              .imm_data = htonl(((uint32_t)l->consumed & IMM_MASK) << 16 | ((uint32_t)m & IMM_MASK)),
+                              .remote_addr = l->theirs.address + slot * l->slot_bytes};
+  int inline_ = HFR_VERBS_HEADER + bytes <= l->inline_bytes;
+  memcpy(own, header, sizeof *header);
+  if (inline_) {
+    wr.send_flags = HFR_IB_SEND_INLINE; /* copied while posting */
+  } else if (bytes && !(sge[1].lkey = key_of(l, data, bytes))) {
+    memcpy(own + HFR_VERBS_HEADER, data, bytes);
+    sge[0].length += (uint32_t)bytes;
+    wr.num_sge = 1;
+  }
+  if (post(l, &l->qp[m % (unsigned)l->nqps], &wr, inline_ ? -1 : (int64_t)m)) return broken(l);
+  l->tx_busy[slot] = !inline_;
+  l->tx_lent[slot] = wr.num_sge == 2 && !inline_;
+  l->told = l->consumed;
+  link->posted++;
+  link->messages_sent++;
+  link->bytes_sent += bytes + HFR_VERBS_HEADER;
+  return HFR_LINK_OK;
+}
+
+static uint64_t verbs_sent(struct hfr_link *link) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  if (l->sent == link->posted) return l->sent;
+  int r = progress(l);
+  return r == HFR_LINK_FAILED && l->sent < link->posted ? UINT64_MAX : l->sent;
+}
+
+/* ---------------------------------------------------------------- receiving */
+
+/* The message in the slot at hand is believed once, from a copy. */
+static int check_message(struct hfr_verbs_link *l, uint32_t arrived) {
+  memcpy(&l->rx_header, hfr_verbs_rx_slot(l, l->consumed), sizeof l->rx_header);
+  if (l->rx_header.magic == HFR_MSG_MAGIC && l->rx_header.bytes == arrived - HFR_VERBS_HEADER) {
+    l->rx_ready = 1;
+    return HFR_LINK_OK;
+  }
+  hfr_fail(hfreduceCorrupt, "message from rank %d on %s has a broken header", l->link.peer, l->net->host[l->link.peer]);
+  hfr_last_error()->peer = l->link.peer;
+  return HFR_LINK_FAILED;
+}
+
+static int verbs_recv(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  uint32_t *arrived = &l->rx_bytes[l->consumed % (unsigned)l->depth];
+  (void)dst; /* it lies in its slot */
+  if (!l->rx_ready) {
+    if (!*arrived) {
+      int r = progress(l);
+      if (!*arrived) return r == HFR_LINK_FAILED ? r : HFR_LINK_AGAIN; /* what came before an end still counts */
+    }
+    if (check_message(l, *arrived) != HFR_LINK_OK) return HFR_LINK_FAILED;
+  }
+  *header = &l->rx_header;
+  *data = l->rx_header.bytes == bytes ? hfr_verbs_rx_slot(l, l->consumed) + HFR_VERBS_HEADER : NULL;
+  return HFR_LINK_OK;
+}
+
+static void verbs_release(struct hfr_link *link) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  link->messages_received++;
+  link->bytes_received += l->rx_header.bytes + HFR_VERBS_HEADER;
+  l->rx_bytes[l->consumed % (unsigned)l->depth] = 0;
+  l->rx_ready = 0;
+  l->consumed++;
+  give_credit(l);
+}
+
+/* ---------------------------------------------------------------- waiting */
+
+static void add(struct hfr_waitset *set, int fd, short events) {
+  if (fd >= 0 && set->n < (int)(sizeof set->fd / sizeof *set->fd)) set->fd[set->n++] = (struct pollfd){fd, events, 0};
+}
+
+static void verbs_want(struct hfr_link *link, int recv, struct hfr_waitset *set) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  (void)recv;                       /* messages, credits and completions all come through one queue */
+  if (l->breakage.since_ns) return; /* the grace is timed */
+  if (l->phase != HFR_VERBS_UP) {
+    add(set, l->connect.fd, l->out_sent < l->out_bytes ? POLLOUT : hfr_connect_events(&l->connect));
+    return;
+  }
+  struct hfr_ib_cq *cq;
+  void *context;
+  unsigned events = 0;
+  while (!l->base->ib->get_cq_event(l->channel, &cq, &context)) events++; /* of earlier sleeps */
+  if (events) l->base->ib->ack_cq_events(l->cq, events);
+  /* Armed before the last look: what completes after it makes the channel readable. */
+  l->cq->context->req_notify_cq(l->cq, 0);
+  if (poll_completions(l)) {
+    add(set, l->connect.fd, POLLOUT); /* there is work: writable at once */
+  } else if (hfr_verbs_peer_closed(l)) {
+    hfr_lost(&l->breakage, l->net, l->link.peer, "RDMA link", 0);
+  } else {
+    add(set, l->channel->fd, POLLIN);
+    add(set, l->connect.fd, POLLIN);
+  }
+}
+
+/* ---------------------------------------------------------------- birth and death */
+
+static const char *verbs_why_not(void) {
+  struct hfr_ib_port port;
+  return hfr_ib_choose(0, &port) ? hfr_last_error()->text : NULL;
+}
+
+static hfreduceResult_t verbs_open_link(struct hfr_net *net, int peer, int vc, struct hfr_link **out) {
+  struct hfr_verbs_link *l = calloc(1, sizeof *l);
+  if (!l) return hfr_fail(hfreduceSystemError, "out of memory for a link to rank %d", peer);
+  hfreduceResult_t r = hfr_verbs_base_get(net, &l->base);
+  if (r) return free(l), r;
+  l->link = (struct hfr_link){.transport = &hfr_transport_verbs, .peer = peer, .vc = vc};
+  l->net = net;
+  l->connect.fd = -1;
+  l->payload_bytes = net->arena->chunk;
+  l->slot_bytes = HFR_VERBS_HEADER + l->payload_bytes;
+  l->depth = l->payload_bytes <= (1 << 20) ? HFR_VERBS_DEPTH : l->payload_bytes <= (4 << 20) ? 4 : 2;
+  *out = &l->link;
+  return hfreduceSuccess;
+}
+
+/* What was taken is on its way; give it the time to arrive, unless the peer has gone. */
+static void drain(struct hfr_verbs_link *l) {
+  int64_t limit = hfr_now_ns() + DRAIN_NS;
+  for (int i = 0; i < l->nqps && !l->breakage.since_ns; i++) {
+    struct hfr_verbs_qp *q = &l->qp[i];
+    struct hfr_ib_send_wr wr = {
+        .opcode = HFR_IB_WR_RDMA_WRITE, .send_flags = HFR_IB_SEND_SIGNALED, .remote_addr = l->theirs.address};
+    if (q->signalled != q->posted && has_room(q)) post(l, q, &wr, -1); /* tells of those before it */
+    while (q->done != q->signalled && !l->breakage.since_ns && !hfr_verbs_peer_closed(l) && hfr_now_ns() < limit)
+      if (!poll_completions(l)) usleep(20);
+  }
+}
+
+static void verbs_close(struct hfr_link *link) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  if (l->phase == HFR_VERBS_UP) drain(l);
+  hfr_verbs_tear_down(l);
+  hfr_verbs_base_put(l->net);
+  free(l);
+}
+
+/* The device's objects are the parent's: to touch them here would be to touch its own. */
+static void verbs_after_fork(struct hfr_link *link) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  if (l->connect.fd >= 0) close(l->connect.fd);
+}
+
+const struct hfr_transport hfr_transport_verbs = {
+    .name = "verbs",
+    .polls_memory = 1,
+    .why_not = verbs_why_not,
+    .open = verbs_open_link,
+    .post_send = verbs_post_send,
+    .sent = verbs_sent,
+    .recv = verbs_recv,
+    .release = verbs_release,
+    .want = verbs_want,
+    .close = verbs_close,
+    .after_fork = verbs_after_fork,
+};

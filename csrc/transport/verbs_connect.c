@@ -1,0 +1,271 @@
+/* How RDMA links come up and go: memory, queue pairs, and what the ends tell each other first. */
+#include "verbs_link.h"
+
+#include "../base/log.h"
+#include "../base/mac.h"
+#include "../base/param.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define HELLO_MAGIC 0x76726668u /* "hfrv" */
+#define HELLO_VERSION 1u
+#define INLINE_BYTES 256u
+
+_Static_assert(sizeof(struct hfr_msg_header) <= HFR_VERBS_HEADER, "a slot has room for the header");
+
+/* ---------------------------------------------------------------- what links share */
+
+hfreduceResult_t hfr_verbs_base_get(struct hfr_net *net, struct hfr_verbs_base **out) {
+  struct hfr_verbs_base *b = net->shared;
+  const char *why;
+  if (!b) {
+    if (!(b = calloc(1, sizeof *b))) return hfr_fail(hfreduceSystemError, "out of memory for RDMA");
+    hfreduceResult_t r = hfr_ib_choose(net->arena->local, &b->port);
+    if (r) return free(b), r;
+    b->ib = hfr_ib_load(&why);
+    const struct hfr_arena *a = net->arena;
+    b->arena = hfr_ib_register(&b->port, a->data, (size_t)a->nlocal * a->rank_stride, 0);
+    if (!b->arena) HFR_INFO("%s; what is sent is copied first", hfr_last_error()->text);
+    HFR_INFO("RDMA over %s, GID %d %s (%s)", b->port.name, b->port.gid_index, b->port.gid_text, b->port.gid_type);
+    net->shared = b;
+  }
+  b->refs++;
+  *out = b;
+  return hfreduceSuccess;
+}
+
+void hfr_verbs_base_put(struct hfr_net *net) {
+  struct hfr_verbs_base *b = net->shared;
+  if (--b->refs) return;
+  if (b->arena) b->ib->dereg_mr(b->arena);
+  free(b);
+  net->shared = NULL;
+}
+
+/* ---------------------------------------------------------------- objects of the device */
+
+static int failed(const struct hfr_verbs_link *l, const char *what) {
+  hfr_fail(hfreduceSystemError, "cannot %s on %s for the link to rank %d on %s: %s", what, l->base->port.name, l->link.peer,
+           l->net->host[l->link.peer], strerror(errno));
+  return -1;
+}
+
+static int make_memory(struct hfr_verbs_link *l) {
+  size_t bytes = 2 * (size_t)l->depth * l->slot_bytes;
+  void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return failed(l, "map memory");
+  l->memory = memory;
+  l->mr = hfr_ib_register(&l->base->port, memory, bytes, 1);
+  return l->mr ? 0 : -1;
+}
+
+static int make_cq(struct hfr_verbs_link *l) {
+  const struct hfr_ib *ib = l->base->ib;
+  struct hfr_ib_context *context = l->base->port.context;
+  if (!(l->channel = ib->create_comp_channel(context))) return failed(l, "create a completion channel");
+  if (fcntl(l->channel->fd, F_SETFL, fcntl(l->channel->fd, F_GETFL) | O_NONBLOCK)) return failed(l, "set up the channel");
+  l->cq = ib->create_cq(context, l->nqps * (HFR_VERBS_SQ + HFR_VERBS_RQ), l, l->channel, 0);
+  return l->cq ? 0 : failed(l, "create a completion queue");
+}
+
+/* What can go inline differs between devices: ask for less until one agrees. */
+static int make_qp(struct hfr_verbs_link *l, struct hfr_verbs_qp *q) {
+  for (uint32_t ask = INLINE_BYTES;; ask /= 2) {
+    struct hfr_ib_qp_init_attr init = {
+        .send_cq = l->cq, .recv_cq = l->cq, .cap = {HFR_VERBS_SQ, HFR_VERBS_RQ, 2, 1, ask}, .qp_type = HFR_IB_QPT_RC};
+    if ((q->qp = l->base->ib->create_qp(l->base->port.pd, &init))) {
+      if (init.cap.max_inline_data < l->inline_bytes) l->inline_bytes = init.cap.max_inline_data;
+      break;
+    }
+    if (!ask) return failed(l, "create a queue pair");
+    if (ask < HFR_VERBS_HEADER) ask = 0;
+  }
+  struct hfr_ib_qp_attr attr = {.qp_state = HFR_IB_QPS_INIT,
+                                .pkey_index = (uint16_t)hfr_param_int(HFR_PARAM_IB_PKEY),
+                                .port_num = (uint8_t)l->base->port.number,
+                                .qp_access_flags = HFR_IB_ACCESS_REMOTE_WRITE};
+  int mask = HFR_IB_QP_STATE | HFR_IB_QP_PKEY_INDEX | HFR_IB_QP_PORT | HFR_IB_QP_ACCESS_FLAGS;
+  if ((errno = l->base->ib->modify_qp(q->qp, &attr, mask))) return failed(l, "initialize a queue pair");
+  hfr_random(&q->psn, sizeof q->psn);
+  q->psn &= 0xffffff;
+  return 0;
+}
+
+int hfr_verbs_post_receives(struct hfr_verbs_link *l, struct hfr_verbs_qp *q, int n) {
+  struct hfr_ib_recv_wr wr[HFR_VERBS_RQ], *bad;
+  for (int i = 0; i < n; i++) /* immediates only: what is written lands in the slots */
+    wr[i] = (struct hfr_ib_recv_wr){.wr_id = (uint64_t)(q - l->qp), .next = i + 1 < n ? &wr[i + 1] : NULL};
+  errno = n ? q->qp->context->post_recv(q->qp, wr, &bad) : 0;
+  return errno ? failed(l, "post receives") : 0;
+}
+
+static int make_objects(struct hfr_verbs_link *l) {
+  const struct hfr_ib_port *port = &l->base->port;
+  l->nqps = (int)hfr_param_int(HFR_PARAM_IB_QPS_PER_CONNECTION);
+  l->inline_bytes = INLINE_BYTES;
+  if (make_memory(l) || make_cq(l)) return -1;
+  l->mine = (struct hfr_verbs_hello){.magic = HELLO_MAGIC,
+                                     .version = HELLO_VERSION,
+                                     .depth = (uint32_t)l->depth,
+                                     .nqps = (uint32_t)l->nqps,
+                                     .slot_bytes = l->slot_bytes,
+                                     .address = (uintptr_t)l->memory,
+                                     .rkey = l->mr->rkey,
+                                     .lid = port->attr.lid,
+                                     .link_layer = port->attr.link_layer,
+                                     .mtu = (uint8_t)port->attr.active_mtu};
+  int most = (int)hfr_param_int(HFR_PARAM_IB_MTU);
+  while (most && l->mine.mtu > HFR_IB_MTU_256 && 128 << l->mine.mtu > most) l->mine.mtu--;
+  memcpy(l->mine.gid, port->gid.raw, 16);
+  memcpy(l->mine.port, port->name, sizeof l->mine.port);
+  for (int i = 0; i < l->nqps; i++) {
+    if (make_qp(l, &l->qp[i])) return -1;
+    l->mine.qpn[i] = l->qp[i].qp->qp_num;
+    l->mine.psn[i] = l->qp[i].psn;
+  }
+  memcpy(l->out, &l->mine, sizeof l->mine);
+  l->out_bytes = sizeof l->mine;
+  return 0;
+}
+
+/* ---------------------------------------------------------------- meeting the peer */
+
+static int check_hello(struct hfr_verbs_link *l) {
+  const struct hfr_verbs_hello *h = &l->theirs;
+  if (h->magic != HELLO_MAGIC || h->version != HELLO_VERSION) {
+    hfr_fail(
+        hfreduceRemoteError,
+        "rank %d on %s does not speak version %u of the RDMA protocol (magic %#x, version %u); install one version everywhere",
+        l->link.peer, l->net->host[l->link.peer], HELLO_VERSION, h->magic, h->version);
+    return -1;
+  }
+  l->theirs.port[sizeof h->port - 1] = 0;
+  if (h->depth == l->mine.depth && h->slot_bytes == l->mine.slot_bytes && h->nqps >= 1 && h->nqps <= HFR_VERBS_QPS &&
+      h->link_layer == l->mine.link_layer && h->mtu >= HFR_IB_MTU_256 && h->mtu <= HFR_IB_MTU_4096)
+    return 0;
+  hfr_fail(
+      hfreduceRemoteError,
+      "rank %d on %s cannot be met over RDMA: its port %s (link layer %u, MTU code %u, %u slots of %llu bytes, %u queue pairs) "
+      "does not fit %s (link layer %u, MTU code %u, %u slots of %llu bytes); HFREDUCE_IB_HCA chooses among ports",
+      l->link.peer, l->net->host[l->link.peer], h->port, h->link_layer, h->mtu, h->depth, (unsigned long long)h->slot_bytes,
+      h->nqps, l->mine.port, l->mine.link_layer, l->mine.mtu, l->mine.depth, (unsigned long long)l->mine.slot_bytes);
+  return -1;
+}
+
+static int connect_qp(struct hfr_verbs_link *l, int i) {
+  const struct hfr_ib *ib = l->base->ib;
+  const struct hfr_ib_port *port = &l->base->port;
+  const struct hfr_verbs_hello *h = &l->theirs;
+  struct hfr_ib_qp *qp = l->qp[i].qp;
+  struct hfr_ib_qp_attr attr = {.qp_state = HFR_IB_QPS_RTR,
+                                .path_mtu = h->mtu < l->mine.mtu ? h->mtu : l->mine.mtu,
+                                .dest_qp_num = h->qpn[i],
+                                .rq_psn = h->psn[i] & 0xffffff,
+                                .max_dest_rd_atomic = 1,
+                                .min_rnr_timer = 12};
+  attr.ah_attr =
+      (struct hfr_ib_ah_attr){.dlid = h->lid, .sl = (uint8_t)hfr_param_int(HFR_PARAM_IB_SL), .port_num = (uint8_t)port->number};
+  if (l->mine.link_layer == HFR_IB_LINK_LAYER_ETHERNET || hfr_param_is_set(HFR_PARAM_IB_GID_INDEX)) {
+    attr.ah_attr.is_global = 1;
+    memcpy(attr.ah_attr.grh.dgid.raw, h->gid, 16);
+    attr.ah_attr.grh.sgid_index = (uint8_t)port->gid_index;
+    attr.ah_attr.grh.hop_limit = 64;
+    attr.ah_attr.grh.traffic_class = (uint8_t)hfr_param_int(HFR_PARAM_IB_TC);
+  }
+  int mask = HFR_IB_QP_STATE | HFR_IB_QP_AV | HFR_IB_QP_PATH_MTU | HFR_IB_QP_DEST_QPN | HFR_IB_QP_RQ_PSN |
+             HFR_IB_QP_MAX_DEST_RD_ATOMIC | HFR_IB_QP_MIN_RNR_TIMER;
+  if ((errno = ib->modify_qp(qp, &attr, mask))) return failed(l, "connect a queue pair (is there a route to the peer's port?)");
+  attr = (struct hfr_ib_qp_attr){.qp_state = HFR_IB_QPS_RTS,
+                                 .sq_psn = l->qp[i].psn,
+                                 .timeout = (uint8_t)hfr_param_int(HFR_PARAM_IB_TIMEOUT),
+                                 .retry_cnt = (uint8_t)hfr_param_int(HFR_PARAM_IB_RETRY_CNT),
+                                 .rnr_retry = 7,
+                                 .max_rd_atomic = 1};
+  mask = HFR_IB_QP_STATE | HFR_IB_QP_SQ_PSN | HFR_IB_QP_TIMEOUT | HFR_IB_QP_RETRY_CNT | HFR_IB_QP_RNR_RETRY |
+         HFR_IB_QP_MAX_QP_RD_ATOMIC;
+  if ((errno = ib->modify_qp(qp, &attr, mask))) return failed(l, "start a queue pair");
+  l->qp[i].next = (uint64_t)i;
+  return hfr_verbs_post_receives(l, &l->qp[i], HFR_VERBS_RQ);
+}
+
+static int connect_all(struct hfr_verbs_link *l) {
+  memcpy(&l->theirs, l->in, sizeof l->theirs);
+  if (check_hello(l)) return -1;
+  if ((int)l->theirs.nqps < l->nqps) l->nqps = (int)l->theirs.nqps; /* what is too much stays idle */
+  for (int i = 0; i < l->nqps; i++)
+    if (connect_qp(l, i)) return -1;
+  l->out[l->out_bytes++] = 1;
+  return 0;
+}
+
+/* Give and take on the side channel. OK: `want` bytes have come and all ours are out. */
+static int talk(struct hfr_verbs_link *l, size_t want) {
+  while (l->out_sent < l->out_bytes) {
+    ssize_t n = send(l->connect.fd, l->out + l->out_sent, l->out_bytes - l->out_sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return HFR_LINK_AGAIN;
+    if (n < 0) return hfr_lost(&l->breakage, l->net, l->link.peer, "sending failed", errno);
+    l->out_sent += (size_t)n;
+  }
+  while (l->in_have < want) {
+    ssize_t n = recv(l->connect.fd, l->in + l->in_have, want - l->in_have, MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return HFR_LINK_AGAIN;
+    if (n <= 0) return hfr_lost(&l->breakage, l->net, l->link.peer, "receiving failed", n ? errno : 0);
+    l->in_have += (size_t)n;
+  }
+  return HFR_LINK_OK;
+}
+
+/* Trouble of this end's own making, told as it is and at once: no other rank knows better. */
+static int hopeless(struct hfr_verbs_link *l) {
+  l->breakage.why = *hfr_last_error();
+  l->breakage.why.peer = l->link.peer;
+  l->breakage.since_ns = 1;
+  return HFR_LINK_FAILED;
+}
+
+int hfr_verbs_bring_up(struct hfr_verbs_link *l) {
+  int r;
+  if (l->phase == HFR_VERBS_UP) return HFR_LINK_OK;
+  if (l->breakage.since_ns) return hfr_broken(&l->breakage, l->net, l->link.peer);
+  if (l->phase == HFR_VERBS_CONNECT) {
+    r = hfr_connect_step(&l->connect, l->net, l->link.peer, l->link.vc, 0);
+    if (r == HFR_LINK_FAILED) return hfr_broken(&l->breakage, l->net, l->link.peer);
+    if (r != HFR_LINK_OK) return r;
+    if (make_objects(l)) return hopeless(l);
+    l->phase = HFR_VERBS_HELLO;
+  }
+  if (l->phase == HFR_VERBS_HELLO) {
+    if ((r = talk(l, sizeof l->theirs)) != HFR_LINK_OK) return r;
+    if (connect_all(l)) return hopeless(l);
+    l->phase = HFR_VERBS_READY;
+  }
+  /* What is written before the peer's queue pairs are up would only be lost and sent again much later. */
+  if ((r = talk(l, sizeof l->theirs + 1)) != HFR_LINK_OK) return r;
+  l->phase = HFR_VERBS_UP;
+  return HFR_LINK_OK;
+}
+
+int hfr_verbs_peer_closed(struct hfr_verbs_link *l) {
+  char byte;
+  if (l->closed || l->connect.fd < 0) return l->closed;
+  ssize_t n = recv(l->connect.fd, &byte, 1, MSG_DONTWAIT);
+  l->closed = n >= 0 || (errno != EAGAIN && errno != EINTR); /* nothing is said after `ready` */
+  return l->closed;
+}
+
+void hfr_verbs_tear_down(struct hfr_verbs_link *l) {
+  const struct hfr_ib *ib = l->base->ib;
+  for (int i = 0; i < HFR_VERBS_QPS; i++)
+    if (l->qp[i].qp) ib->destroy_qp(l->qp[i].qp);
+  if (l->cq) ib->destroy_cq(l->cq);
+  if (l->channel) ib->destroy_comp_channel(l->channel);
+  if (l->mr) ib->dereg_mr(l->mr);
+  if (l->memory) munmap(l->memory, 2 * (size_t)l->depth * l->slot_bytes);
+  if (l->connect.fd >= 0) close(l->connect.fd); /* last: it tells the peer that nothing more will be answered */
+}
