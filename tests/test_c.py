@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "c"
 #: Arguments by program and variant; a sanitized program costs 5 to 20 times as much.
-QUICK = {"test_collectives": ["--quick"], "test_plan": ["--quick"], "test_p2p": ["--quick"]}
+QUICK = {"test_collectives": ["--quick"], "test_plan": ["--quick"], "test_p2p": ["--quick"], "test_verbs": ["--quick"]}
 #: Who has threads, and so is worth running under TSan.
 THREADED = ["test_async", "test_base", "test_collectives", "test_p2p"]
 #: The exit status by which a program says that it cannot run here; its output says why.

@@ -128,6 +128,8 @@ struct device {
   struct hfr_ib_device *handle;
   struct hfr_ib_context *context;
   struct hfr_ib_pd *pd;
+  struct hfr_ib_context *inherited; /* the parent's, in a forked child: not to be touched */
+  struct hfr_ib_pd *inherited_pd;
   int tried, error;
   char memory[200]; /* why nothing can be registered */
 };
@@ -138,18 +140,24 @@ static int ndevices = -1; /* not looked yet */
 
 static void before_fork(void) { pthread_mutex_lock(&lock); }
 static void parent_after_fork(void) { pthread_mutex_unlock(&lock); }
-/* The parent's contexts are of no use here. */
+/* The parent's contexts are of no use here: the devices are opened anew. */
 static void child_after_fork(void) {
-  ndevices = -1;
+  for (int i = 0; i < ndevices; i++) {
+    struct device *d = &devices[i];
+    if (d->context) d->inherited = d->context, d->inherited_pd = d->pd;
+    d->context = NULL;
+    d->pd = NULL;
+    d->tried = d->error = d->memory[0] = 0;
+  }
   pthread_mutex_init(&lock, NULL);
 }
 
 static void list_devices(void) {
-  static int hooked;
+  static struct hfr_ib_device **list; /* never freed: it keeps the devices */
   int count = 0;
   ndevices = 0;
-  if (!hooked++) pthread_atfork(before_fork, parent_after_fork, child_after_fork);
-  struct hfr_ib_device **list = ib.get_device_list(&count); /* never freed: it keeps the devices */
+  pthread_atfork(before_fork, parent_after_fork, child_after_fork);
+  list = ib.get_device_list(&count);
   for (int i = 0; list && i < count && ndevices < DEVICES_MAX; i++) {
     struct device *d = &devices[ndevices++];
     *d = (struct device){.handle = list[i]};
