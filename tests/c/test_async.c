@@ -1,4 +1,5 @@
-/* Work that outlives the call: patience, completion queues, threads that wait for works of engines that they may drive. */
+/* Work that outlives the call: patience, completion queues, threads that wait for works of engines that they may drive.
+ * Arguments: the layouts to run. */
 #include "check.h"
 #include "ranks.h"
 
@@ -168,16 +169,18 @@ static int guests(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
-int main(void) {
+int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
   } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}};
-  static const char *const nodes[] = {"1", "2", "3", "1,1", "2,1"};
-  size_t tests = sizeof test / sizeof *test;
+  static char *preset[] = {"1", "2", "3", "1,1", "2,1"};
+  size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
+  char **layouts = argc > 1 ? argv + 1 : preset;
   for (size_t t = 0; t < tests; t++)
-    for (size_t i = 0; i < sizeof nodes / sizeof *nodes; i++)
-      CHECK(run_processes(nodes[i], test[t].function, NULL, 60) == 0, "%s, nodes %s", test[t].name, nodes[i]);
+    for (size_t i = 0; i < n; i++)
+      CHECK(run_processes(layouts[i], test[t].function, NULL, 60) == 0, "%s, nodes %s", test[t].name, layouts[i]);
+  if (argc > 1) return check_done();
   /* last: a process with threads does not fork well */
   for (size_t t = 0; t < tests; t++) CHECK(run_threads(2, test[t].function, NULL, 60) == 0, "%s, 2 threads", test[t].name);
   return check_done();

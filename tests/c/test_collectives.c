@@ -1,5 +1,5 @@
-/* Every collective in C, over shared memory and TCP, as processes of one or several nodes and as threads. Values are checked
- * against closed forms. */
+/* Every collective in C, over shared memory and between nodes, as processes of one or several nodes and as threads. Values are
+ * checked against closed forms. Arguments: --quick, then the layouts to run. */
 #include "check.h"
 #include "ranks.h"
 
@@ -141,11 +141,10 @@ int main(int argc, char **argv) {
   size_t largest = 700001;
   int quick = argc > 1 && !strcmp(argv[1], "--quick");
   if (quick) largest = 17000;
-  for (size_t i = 0; i < sizeof preset / sizeof *preset; i++) {
-    if (argc > 1 + quick && strcmp(argv[1 + quick], preset[i])) continue;
+  for (int i = 1 + quick; i < argc; i++) CHECK(run_processes(argv[i], conform, &largest, 120) == 0, "nodes %s", argv[i]);
+  if (argc > 1 + quick) return check_done();
+  for (size_t i = 0; i < sizeof preset / sizeof *preset; i++)
     CHECK(run_processes(preset[i], conform, &largest, 120) == 0, "nodes %s", preset[i]);
-  }
-  if (argc <= 1 + quick)
-    for (int n = 1; n <= 4; n++) CHECK(run_threads(n, conform, &largest, 120) == 0, "%d threads", n);
+  for (int n = 1; n <= 4; n++) CHECK(run_threads(n, conform, &largest, 120) == 0, "%d threads", n);
   return check_done();
 }
