@@ -1,4 +1,4 @@
-"""A time limit for every test, and `run_ranks`: a function on N ranks (see ranks.py)."""
+"""A time limit for every test; `run_ranks`, a function on N ranks (ranks.py); `guest`, a command in a virtual machine (rdma.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ranks
+import rdma
 
 #: Seconds that a test may take unless marked @pytest.mark.limit(seconds).
 LIMIT = float(os.environ.get("HFREDUCE_TEST_LIMIT", "120"))
@@ -22,6 +23,7 @@ class TooLong(BaseException):
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): time limit of this test")
+    config.addinivalue_line("markers", "guest(command, devices, limit): what runs in a virtual machine; see rdma.in_guest")
     config.addinivalue_line("markers", "slow: takes much time or memory; skip with -m 'not slow'")
 
 
@@ -50,3 +52,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
 def run_ranks() -> Callable[..., list[Any]]:
     """ranks.run_ranks: call a function on N ranks."""
     return ranks.run_ranks
+
+
+@pytest.fixture
+def guest(request: pytest.FixtureRequest) -> rdma.Guest:
+    """How the command of @rdma.in_guest went."""
+    return rdma.result(request.node, request.session)

@@ -1,36 +1,30 @@
-"""Build and run the C tests (tests/c/test_*.c), plain and under sanitizers, and build the library with warnings as errors.
-
-Objects and programs stay in build/c/<variant>, so that only what changed is built again.
-"""
+"""Build and run the C tests (tests/c/test_*.c), plain and under sanitizers, and build the library with warnings as errors."""
 
 from __future__ import annotations
 
-import fcntl
-import importlib.util
 import os
 import shlex
-import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from programs import BUILD_LIMIT, SOURCES, build, building, built, environment, need_compiler, shorten
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "c"
 #: Arguments by program and variant; a sanitized program costs 5 to 20 times as much.
-QUICK = {"test_collectives": ["--quick"], "test_plan": ["--quick"], "test_p2p": ["--quick"], "test_verbs": ["--quick"]}
+QUICK = {
+    "test_collectives": ["--quick"],
+    "test_dtypes": ["2,1"],
+    "test_p2p": ["--quick"],
+    "test_plan": ["--quick"],
+    "test_verbs": ["--quick"],
+}
 #: Who has threads, and so is worth running under TSan.
 THREADED = ["test_async", "test_base", "test_collectives", "test_p2p"]
 #: The exit status by which a program says that it cannot run here; its output says why.
 SKIPPED = 77
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 240
-BUILD_LIMIT = 400
 OPTIONS = {
     "address": {
         "ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1",
@@ -40,37 +34,8 @@ OPTIONS = {
 }
 
 
-def _load_build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hfreduce_csrc_build", ROOT / "csrc" / "build.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _load_build()
-PROGRAMS = sorted(p.stem for p in (ROOT / "tests" / "c").glob("test_*.c"))
+PROGRAMS = sorted(p.stem for p in SOURCES.glob("test_*.c"))
 CASES = [("plain", p) for p in PROGRAMS] + [("address", p) for p in PROGRAMS] + [("thread", p) for p in PROGRAMS if p in THREADED]
-
-
-@contextmanager
-def building(variant: str) -> Iterator[Path]:
-    """Give the variant's build directory to one process at a time, and turn the compiler's complaints into a failure."""
-    out = BUILD / variant
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield out
-        except SystemExit as failure:
-            pytest.fail(str(failure), pytrace=False)
-
-
-def need_compiler(cc: str) -> None:
-    """Skip unless there is such a compiler."""
-    if not shutil.which(cc):
-        pytest.skip(f"no {cc} on PATH")
 
 
 def need_sanitizer(variant: str, tmp_path: Path) -> None:
@@ -87,14 +52,12 @@ def need_sanitizer(variant: str, tmp_path: Path) -> None:
 @pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
 @pytest.mark.parametrize(("variant", "program"), CASES, ids=[f"{v}-{p}" for v, p in CASES])
 def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    need_compiler(shlex.split(os.environ.get("CC", "gcc"))[0])
+    need_compiler()
     sanitize = "" if variant == "plain" else variant
     if sanitize:
         need_sanitizer(sanitize, tmp_path)
-    with building(variant) as out:
-        target = build.build_program(out, ROOT / "tests" / "c" / f"{program}.c", sanitize=sanitize)
+    target = built(program, variant)
     arguments = QUICK.get(program, []) if sanitize else []
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HFREDUCE_")} | OPTIONS.get(variant, {})
     with (tmp_path / "output").open(
         "w+", errors="replace"
     ) as output:  # a file: ranks that outlive the program cannot hold a pipe open
@@ -102,7 +65,7 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
             [str(target), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment(**OPTIONS.get(variant, {})),
             cwd=tmp_path,
             start_new_session=True,
         )
@@ -123,11 +86,6 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
         pytest.fail(f"{program} ({variant}) {how}\n{shorten(text)}", pytrace=False)
     with capsys.disabled():
         print(f"\n  {program} ({variant}): {text.strip().splitlines()[-1] if text.strip() else 'no output'}", end=" ")
-
-
-def shorten(text: str, most: int = 12000) -> str:
-    """Keep the beginning, where the first error stands, and the end."""
-    return text if len(text) <= most else f"{text[: most * 2 // 3]}\n[...]\n{text[-most // 3 :]}"
 
 
 @pytest.mark.limit(BUILD_LIMIT)

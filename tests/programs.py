@@ -1,0 +1,71 @@
+"""The C programs of tests/c, built for the tests in build/c/<variant>, so that only what changed is built again."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "tests" / "c"
+BUILD = ROOT / "build" / "c"
+#: Seconds that building may take.
+BUILD_LIMIT = 400
+
+
+def _load_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hfreduce_csrc_build", ROOT / "csrc" / "build.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _load_build()
+
+
+@contextmanager
+def building(variant: str) -> Iterator[Path]:
+    """Give the variant's build directory to one process at a time, and turn the compiler's complaints into a failure."""
+    out = BUILD / variant
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield out
+        except SystemExit as failure:
+            pytest.fail(str(failure), pytrace=False)
+
+
+def need_compiler(cc: str = "") -> None:
+    """Skip unless there is such a compiler; the one that programs are built with if none is named."""
+    cc = cc or shlex.split(os.environ.get("CC", "gcc"))[0]
+    if not shutil.which(cc):
+        pytest.skip(f"no {cc} on PATH")
+
+
+def built(program: str, variant: str = "plain") -> Path:
+    """Build tests/c/<program>.c, plain or under a sanitizer, and return the program's path."""
+    with building(variant) as out:
+        path: Path = build.build_program(out, SOURCES / f"{program}.c", sanitize="" if variant == "plain" else variant)
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process' environment without the caller's own parameters, and more."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HFREDUCE_")} | more
+
+
+def shorten(text: str, most: int = 12000) -> str:
+    """Keep the beginning, where the first error stands, and the end."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}\n[...]\n{text[-most // 3 :]}"
