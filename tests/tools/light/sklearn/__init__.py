@@ -1,0 +1,1 @@
+"""Stands before scikit-learn on the path where importing that takes most of a minute, as under emulation."""
