@@ -155,7 +155,7 @@ MEND = "ip link set rdma1 up; rdma link show rxe1 || rdma link add rxe1 type rxe
 
 
 @pytest.mark.parametrize("loss", ["ip link set rdma1 down", "rdma link delete rxe1"])
-@in_guest(VERBS + " steady -s 6 -a 1,1 '{loss}'; " + MEND, devices=2, limit=60)
+@in_guest(VERBS + " steady -s 6 -t 10 -a 1,1 '{loss}'; " + MEND, devices=2, limit=60)
 def test_port_goes(guest: Guest, loss: str) -> None:
     guest.clean()
     found = ends(guest)
