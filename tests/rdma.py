@@ -21,7 +21,7 @@ from programs import ROOT, SOURCES, built, environment, need_compiler, shorten
 
 TOOLS = ROOT / "tests" / "tools"
 VM = str(TOOLS / "rdma-vm")
-#: What each machine ran, with times.
+#: What each machine ran, with times and output.
 LOGS = ROOT / "build" / "rdma"
 #: Seconds that a machine may run, with all its cases.
 BATCH_LIMIT = 400
@@ -114,8 +114,7 @@ def _run_batch(batch: list[tuple[pytest.Item, Any]], devices: int) -> None:
             text=True,
             errors="replace",
         )
-        LOGS.mkdir(parents=True, exist_ok=True)
-        LOGS.joinpath(f"devices-{devices}.log").write_text(done.stdout + done.stderr)
+        log = done.stdout + done.stderr
         for number, (item, _) in enumerate(batch):
             try:
                 _results[item.nodeid] = Guest(**json.loads(Path(folder, f"{number}.json").read_text()))
@@ -124,3 +123,6 @@ def _run_batch(batch: list[tuple[pytest.Item, Any]], devices: int) -> None:
                     f"the virtual machine ended (status {done.returncode}) before the case was done; it had come to:\n"
                     f"{shorten(done.stdout + done.stderr)}"
                 )
+            log += f"\n{item.name}: {_results[item.nodeid]}"
+        LOGS.mkdir(parents=True, exist_ok=True)
+        LOGS.joinpath(f"devices-{devices}.log").write_text(log)

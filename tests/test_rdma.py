@@ -16,8 +16,9 @@ pytestmark = pytest.mark.limit(BATCH_LIMIT + BUILD_LIMIT)
 
 VERBS = "HFREDUCE_TRANSPORT=verbs"
 SYSTEM, USAGE, REMOTE, TIMEOUT = 2, 5, 6, 8  # of hfreduceResult_t
-#: Seconds from a death to the error at every survivor; and what emulation on busy cores may add.
-NOTICE, EMULATED = 1.0, 1.0
+#: Seconds from a death to the error at every survivor. On real cores it is 1; here, so that it was neither a deadline nor the
+#: heartbeat's 8 that ended the wait.
+NOTICE = 5.0
 
 
 class End(NamedTuple):
@@ -64,7 +65,16 @@ def all_went_well(guest: Guest, nranks: int, transport: str = "verbs") -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        *["1,1", "1,2", "1,1,1", "--quick 2,2", "--quick 1,1,1,1", "--quick 3,1,2", "--quick 0.1.0.2.1", "--quick 1,1,1,1,1"],
+        *[
+            "1,1",
+            "--quick 1,2",
+            "--quick 1,1,1",
+            "--quick 2,2",
+            "--quick 1,1,1,1",
+            "--quick 3,1,2",
+            "--quick 0.1.0.2.1",
+            "--quick 1,1,1,1,1",
+        ],
         *["--quick 2,2,2,2", "--quick 1,1,1,1,1,1", "--quick 2,1,1,1,1,1,1", "--quick 1,1,1,1,1,1,1,1"],
     ],
 )
@@ -117,7 +127,7 @@ def test_death(guest: Guest, layout: str, nranks: int, dead: int) -> None:
     assert sorted(left) == [rank for rank in range(nranks) if rank != dead], str(guest)
     for end in left.values():
         assert (end.error, end.peer) == (REMOTE, dead) and f"rank {dead}" in end.text, str(guest)
-        assert end.after < NOTICE + EMULATED and not end.wrong, str(guest)
+        assert end.after < NOTICE and not end.wrong and "verbs" in end.transports, str(guest)
 
 
 @in_guest(VERBS + " steady -s 60 -t 3 1,1,1 'kill -STOP $PID1; sleep 6; kill -9 $PID1'")
