@@ -14,6 +14,7 @@ from hfreduce._version import __version__
 
 if TYPE_CHECKING:
     from hfreduce.communicator import Communicator, PreMulSum
+    from hfreduce.connection import Connection
     from hfreduce.errors import (
         AbortedError,
         CorruptDataError,
@@ -41,6 +42,7 @@ __all__ = [
     "OP_NAMES",
     "AbortedError",
     "Communicator",
+    "Connection",
     "CorruptDataError",
     "CudaError",
     "DeadlineError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hfreduce.communicator import Communicator, PreMulSum
+from hfreduce.connection import Connection
 from hfreduce.errors import (
     AbortedError,
     CorruptDataError,
@@ -30,6 +31,7 @@ __all__ = [
     "OP_NAMES",
     "AbortedError",
     "Communicator",
+    "Connection",
     "CorruptDataError",
     "CudaError",
     "DeadlineError",

@@ -16,6 +16,7 @@ import numpy as np
 from hfreduce import grouping as _group
 from hfreduce._ffi import ffi, lib
 from hfreduce.buffer import Buffer, resolve
+from hfreduce.connection import Connection, connections
 from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageError, check, last_error, text
 from hfreduce.params import default_timeout
 from hfreduce.types import DTYPE_NAMES, OPS, dtype_code, numpy_dtype, op_code
@@ -136,7 +137,8 @@ class Communicator:
     communicator), MismatchError, DeadlineError, PeerLostError, AbortedError, CorruptDataError. After one of the last five
     the communicator is broken: close it.
 
-    Names and rules are NCCL's. One thread at a time uses a communicator; only `abort` and `async_error` may be called beside.
+    Names and rules are NCCL's. One thread at a time uses a communicator; only `abort`, `async_error` and `connections` may be called
+    beside.
     """
 
     __slots__ = (
@@ -237,6 +239,13 @@ class Communicator:
     def transports(self) -> tuple[str, ...]:
         """The transports in use, e.g. ("shm", "tcp")."""
         return tuple(part for part in self._transports.split(",") if part)
+
+    def connections(self) -> tuple[Connection, ...]:
+        """What has gone between this rank and each peer that it has exchanged something with, by peer.
+
+        A look, not a synchronization: of a running operation it shows what has gone so far. May be called from any thread.
+        """
+        return connections(self._open())
 
     @property
     def timeout(self) -> float:

@@ -261,6 +261,29 @@ hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *in
   return hfreduceSuccess;
 }
 
+static hfreduceResult_t check_mine(hfreduceComm_t c, const char *function) {
+  HFR_TRY(check(c, function));
+  if (!c->forked) return hfreduceSuccess;
+  return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork", function, (int)c->pid);
+}
+
+hfreduceResult_t hfreduceCommConnectionCount(hfreduceComm_t comm, int *count) {
+  HFR_TRY(check_mine(comm, "hfreduceCommConnectionCount"));
+  if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommConnectionCount: count is NULL");
+  *count = hfr_engine_connections(&comm->engine);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfreduceConnection_t *connection) {
+  HFR_TRY(check_mine(comm, "hfreduceCommGetConnection"));
+  if (!connection) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetConnection: connection is NULL");
+  int count = hfr_engine_connections(&comm->engine);
+  if (index < 0 || index >= count)
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetConnection: index is %d; there are %d connections", index, count);
+  hfr_engine_connection(&comm->engine, index, connection);
+  return hfreduceSuccess;
+}
+
 hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
   HFR_TRY(check(comm, "hfreduceCommSetTimeout"));
   if (!(seconds > 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetTimeout: %g s; it must be positive", seconds);

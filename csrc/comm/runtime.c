@@ -617,8 +617,10 @@ static void child_after_fork(void) {
     for (int i = 0; i < c->ncontrol; i++)
       if (c->control[i].fd >= 0) close(c->control[i].fd), c->control[i].fd = -1;
     if (!c->engine_up) continue;
-    for (size_t i = 0; i < (size_t)c->nranks * HFR_NVC; i++)
-      if (c->engine.link[i]) c->engine.link[i]->transport->after_fork(c->engine.link[i]);
+    for (size_t i = 0; i < (size_t)c->nranks * HFR_NVC; i++) {
+      struct hfr_link *link = c->engine.link[i];
+      if (link) link->transport->after_fork(link);
+    }
     hfr_arena_after_fork(&c->arena);
   }
   memset(&rt, 0, sizeof rt);

@@ -57,8 +57,10 @@ struct hfr_engine {
   struct hfr_net *net;
   struct hfr_geometry geometry;
   const struct hfr_transport *remote; /* between nodes */
-  struct hfr_link **link;             /* [peer * HFR_NVC + vc], made at first use */
-  const void **sources;               /* scratch of a reduction */
+  _Atomic(struct hfr_link *) *link;   /* [peer * HFR_NVC + vc], made at first use */
+  int *linked;                        /* peers with a link, in the order of their first */
+  _Atomic int nlinked;
+  const void **sources; /* scratch of a reduction */
   pid_t pid;
 
   _Atomic int driver;                      /* 1: somebody drives */
@@ -124,6 +126,9 @@ int hfr_engine_break(struct hfr_engine *engine, const hfreduceErrorInfo_t *info)
 int hfr_engine_error(struct hfr_engine *engine, hfreduceErrorInfo_t *info);
 /* The link to a peer, made at first use. NULL: hfr_last_error(). Driver only. */
 struct hfr_link *hfr_engine_link(struct hfr_engine *engine, int peer, int vc);
+/* How many peers it has links to, and what those to the index-th have carried. Any thread, beside the driver. */
+int hfr_engine_connections(struct hfr_engine *engine);
+void hfr_engine_connection(struct hfr_engine *engine, int index, hfreduceConnection_t *connection);
 /* Wake whoever drives or waits. Any thread. */
 void hfr_engine_wake(struct hfr_engine *engine);
 

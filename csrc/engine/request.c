@@ -145,15 +145,6 @@ void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
   pthread_mutex_unlock(&e->lock);
 }
 
-struct hfr_link *hfr_engine_link(struct hfr_engine *e, int peer, int vc) {
-  struct hfr_link **slot = &e->link[(size_t)peer * HFR_NVC + (size_t)vc];
-  if (!*slot) {
-    int local = e->layout->node_of[peer] == e->layout->node;
-    if ((local ? &hfr_transport_shm : e->remote)->open(e->net, peer, vc, slot)) return NULL;
-  }
-  return *slot;
-}
-
 void hfr_request_start(struct hfr_request *r) {
   r->started = 1;
   r->deadline_ns = r->timeout_ns > 0 ? hfr_now_ns() + r->timeout_ns : INT64_MAX;
@@ -507,7 +498,7 @@ static void fail_all(struct hfr_engine *e) {
 }
 
 int hfr_my_turn(struct hfr_engine *e, const struct hfr_request *r) {
-  const struct hfr_link *l = e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P];
+  const struct hfr_link *l = hfr_engine_link(e, r->plan.call.root, HFR_VC_P2P); /* made when the send was put in line */
   return r->ticket == l->tx_turn;
 }
 
@@ -524,7 +515,7 @@ static int progress_p2p(struct hfr_engine *e) {
     }
     if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
     if (over(r)) {
-      if (!r->plan.call.receiving) e->link[(size_t)r->plan.call.root * HFR_NVC + HFR_VC_P2P]->tx_turn++;
+      if (!r->plan.call.receiving) hfr_engine_link(e, r->plan.call.root, HFR_VC_P2P)->tx_turn++;
       *at = r->next;
       if (!*at) e->p2p_tail = at;
       finish(e, r, NULL);
@@ -571,10 +562,11 @@ hfreduceResult_t hfr_engine_init(struct hfr_engine *e) {
   e->p2p_tail = &e->p2p;
   e->pid = getpid();
   e->base = (uint64_t)e->geometry.slots; /* so that needs of earlier operations never go below zero */
-  e->link = calloc((size_t)n * HFR_NVC, sizeof(struct hfr_link *));
+  e->link = calloc((size_t)n * HFR_NVC, sizeof *e->link);
+  e->linked = calloc((size_t)n, sizeof *e->linked);
   e->left_ns = calloc((size_t)n, sizeof *e->left_ns);
   e->sources = calloc((size_t)n + 8, sizeof *e->sources);
-  if (!e->link || !e->left_ns || !e->sources) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
+  if (!e->link || !e->linked || !e->left_ns || !e->sources) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
   struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
   atomic_store(&me->in, e->base);
   atomic_store(&me->red, e->base);
@@ -583,8 +575,10 @@ hfreduceResult_t hfr_engine_init(struct hfr_engine *e) {
 }
 
 void hfr_engine_fini(struct hfr_engine *e) {
-  for (size_t i = 0; e->link && i < (size_t)e->layout->nranks * HFR_NVC; i++)
-    if (e->link[i]) e->link[i]->transport->close(e->link[i]);
+  for (size_t i = 0; e->link && i < (size_t)e->layout->nranks * HFR_NVC; i++) {
+    struct hfr_link *link = e->link[i];
+    if (link) link->transport->close(link);
+  }
   while (e->free) {
     struct hfr_request *r = e->free;
     e->free = r->next;
@@ -593,7 +587,8 @@ void hfr_engine_fini(struct hfr_engine *e) {
     free(r);
   }
   hfr_p2p_fini(e);
-  free(e->link);
+  free((void *)e->link);
+  free(e->linked);
   free((void *)e->left_ns);
   free(e->sources);
   pthread_mutex_destroy(&e->lock);

@@ -3,7 +3,8 @@
  *
  * The names, enum values and rules are NCCL's with the prefix changed, so that code moves over by renaming. What differs is
  * said at each function. Every function may be called from any thread; one communicator is used by one thread at a time,
- * except that hfreduceCommAbort, hfreduceCommGetAsyncError and the work functions may be called beside it.
+ * except that hfreduceCommAbort, hfreduceCommGetAsyncError, the functions that ask for connections and the work functions may be
+ * called beside it.
  *
  * Every function that waits ends by the communicator's deadline (default 30 s) with a result or with an error whose text
  * (hfreduceGetLastError) names rank, host, operation, sequence number and phase.
@@ -106,6 +107,21 @@ typedef struct {
   char transports[64]; /* e.g. "shm", "shm,tcp" */
 } hfreduceCommInfo_t;
 
+/* What has gone between this rank and a peer since the communicator was made, over all channels. Bytes are payload, without the
+   library's headers. What collectives exchange inside a node goes through its common memory and is no connection. */
+typedef struct {
+  int peer;
+  char transport[16]; /* "shm", "tcp", "verbs" */
+  char local[96];     /* "10.0.0.1:4711", "mlx5_0:1"; of one channel where there are several; "": shared memory, or not up yet */
+  char remote[96];
+  uint64_t bytes_sent, bytes_received;
+  uint64_t messages_sent, messages_received; /* sent: given to the transport; received: taken from it, whole */
+  uint64_t stalls;                           /* messages that had to wait for room */
+  /* tcp: segments that the kernel sent again. verbs: what the port (`local`) sent again since the communicator uses it, for all
+     who share it: queue pairs do not tell their own. shm: 0. */
+  uint64_t retries;
+} hfreduceConnection_t;
+
 /* The facts of an error, beside its text. -1 or "" where not known. */
 typedef struct {
   int code;       /* hfreduceResult_t */
@@ -172,6 +188,11 @@ hfreduceResult_t hfreduceCommCount(hfreduceComm_t comm, int *count);
 hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank);
 hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device);
 hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info);
+/* Peers with which this rank has exchanged something; grows as operations need them. These two may be called beside a running
+ * operation. */
+hfreduceResult_t hfreduceCommConnectionCount(hfreduceComm_t comm, int *count);
+/* The index-th of them, in the order in which they came. */
+hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfreduceConnection_t *connection);
 /* The deadline in seconds for operations issued from now on. */
 hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds);
 /* A blocking call outside a group that has not ended after so many seconds (0, the default: wait on) returns hfreduceInProgress;

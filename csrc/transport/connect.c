@@ -40,7 +40,9 @@ int hfr_connect_step(struct hfr_connect *c, struct hfr_net *net, int peer, int v
       c->state = HFR_CONNECT_UP;
       return HFR_LINK_OK;
     }
-    if (hfr_socket_connect(&net->addr[peer], &c->fd)) return HFR_LINK_FAILED;
+    int fd;
+    if (hfr_socket_connect(&net->addr[peer], &fd)) return HFR_LINK_FAILED;
+    c->fd = fd;
     c->state = HFR_CONNECT_CONNECTING;
   }
   if (c->state == HFR_CONNECT_CONNECTING) {

@@ -10,7 +10,7 @@ enum hfr_connect_state { HFR_CONNECT_IDLE, HFR_CONNECT_CONNECTING, HFR_CONNECT_A
  * descriptor over through hfr_net.arrived). */
 struct hfr_connect {
   enum hfr_connect_state state;
-  int fd; /* -1: none yet */
+  _Atomic int fd; /* -1: none yet. Set once by the driver; any thread may look at the connection's state in the kernel */
   struct hfr_auth auth;
 };
 /* Bring it up as far as possible. OK: it can carry data. FAILED: hfr_last_error() says why. Nothing blocks. */

@@ -30,7 +30,10 @@ static int shm_post_send(struct hfr_link *link, const struct hfr_msg_header *hea
   if (head - l->tail_seen >= HFR_RING_SLOTS) {
     l->tail_seen =
         atomic_load_explicit(&l->tx->tail, memory_order_acquire); /* pairs with shm_release: the slot is free to overwrite */
-    if (head - l->tail_seen >= HFR_RING_SLOTS) return HFR_LINK_AGAIN;
+    if (head - l->tail_seen >= HFR_RING_SLOTS) {
+      hfr_link_count_stall(link);
+      return HFR_LINK_AGAIN;
+    }
   }
   if (header->bytes > l->arena->ring_slot) {
     hfr_fail(hfreduceInternalError, "message of %llu bytes for a ring slot of %zu", (unsigned long long)header->bytes,
@@ -40,9 +43,7 @@ static int shm_post_send(struct hfr_link *link, const struct hfr_msg_header *hea
   l->tx->header[head % HFR_RING_SLOTS] = *header;
   if (header->bytes) memcpy(hfr_ring_data(l->arena, l->tx, head), data, header->bytes);
   atomic_store_explicit(&l->tx->head, head + 1, memory_order_release); /* pairs with the load in shm_recv */
-  link->posted++;
-  link->messages_sent++;
-  link->bytes_sent += header->bytes;
+  hfr_link_count_sent(link, header->bytes);
   hfr_arena_notify(l->arena);
   return HFR_LINK_OK;
 }
@@ -62,8 +63,7 @@ static int shm_recv(struct hfr_link *link, void *dst, size_t bytes, const struct
 static void shm_release(struct hfr_link *link) {
   struct shm_link *l = (struct shm_link *)link;
   uint64_t tail = atomic_load_explicit(&l->rx->tail, memory_order_relaxed);
-  link->messages_received++;
-  link->bytes_received += l->rx->header[tail % HFR_RING_SLOTS].bytes;
+  hfr_link_count_received(link, l->rx->header[tail % HFR_RING_SLOTS].bytes);
   atomic_store_explicit(&l->rx->tail, tail + 1, memory_order_release); /* pairs with shm_post_send */
   hfr_arena_notify(l->arena);
 }

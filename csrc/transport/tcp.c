@@ -7,6 +7,8 @@
 #include "../base/crc32c.h"
 
 #include <errno.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -125,16 +127,14 @@ static int tcp_post_send(struct hfr_link *link, const struct hfr_msg_header *hea
   if (link->posted - l->sent >= TX_QUEUE) {
     if (push(l) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
     if (link->posted - l->sent >= TX_QUEUE) {
-      link->stalls++;
+      hfr_link_count_stall(link);
       return HFR_LINK_AGAIN;
     }
   }
   struct tx_message *x = &l->tx[link->posted % TX_QUEUE];
   *x = (struct tx_message){.header = *header, .data = data};
   if (l->net->checksum) x->header.crc = hfr_crc32c(0, data, header->bytes);
-  link->posted++;
-  link->messages_sent++;
-  link->bytes_sent += header->bytes + sizeof *header;
+  hfr_link_count_sent(link, header->bytes);
   return push(l) == HFR_LINK_FAILED ? HFR_LINK_FAILED : HFR_LINK_OK;
 }
 
@@ -257,8 +257,7 @@ static int tcp_recv(struct hfr_link *link, void *dst, size_t bytes, const struct
 
 static void tcp_release(struct hfr_link *link) {
   struct tcp_link *l = (struct tcp_link *)link;
-  link->messages_received++;
-  link->bytes_received += l->rx_bytes + sizeof l->rx_header;
+  hfr_link_count_received(link, l->rx_header.bytes);
   l->received++;
   l->rx_have = 0;
   l->rx_ready = 0;
@@ -276,6 +275,42 @@ static void tcp_want(struct hfr_link *link, int recv, struct hfr_waitset *set) {
     if (t->connect.state == HFR_CONNECT_UP && !recv && !gather(l, s, iov)) continue;
     short events = t->connect.state == HFR_CONNECT_UP && !recv ? POLLOUT : hfr_connect_events(&t->connect);
     set->fd[set->n++] = (struct pollfd){t->connect.fd, events, 0};
+  }
+}
+
+/* "10.0.0.1:4711" of one end of a connection; "" when it has none yet. */
+static void end_text(int fd, int (*ask)(int, struct sockaddr *, socklen_t *), char *text, size_t size) {
+  union {
+    struct sockaddr any;
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+  } system;
+  socklen_t bytes = sizeof system;
+  char full[HFR_ADDR_TEXT];
+  struct hfr_addr addr = {0};
+  if (ask(fd, &system.any, &bytes)) return;
+  if (system.any.sa_family == AF_INET) {
+    addr = (struct hfr_addr){.family = 4, .port = ntohs(system.v4.sin_port)};
+    memcpy(addr.ip, &system.v4.sin_addr, 4);
+  } else if (system.any.sa_family == AF_INET6) {
+    addr = (struct hfr_addr){.family = 6, .port = ntohs(system.v6.sin6_port)};
+    memcpy(addr.ip, &system.v6.sin6_addr, 16);
+  }
+  if (addr.family) snprintf(text, size, "%s", hfr_addr_text(&addr, full));
+}
+
+static void tcp_stat(struct hfr_link *link, struct hfr_link_stat *stat) {
+  struct tcp_link *l = (struct tcp_link *)link;
+  for (int s = 0; s < l->net->streams; s++) {
+    int fd = l->stream[s].connect.fd;
+    struct tcp_info info;
+    socklen_t bytes = sizeof info;
+    if (fd < 0) continue;
+    memset(&info, 0, sizeof info); /* an older kernel fills in less */
+    if (!getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &bytes)) stat->retries += info.tcpi_total_retrans;
+    if (*stat->remote) continue; /* the first stream stands for all */
+    end_text(fd, getpeername, stat->remote, sizeof stat->remote);
+    if (*stat->remote) end_text(fd, getsockname, stat->local, sizeof stat->local);
   }
 }
 
@@ -301,6 +336,7 @@ const struct hfr_transport hfr_transport_tcp = {
     .recv = tcp_recv,
     .release = tcp_release,
     .want = tcp_want,
+    .stat = tcp_stat,
     .close = tcp_close,
     .after_fork = tcp_after_fork,
 };

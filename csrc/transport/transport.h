@@ -40,9 +40,38 @@ struct hfr_waitset {
 struct hfr_link {
   const struct hfr_transport *transport;
   int peer, vc;
-  uint64_t posted; /* messages taken by post_send, ever */
-  uint64_t bytes_sent, bytes_received, messages_sent, messages_received, stalls;
+  uint64_t posted;             /* messages taken by post_send, ever */
   uint64_t tx_turn, tx_ticket; /* order of sends; kept by the engine */
+  /* What it has carried, payload only. The driver counts, any thread may look. */
+  _Atomic uint64_t bytes_sent, bytes_received, messages_sent, messages_received, stalls;
+  uint64_t stalled; /* posted + 1 when a stall was last counted */
+};
+
+/* Only the driver writes: no locked instruction is needed. */
+static inline void hfr_count(_Atomic uint64_t *counter, uint64_t more) {
+  atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + more, memory_order_relaxed);
+}
+/* post_send has taken a message of so many bytes; it has found no room (asked again or not, a message stalls once); release. */
+static inline void hfr_link_count_sent(struct hfr_link *link, size_t bytes) {
+  link->posted++;
+  hfr_count(&link->messages_sent, 1);
+  hfr_count(&link->bytes_sent, bytes);
+}
+static inline void hfr_link_count_stall(struct hfr_link *link) {
+  if (link->stalled == link->posted + 1) return;
+  link->stalled = link->posted + 1;
+  hfr_count(&link->stalls, 1);
+}
+static inline void hfr_link_count_received(struct hfr_link *link, size_t bytes) {
+  hfr_count(&link->messages_received, 1);
+  hfr_count(&link->bytes_received, bytes);
+}
+
+/* Where a link runs, and what had to be sent again below it. */
+struct hfr_link_stat {
+  char local[96], remote[96]; /* "10.0.0.1:4711", "mlx5_0:1"; "": not connected yet, or memory */
+  uint64_t retries;
+  int shared; /* 1: the retries are the port's, the same for all links over it */
 };
 
 enum { HFR_LINK_FAILED = -1, HFR_LINK_AGAIN = 0, HFR_LINK_OK = 1 };
@@ -67,6 +96,8 @@ struct hfr_transport {
   /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells
    * ring. */
   void (*want)(struct hfr_link *link, int recv, struct hfr_waitset *set);
+  /* Fill in *stat, which is all zero. Any thread, beside the driver, until close; takes system calls. NULL: nothing to tell. */
+  void (*stat)(struct hfr_link *link, struct hfr_link_stat *stat);
   void (*close)(struct hfr_link *link);
   /* In a forked child: close descriptors only. */
   void (*after_fork)(struct hfr_link *link);

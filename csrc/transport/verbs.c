@@ -5,6 +5,7 @@
 #include "../base/thread.h"
 
 #include <arpa/inet.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -172,7 +173,7 @@ static int verbs_post_send(struct hfr_link *link, const struct hfr_msg_header *h
     int r = progress(l);
     if (r != HFR_LINK_OK) return r;
     if (!can_post(l)) {
-      link->stalls++;
+      hfr_link_count_stall(link);
       return HFR_LINK_AGAIN;
     }
   }
@@ -202,9 +203,7 @@ static int verbs_post_send(struct hfr_link *link, const struct hfr_msg_header *h
   l->tx_busy[slot] = !inline_;
   l->tx_lent[slot] = wr.num_sge == 2 && !inline_;
   l->told = l->consumed;
-  link->posted++;
-  link->messages_sent++;
-  link->bytes_sent += bytes + HFR_VERBS_HEADER;
+  hfr_link_count_sent(link, bytes);
   return HFR_LINK_OK;
 }
 
@@ -247,8 +246,7 @@ static int verbs_recv(struct hfr_link *link, void *dst, size_t bytes, const stru
 
 static void verbs_release(struct hfr_link *link) {
   struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
-  link->messages_received++;
-  link->bytes_received += l->rx_header.bytes + HFR_VERBS_HEADER;
+  hfr_link_count_received(link, l->rx_header.bytes);
   l->rx_bytes[l->consumed % (unsigned)l->depth] = 0;
   l->rx_ready = 0;
   l->consumed++;
@@ -329,6 +327,15 @@ static void verbs_close(struct hfr_link *link) {
   free(l);
 }
 
+/* Queue pairs do not tell what they send again, but the port does, for all that run over it. */
+static void verbs_stat(struct hfr_link *link, struct hfr_link_stat *stat) {
+  struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
+  snprintf(stat->local, sizeof stat->local, "%s", l->base->port.name);
+  if (l->phase > HFR_VERBS_HELLO) snprintf(stat->remote, sizeof stat->remote, "%s", l->theirs.port);
+  stat->retries = hfr_ib_retries(&l->base->port) - l->base->retries_before;
+  stat->shared = 1;
+}
+
 /* The device's objects are the parent's: to touch them here would be to touch its own. */
 static void verbs_after_fork(struct hfr_link *link) {
   struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
@@ -345,6 +352,7 @@ const struct hfr_transport hfr_transport_verbs = {
     .recv = verbs_recv,
     .release = verbs_release,
     .want = verbs_want,
+    .stat = verbs_stat,
     .close = verbs_close,
     .after_fork = verbs_after_fork,
 };

@@ -29,6 +29,7 @@ hfreduceResult_t hfr_verbs_base_get(struct hfr_net *net, struct hfr_verbs_base *
     hfreduceResult_t r = hfr_ib_choose(net->arena->local, &b->port);
     if (r) return free(b), r;
     b->ib = hfr_ib_load(&why);
+    b->retries_before = hfr_ib_retries(&b->port);
     const struct hfr_arena *a = net->arena;
     b->arena = hfr_ib_register(&b->port, a->data, (size_t)a->nlocal * a->rank_stride, 0);
     if (!b->arena) HFR_INFO("%s; what is sent is copied first", hfr_last_error()->text);

@@ -377,6 +377,22 @@ hfreduceResult_t hfr_ib_choose(int local, struct hfr_ib_port *port) {
   return hfreduceSuccess;
 }
 
+uint64_t hfr_ib_retries(const struct hfr_ib_port *port) {
+  /* What a sender does again: an acknowledgement did not come, one came out of order, the receiver was not ready. */
+  static const char *const counter[] = {
+      "local_ack_timeout_err", "packet_seq_err",    "implied_nak_seq_err", "rnr_nak_retry_err", /* mlx4, mlx5 */
+      "to_retransmits",        "seq_err_naks_rcvd", "rnr_naks_rcvd",                            /* bnxt_re */
+      "completer_retry_err",   "rcvd_rnr_err",                                                  /* rxe */
+  };
+  uint64_t sum = 0;
+  char text[32];
+  int device = (int)strcspn(port->name, ":");
+  for (size_t i = 0; i < sizeof counter / sizeof *counter; i++)
+    if (attribute(text, sizeof text, SYSFS "/%.*s/ports/%d/hw_counters/%s", device, port->name, port->number, counter[i]))
+      sum += strtoull(text, NULL, 10);
+  return sum;
+}
+
 static const char *layer_name(int layer) {
   return layer == HFR_IB_LINK_LAYER_INFINIBAND ? "InfiniBand" : layer == HFR_IB_LINK_LAYER_ETHERNET ? "Ethernet" : "link unknown";
 }

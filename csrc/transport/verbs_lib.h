@@ -64,6 +64,9 @@ hfreduceResult_t hfr_ib_choose(int local, struct hfr_ib_port *port);
 /* The rule of HFREDUCE_IB_HCA on a port: "mlx5,rxe" = devices whose names begin so; "=mlx5_0:1" = exactly this port; "^..."
  * excludes; "" admits all. */
 int hfr_ib_match(const char *rule, const char *device, int port);
+/* Messages that the port has sent again, as far as its driver counts them; they only grow. They are of the port: a queue pair
+ * does not tell its own. */
+uint64_t hfr_ib_retries(const struct hfr_ib_port *port);
 /* Register memory that peers write (remote) or that is only sent from. NULL: hfr_last_error(). */
 struct hfr_ib_mr *hfr_ib_register(const struct hfr_ib_port *port, void *memory, size_t bytes, int remote);
 #endif

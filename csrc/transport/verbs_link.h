@@ -40,6 +40,7 @@ struct hfr_verbs_base {
   const struct hfr_ib *ib;
   struct hfr_ib_port port;
   struct hfr_ib_mr *arena; /* NULL: what lies in the arena is copied too */
+  uint64_t retries_before; /* of the port, when the communicator began to use it */
 };
 
 struct hfr_verbs_qp {
@@ -60,7 +61,7 @@ struct hfr_verbs_link {
   struct hfr_verbs_base *base;
   struct hfr_connect connect;
   struct hfr_breakage breakage;
-  enum hfr_verbs_phase phase;
+  _Atomic(enum hfr_verbs_phase) phase; /* above HELLO, any thread may read `theirs` */
   struct hfr_verbs_hello mine, theirs;
   uint8_t out[sizeof(struct hfr_verbs_hello) + 1], in[sizeof(struct hfr_verbs_hello) + 1]; /* then a byte: ready */
   size_t out_bytes, out_sent, in_have;
