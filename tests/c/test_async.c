@@ -1,5 +1,5 @@
-/* Work that outlives the call: patience, completion queues, threads that wait for works of engines that they may drive.
- * Arguments: the layouts to run. */
+/* Work that outlives the call: patience, completion queues, threads that wait for works of engines that they may drive,
+ * or look at what goes on. Arguments: the layouts to run. */
 #include "check.h"
 #include "ranks.h"
 
@@ -169,11 +169,66 @@ static int guests(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+struct looker {
+  hfreduceComm_t comm;
+  _Atomic int stop;
+  int wrong;
+};
+
+static void *look_on(void *arg) {
+  struct looker *l = arg;
+  uint64_t before = 0;
+  do {
+    int count = 0;
+    uint64_t sum = 0;
+    l->wrong += hfreduceCommConnectionCount(l->comm, &count) != hfreduceSuccess;
+    for (int i = 0; i < count; i++) {
+      hfreduceConnection_t c;
+      l->wrong += hfreduceCommGetConnection(l->comm, i, &c) != hfreduceSuccess || !*c.transport;
+      sum += c.bytes_sent + c.bytes_received;
+    }
+    l->wrong += sum < before;
+    before = sum;
+  } while (!l->stop);
+  return NULL;
+}
+
+/* A thread that looks at the connections while they come up and carry. */
+static int lookers(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  struct looker looker = {0};
+  pthread_t thread;
+  float *x = calloc(300000, sizeof *x);
+  hfreduceConnection_t c;
+  int count;
+  (void)arg;
+  OK(hfreduceCommInitRank(&looker.comm, n, *id, rank));
+  WANT(hfreduceCommGetConnection(looker.comm, 0, &c) == hfreduceInvalidArgument);
+  pthread_create(&thread, NULL, look_on, &looker);
+  for (int i = 0; i < 20; i++) {
+    OK(hfreduceAllReduce(x, x, 300000, hfreduceFloat32, hfreduceSum, looker.comm, NULL));
+    OK(hfreduceGroupStart());
+    OK(hfreduceSend(x, 1000, hfreduceFloat32, (rank + 1) % n, looker.comm, NULL));
+    OK(hfreduceRecv(x + 1000, 1000, hfreduceFloat32, (rank + n - 1) % n, looker.comm, NULL));
+    OK(hfreduceGroupEnd());
+  }
+  looker.stop = 1;
+  pthread_join(thread, NULL);
+  WANT(!looker.wrong);
+  OK(hfreduceCommConnectionCount(looker.comm, &count));
+  WANT(count >= 1 && count <= n);
+  for (int i = 0; i < count; i++) OK(hfreduceCommGetConnection(looker.comm, i, &c));
+  WANT(hfreduceCommGetConnection(looker.comm, count, &c) == hfreduceInvalidArgument);
+  WANT(hfreduceCommGetConnection(looker.comm, 0, NULL) == hfreduceInvalidArgument);
+  OK(hfreduceCommDestroy(looker.comm));
+  free(x);
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
-  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}};
+  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}, {"lookers", lookers}};
   static char *preset[] = {"1", "2", "3", "1,1", "2,1"};
   size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   char **layouts = argc > 1 ? argv + 1 : preset;
