@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -202,6 +203,25 @@ def test_perf(collective: str, tmp_path: Path) -> None:
     half = table["rows"][-1]["out_of_place"]
     assert half["busbw"] == pytest.approx(half["algbw"] * collectives.COLLECTIVES[collective].bus(2))
     assert half["p50"] <= half["p99"]
+
+
+def test_perf_says_which_transport_ran(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    path = program(
+        tmp_path,
+        "os.environ['HFREDUCE_HOSTID'] = f'host{rank // 2}'\n"
+        f"os.execv(sys.executable, [sys.executable, '-m', 'hfreduce', 'perf', 'all_reduce', '-b', '1M', '-e', '1M', '-n', '4', '-w', '1',"
+        f" '--json', {str(out)!r}])",
+    )
+    done = cli("run", "-n", "4", path, env={**os.environ, "HFREDUCE_TRANSPORT": "tcp"})
+    assert done.returncode == 0, done.stderr
+    host = socket.gethostname().split(".")[0]
+    assert re.search(
+        rf"^# Transport            : tcp on {host}\S* 127\.0\.0\.1; [\d.]+ MB in \d+ messages, \d+ stalls, ", done.stdout, re.M
+    )
+    (tcp,) = json.loads(out.read_text())["traffic"]
+    # two nodes exchange halves, or whole, of 10 operations' data, both ways
+    assert tcp["transport"] == "tcp" and 10 << 20 <= tcp["bytes_sent"] <= 25 << 20, tcp
 
 
 def test_perf_every_dtype_and_op() -> None:

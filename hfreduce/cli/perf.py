@@ -20,6 +20,7 @@ from hfreduce.errors import HfreduceError, InvalidArgumentError
 from hfreduce.perf import report
 from hfreduce.perf.collectives import COLLECTIVES
 from hfreduce.perf.measure import Plan, Row, measure
+from hfreduce.perf.traffic import line, traffic
 from hfreduce.types import DTYPE_NAMES, OP_NAMES, numpy_dtype
 
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64", "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2"}
@@ -176,13 +177,16 @@ def _measure(comm: Communicator, args: argparse.Namespace) -> int:
         results.append((plan, rows))
     progress.clear()
     everything = [row for _, rows in results for row in rows]
+    carried = traffic(comm)
     if talks:
+        for one in carried:
+            print(f"# Transport            : {line(one)}")
         print(report.footer(everything), flush=True)
-        setup = {"hfreduce": __version__, "machine": platform.platform(), "ranks": places}
+        setup: dict[str, Any] = {"hfreduce": __version__, "machine": platform.platform(), "ranks": places}
         if args.json:
-            report.write_json(
-                args.json, {**setup, "nranks": comm.nranks, "nodes": comm.nodes, "transports": comm.transports}, results
-            )
+            setup |= {"nranks": comm.nranks, "nodes": comm.nodes, "transports": comm.transports}
+            setup["traffic"] = [one._asdict() for one in carried]
+            report.write_json(args.json, setup, results)
         if args.plot:
             report.write_plot(args.plot, f"{comm.nranks} ranks, {comm.nodes} nodes, {','.join(comm.transports)}", results)
     return 1 if report.wrong_values(everything) else 0
