@@ -18,14 +18,17 @@ import multiprocessing
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,15 +119,13 @@ class Pair:
 
     def __init__(self, transport: str, own: list[dict[str, str]]) -> None:
         self.transport, self.pipes = transport, []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        shared = {"HFREDUCE_NRANKS": "2", "HFREDUCE_ADDR": address, "HFREDUCE_SECRET": secrets.token_hex(16)}
+        self.own = [{"HFREDUCE_HOSTID": f"node{rank}", "HFREDUCE_TRANSPORT": transport, **own[rank]} for rank in range(2)]
+        shared = {"HFREDUCE_NRANKS": "2", "HFREDUCE_ADDR": f"127.0.0.1:{free_port()}", "HFREDUCE_SECRET": secrets.token_hex(16)}
         fork = multiprocessing.get_context("fork")  # what was imported need not be imported again
         for rank in range(2):
-            mine = {"HFREDUCE_RANK": str(rank), "HFREDUCE_HOSTID": f"node{rank}", "HFREDUCE_TRANSPORT": transport, **own[rank]}
             here, there = fork.Pipe()
-            fork.Process(target=serve, args=(there, {**shared, **mine}), daemon=True).start()
+            environment = {**shared, **self.own[rank], "HFREDUCE_RANK": str(rank)}
+            fork.Process(target=serve, args=(there, environment), daemon=True).start()
             there.close()
             self.pipes.append(here)
         for rank in range(2):
@@ -139,6 +140,24 @@ class Pair:
         value, _ = (self._answer(rank) for rank in range(2))
         return float(value)
 
+    def latency(self, program: Path, size: int, count: int) -> float:
+        """Microseconds, from two processes of latency_bench.c."""
+        place = f"127.0.0.1:{free_port()}"
+        ranks = [
+            subprocess.Popen(
+                [program, str(rank), place, str(size), str(count)], env={**os.environ, **self.own[rank]}, stdout=subprocess.PIPE
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [process.communicate(timeout=300)[0] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        if any(process.wait() for process in ranks):
+            raise SystemExit(f"latency_bench failed over {self.transport}")
+        return float(outputs[0])
+
     def _answer(self, rank: int) -> Any:
         if not self.pipes[rank].poll(300):
             raise SystemExit(f"rank {rank} over {self.transport} has not answered for 300 s")
@@ -149,6 +168,27 @@ class Pair:
         if isinstance(answer, str):
             raise SystemExit(f"rank {rank} over {self.transport}: {answer}")
         return answer
+
+
+def free_port() -> int:
+    """A port of the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def build_latency_bench(folder: str) -> Path | None:
+    """Compile latency_bench.c; None, with a line that says why, where that cannot be done."""
+    program, source = Path(folder, "latency_bench"), Path(__file__).with_name("latency_bench.c")
+    flags = [sys.executable, "-m", "hfreduce", "config", "--cflags", "--libs"]
+    try:
+        words = shlex.split(subprocess.run(flags, capture_output=True, text=True, check=True).stdout)
+        compiler = shlex.split(os.environ.get("CC", "gcc"))
+        subprocess.run([*compiler, "-O2", str(source), "-o", str(program), *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"# latency_bench.c is left out: {getattr(error, 'stderr', None) or error}")
+        return None
+    return program
 
 
 # ---------------------------------------------------------------- perftest
@@ -164,9 +204,7 @@ class End(NamedTuple):
 
 def perftest(tool: str, ends: list[End], size: int, iterations: int, *options: str) -> list[float]:
     """Run server and client; the numbers of the result's line."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
 
     def start(end: End, *host: str) -> subprocess.Popen[str]:
         command = [
@@ -242,7 +280,7 @@ class Row(NamedTuple):
     run: Callable[[], float]
 
 
-def rows_of(args: argparse.Namespace, ends: list[End], pairs: list[Pair]) -> list[Row]:
+def rows_of(args: argparse.Namespace, ends: list[End], pairs: list[Pair], program: Path | None) -> list[Row]:
     """Everything that one round measures."""
     rows = []
     tools = {tool: shutil.which(tool) for tool in ("ib_write_bw", "ib_write_lat")}
@@ -275,9 +313,26 @@ def rows_of(args: argparse.Namespace, ends: list[End], pairs: list[Pair]) -> lis
                 rows.append(Row(name, "MB/s", against, ours(pair, "send_recv", size, in_flight)))
         name = f"all_reduce {ALL_REDUCE // MIB} MiB, each way, {pair.transport}"
         rows.append(Row(name, "MB/s", "ib_write_bw 1 MiB", ours(pair, "all_reduce", ALL_REDUCE)))
-        name = f"send/recv {LATENCY_BYTES} B, half round trip, {pair.transport}"
-        rows.append(Row(name, "us", f"ib_write_lat {LATENCY_BYTES} B", ours(pair, "ping_pong", LATENCY_BYTES)))
+        half = f"send/recv {LATENCY_BYTES} B, half round trip"
+        against = f"ib_write_lat {LATENCY_BYTES} B"
+        rows.append(Row(f"{half}, Python, {pair.transport}", "us", against, ours(pair, "ping_pong", LATENCY_BYTES)))
+        if program is not None:
+            run = partial(pair.latency, program, LATENCY_BYTES, args.iterations)
+            rows.append(Row(f"{half}, C, {pair.transport}", "us", against, run))
     return rows
+
+
+def measure(rows: list[Row], rounds: int) -> dict[str, list[float]]:
+    """The values of each row, by round."""
+    values: dict[str, list[float]] = {row.name: [] for row in rows}
+    for turn in range(-1, rounds):  # the first does not count: connections come up
+        shift = turn % len(rows)
+        for row in rows[shift:] + rows[:shift]:
+            value = row.run()
+            if turn >= 0:
+                values[row.name].append(value)
+        print(f"# round {turn + 1} of {rounds}, {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
+    return values
 
 
 def ratio(values: dict[str, list[float]], name: str, against: str) -> float | None:
@@ -326,15 +381,9 @@ def main() -> int:
     names = [f"{end.device}:{end.port} (GID {end.gid})" for end in ends]
     print(f"# hfreduce {hfreduce.__version__}, {platform.node()}, {len(os.sched_getaffinity(0))} CPUs, {args.rounds} rounds")
     print(f"# rank 0 on {names[0]}, rank 1 on {names[1]}")
-    rows = rows_of(args, ends, pairs)
-    values: dict[str, list[float]] = {row.name: [] for row in rows}
-    for turn in range(-1, args.rounds):  # the first does not count: connections come up
-        shift = turn % len(rows)
-        for row in rows[shift:] + rows[:shift]:
-            value = row.run()
-            if turn >= 0:
-                values[row.name].append(value)
-        print(f"# round {turn + 1} of {args.rounds}, {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = rows_of(args, ends, pairs, build_latency_bench(folder))
+        values = measure(rows, args.rounds)
     records = table(rows, values)
     for pair in pairs:
         for pipe in pair.pipes:
