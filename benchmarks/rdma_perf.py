@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -328,10 +329,12 @@ def measure(rows: list[Row], rounds: int) -> dict[str, list[float]]:
     for turn in range(-1, rounds):  # the first does not count: connections come up
         shift = turn % len(rows)
         for row in rows[shift:] + rows[:shift]:
+            start = time.monotonic()
             value = row.run()
+            took = f"{time.monotonic() - start:.1f} s"
+            print(f"# round {turn + 1} of {rounds}: {row.name}: {value:.1f} {row.unit} in {took}", file=sys.stderr, flush=True)
             if turn >= 0:
                 values[row.name].append(value)
-        print(f"# round {turn + 1} of {rounds}, {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
     return values
 
 
@@ -370,6 +373,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
     parser.add_argument("--volume", type=int, default=64 * MIB, help="bytes a measurement of bandwidth moves, about")
     parser.add_argument("--iterations", type=int, default=1000, help="round trips a measurement of latency makes")
+    parser.add_argument(
+        "--match", default="", metavar="REGEX", help="only the rows whose names match, and what they are compared with"
+    )
     parser.add_argument("--no-tcp", action="store_true", help="leave TCP out")
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
     args = parser.parse_args()
@@ -383,6 +389,9 @@ def main() -> int:
     print(f"# rank 0 on {names[0]}, rank 1 on {names[1]}")
     with tempfile.TemporaryDirectory() as folder:
         rows = rows_of(args, ends, pairs, build_latency_bench(folder))
+        wanted = [row for row in rows if re.search(args.match, row.name)]
+        needed = {row.against for row in wanted} | {row.name for row in wanted}
+        rows = [row for row in rows if row.name in needed]
         values = measure(rows, args.rounds)
     records = table(rows, values)
     for pair in pairs:
