@@ -96,6 +96,16 @@ struct hfr_ib_qp_init_attr {
 };
 enum { HFR_IB_QPT_RC = 2 };
 
+struct hfr_ib_async_event {
+  union {
+    void *object;
+    int port_num;
+  } element;
+  int event_type; /* enum */
+};
+enum { HFR_IB_EVENT_DEVICE_FATAL = 8, HFR_IB_EVENT_PORT_ACTIVE = 9, HFR_IB_EVENT_PORT_ERR = 10 };
+enum { HFR_IB_FORK_UNNEEDED = 2 };
+
 struct hfr_ib_global_route {
   union hfr_ib_gid dgid;
   uint32_t flow_label;
@@ -176,6 +186,7 @@ struct hfr_ib_wc {
 enum {
   HFR_IB_WC_SUCCESS,
   HFR_IB_WC_LOC_LEN_ERR,
+  HFR_IB_WC_LOC_QP_OP_ERR,
   HFR_IB_WC_LOC_PROT_ERR = 4,
   HFR_IB_WC_WR_FLUSH_ERR,
   HFR_IB_WC_REM_INV_REQ_ERR = 9,

@@ -9,6 +9,7 @@
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -55,6 +56,7 @@ static void load(void) {
   HFR_IB_FUNCTIONS(FIND)
 #undef FIND
   *(void **)&ib.reg_mr_iova2 = dlvsym(library, "ibv_reg_mr_iova2", "IBVERBS_1.8");
+  *(void **)&ib.is_fork_initialized = dlvsym(library, "ibv_is_fork_initialized", "IBVERBS_1.13");
   if (*absent) return;
   /* Before anything is registered; else a child's first write moves the pages under the device. */
   int error = ib.fork_init();
@@ -137,7 +139,9 @@ struct device {
   struct hfr_ib_context *inherited; /* the parent's, in a forked child: not to be touched */
   struct hfr_ib_pd *inherited_pd;
   int tried, error;
-  char memory[200]; /* why nothing can be registered */
+  int lost;            /* it has told that it failed or was removed */
+  uint64_t ports_down; /* bit by number */
+  char memory[200];    /* why nothing can be registered */
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -225,6 +229,32 @@ static void open_device(struct device *d) {
   }
   if (!d->context && !d->error) d->error = errno;
   if (d->pd) try_memory(d);
+  if (d->pd) fcntl(d->context->async_fd, F_SETFL, fcntl(d->context->async_fd, F_GETFL) | O_NONBLOCK);
+}
+
+/* Take what the device has told. Of queue pairs and queues the completions tell as well. */
+static void take_events(struct device *d) {
+  struct hfr_ib_async_event event;
+  while (d->context && !ib.get_async_event(d->context, &event)) {
+    uint64_t bit = (uint64_t)1 << (event.element.port_num & 63);
+    if (event.event_type == HFR_IB_EVENT_DEVICE_FATAL) d->lost = 1;
+    if (event.event_type == HFR_IB_EVENT_PORT_ERR) d->ports_down |= bit;
+    if (event.event_type == HFR_IB_EVENT_PORT_ACTIVE) d->ports_down &= ~bit;
+    ib.ack_async_event(&event);
+  }
+}
+
+enum hfr_ib_health hfr_ib_health(const struct hfr_ib_port *port) {
+  enum hfr_ib_health health = HFR_IB_WHOLE;
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < ndevices; i++) {
+    struct device *d = &devices[i];
+    if (d->context != port->context) continue;
+    take_events(d);
+    health = d->lost ? HFR_IB_DEVICE_LOST : d->ports_down >> port->number & 1 ? HFR_IB_PORT_LOST : HFR_IB_WHOLE;
+  }
+  pthread_mutex_unlock(&lock);
+  return health;
 }
 
 /* ---------------------------------------------------------------- GIDs */
@@ -317,6 +347,10 @@ static void look_at(const struct device *d, struct hfr_ib_port *p) {
   }
   p->context = d->context;
   p->pd = d->pd;
+  if (d->lost) {
+    snprintf(p->why_not, sizeof p->why_not, "the device failed or was removed");
+    return;
+  }
   int error = ib.query_port(d->context, (uint8_t)p->number, &p->attr);
   if (error)
     snprintf(p->why_not, sizeof p->why_not, "cannot query the port: %s", strerror(error));
@@ -383,6 +417,21 @@ hfreduceResult_t hfr_ib_choose(int local, struct hfr_ib_port *port) {
   return hfreduceSuccess;
 }
 
+int hfr_ib_next_port(const struct hfr_ib_port *port, struct hfr_ib_port *next, int *usable) {
+  struct hfr_ib_port ports[HFR_IB_PORTS_MAX];
+  const char *why;
+  int n = hfr_ib_ports(ports, HFR_IB_PORTS_MAX, &why), first = -1, after = -1;
+  *usable = 0;
+  for (int i = 0; i < n; i++) {
+    if (*ports[i].why_not || hfr_ib_health(&ports[i]) != HFR_IB_WHOLE) continue;
+    ++*usable;
+    if (first < 0 || strcmp(ports[i].name, ports[first].name) < 0) first = i;
+    if (strcmp(ports[i].name, port->name) > 0 && (after < 0 || strcmp(ports[i].name, ports[after].name) < 0)) after = i;
+  }
+  if (*usable) *next = ports[after >= 0 ? after : first];
+  return *usable > 0;
+}
+
 uint64_t hfr_ib_retries(const struct hfr_ib_port *port) {
   /* What a sender does again: an acknowledgement did not come, one came out of order, the receiver was not ready. */
   static const char *const counter[] = {
@@ -394,7 +443,7 @@ uint64_t hfr_ib_retries(const struct hfr_ib_port *port) {
   char text[32];
   int device = (int)strcspn(port->name, ":");
   for (size_t i = 0; i < sizeof counter / sizeof *counter; i++)
-    if (attribute(text, sizeof text, SYSFS "/%.*s/ports/%d/hw_counters/%s", device, port->name, port->number, counter[i]))
+    if (attribute(text, sizeof text, "%s/%.*s/ports/%d/hw_counters/%s", sysfs(), device, port->name, port->number, counter[i]))
       sum += strtoull(text, NULL, 10);
   return sum;
 }

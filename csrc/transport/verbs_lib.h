@@ -30,6 +30,8 @@
   X(create_qp, "IBVERBS_1.1", struct hfr_ib_qp *, (struct hfr_ib_pd * pd, struct hfr_ib_qp_init_attr * attr))            \
   X(modify_qp, "IBVERBS_1.1", int, (struct hfr_ib_qp * qp, struct hfr_ib_qp_attr * attr, int mask))                      \
   X(destroy_qp, "IBVERBS_1.1", int, (struct hfr_ib_qp * qp))                                                             \
+  X(get_async_event, "IBVERBS_1.1", int, (struct hfr_ib_context * context, struct hfr_ib_async_event * event))           \
+  X(ack_async_event, "IBVERBS_1.1", void, (struct hfr_ib_async_event * event))                                           \
   X(wc_status_str, "IBVERBS_1.1", const char *, (int status))
 
 struct hfr_ib {
@@ -38,6 +40,8 @@ struct hfr_ib {
 #undef HFR_IB_MEMBER
   /* Knows optional access flags; NULL before IBVERBS_1.8. */
   struct hfr_ib_mr *(*reg_mr_iova2)(struct hfr_ib_pd *pd, void *addr, size_t length, uint64_t iova, unsigned access);
+  /* NULL before IBVERBS_1.13. */
+  int (*is_fork_initialized)(void);
 };
 /* NULL: *why says why there is none; it lives as long as the process. */
 const struct hfr_ib *hfr_ib_load(const char **why);
@@ -61,6 +65,11 @@ struct hfr_ib_port {
 int hfr_ib_ports(struct hfr_ib_port *ports, int max, const char **why);
 /* The port for the rank at place `local` of its node: the ranks of a node spread over the ports that are equally near. */
 hfreduceResult_t hfr_ib_choose(int local, struct hfr_ib_port *port);
+/* The usable port that comes after this one, by name and round, perhaps itself. *usable: how many there are. 0: none. */
+int hfr_ib_next_port(const struct hfr_ib_port *port, struct hfr_ib_port *next, int *usable);
+/* What the device has told of this port since it was opened. */
+enum hfr_ib_health { HFR_IB_WHOLE, HFR_IB_PORT_LOST, HFR_IB_DEVICE_LOST };
+enum hfr_ib_health hfr_ib_health(const struct hfr_ib_port *port);
 /* The rule of HFREDUCE_IB_HCA on a port: "mlx5,rxe" = devices whose names begin so; "=mlx5_0:1" = exactly this port; "^..."
  * excludes; "" admits all. */
 int hfr_ib_match(const char *rule, const char *device, int port);

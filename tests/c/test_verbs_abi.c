@@ -185,6 +185,7 @@ FIELD(wc, qp_num);
 FIELD(wc, wc_flags);
 VALUE(WC_SUCCESS);
 VALUE(WC_LOC_LEN_ERR);
+VALUE(WC_LOC_QP_OP_ERR);
 VALUE(WC_LOC_PROT_ERR);
 VALUE(WC_WR_FLUSH_ERR);
 VALUE(WC_REM_INV_REQ_ERR);
@@ -196,6 +197,15 @@ VALUE(WC_FATAL_ERR);
 VALUE(WC_RDMA_WRITE);
 VALUE(WC_RECV_RDMA_WITH_IMM);
 VALUE(WC_WITH_IMM);
+
+SIZE(async_event, ibv_async_event);
+FIELD_AS(async_event, element.object, element.cq);
+FIELD_AS(async_event, element.port_num, element.port_num);
+FIELD(async_event, event_type);
+VALUE(EVENT_DEVICE_FATAL);
+VALUE(EVENT_PORT_ACTIVE);
+VALUE(EVENT_PORT_ERR);
+VALUE(FORK_UNNEEDED);
 
 int main(void) {
   CHECK(sizeof(struct hfr_ib_wc) == sizeof(struct ibv_wc));
