@@ -32,6 +32,9 @@
     "PCI relaxed ordering: 0 no, 1 and 2 if offered")                                                                            \
   X(IB_PKEY, "HFREDUCE_IB_PKEY", INT, "0", 0, 65535, "index of the RDMA port's partition key")                                   \
   X(IB_MTU, "HFREDUCE_IB_MTU", INT, "0", 0, 4096, "largest RDMA packet in bytes: 256 to 4096 (0: the port's)")                   \
+  X(IB_CACHE, "HFREDUCE_IB_CACHE", SIZE, "1G", 0, 1099511627776,                                                                 \
+    "bytes of buffers that stay registered for RDMA between operations (0: always copied)")                                      \
+  X(IB_FAILOVER, "HFREDUCE_IB_FAILOVER", INT, "1", 0, 1, "1: an RDMA connection whose port fails goes on over another port")     \
   X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)") \
   X(SLOTS, "HFREDUCE_SLOTS", INT, "4", 2, 16, "staging slots a rank (rank 0's holds)")                                           \
   X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0, "network algorithm: tree or direct (empty: by size and node count; rank 0's holds)")  \

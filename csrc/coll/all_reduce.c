@@ -212,7 +212,7 @@ static hfreduceResult_t plan_tree(struct hfr_plan *p) {
     down->peer = hfr_rank_at(l, p->pos[t].parent, l->local);
     down->tree = down->vc = (uint8_t)t;
   }
-  for (int t = 0; l->local < l->lanes && t < 2; t++) HFR_TRY(hfr_add_dsends(p, t, -1));
+  for (int t = 0; l->local < l->lanes && t < 2; t++) HFR_TRY(hfr_add_dsends(p, t, hfr_tree_stage(p, ROLE_DOWN, t), -1));
   return add_staging(p, 0);
 }
 

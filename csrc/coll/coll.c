@@ -1,7 +1,7 @@
 /* Which planner, and what they share. */
 #include "coll.h"
 
-hfreduceResult_t hfr_add_dsends(struct hfr_plan *p, int t, int skip) {
+hfreduceResult_t hfr_add_dsends(struct hfr_plan *p, int t, int arrival, int skip) {
   const struct hfr_layout *l = p->layout;
   for (int c = 0; c < 2; c++) {
     int child = p->pos[t].child[c];
@@ -10,6 +10,9 @@ hfreduceResult_t hfr_add_dsends(struct hfr_plan *p, int t, int skip) {
     s->peer = hfr_rank_at(l, child, l->local);
     s->vc = (uint8_t)t;
     s->tree = (uint8_t)t;
+    if (arrival < 0) continue;
+    s->passes = (int16_t)(arrival + 1);
+    p->stage[arrival].passes++;
   }
   return hfreduceSuccess;
 }

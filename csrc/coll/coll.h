@@ -71,5 +71,5 @@ static inline void hfr_cut(struct hfr_plan *p, size_t elems) {
   p->nchunks = (int64_t)((p->call.count + p->elems - 1) / p->elems);
 }
 /* Stages that hand a tree's result to the children, but for the node `skip` (-1: none). */
-hfreduceResult_t hfr_add_dsends(struct hfr_plan *plan, int t, int skip);
+hfreduceResult_t hfr_add_dsends(struct hfr_plan *plan, int t, int arrival, int skip);
 #endif

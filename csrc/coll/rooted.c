@@ -253,7 +253,8 @@ static hfreduceResult_t plan_broadcast_network(struct hfr_plan *p) {
   for (int t = 0; in_lane(p) && t < 2; t++)
     if (!in_root_node(p) && p->pos[t].parent >= 0)
       HFR_TRY(add_link(p, ROLE_DOWN, HFR_STAGE_RECV, t, p->pos[t].parent, t, "tree down"));
-  for (int t = 0; in_lane(p) && t < 2; t++) HFR_TRY(hfr_add_dsends(p, t, root_node(p))); /* the root's node has it already */
+  for (int t = 0; in_lane(p) && t < 2; t++)
+    HFR_TRY(hfr_add_dsends(p, t, arrival_stage(p, t), root_node(p))); /* the root's node has it already */
   if (in_lane(p) && !in_root_node(p) && !p->direct) HFR_TRY(add_published(p, ROLE_PUB, HFR_STAGE_NOP, HFR_CTR_RED, "publish"));
   return hfreduceSuccess;
 }

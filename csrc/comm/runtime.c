@@ -587,6 +587,7 @@ static void *watcher_main(void *arg) {
       heartbeat(c, now);
       rest(c);
     }
+    hfr_transport_tidy();
   }
   return NULL;
 }

@@ -44,6 +44,9 @@ void hfr_engine_want(struct hfr_engine *e, struct hfr_waitset *set) {
     else if (hfr_my_turn(e, r))
       want_request(e, r, set);
   }
+  struct hfr_request *waiting = e->queue ? e->queue : e->p2p;
+  if (waiting && e->remote->attend && e->layout->nnodes > 1 && e->remote->attend(e->net) == HFR_LINK_FAILED)
+    hfr_fail_request(e, waiting, "network", hfr_last_error()->peer, hfr_last_error()->code, hfr_last_error()->text);
 }
 
 /* A collective that waits longer than this tells its fingerprint. */

@@ -35,6 +35,7 @@ struct hfr_request {
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;
+  int lent;                  /* bit 0: the send buffer was lent to the transport, bit 1: the receive buffer */
   uint64_t ticket;           /* a send's turn on the link */
   int source;                /* a receive: whose message it takes; -1: none yet */
   struct hfr_cursor *cursor; /* one a stage */
@@ -43,12 +44,21 @@ struct hfr_request {
   size_t *counts;            /* copy of the uneven counts */
 };
 
+/* Messages that a stage holds in the transport's memory while they are passed on; more than a link has at once. */
+#define HFR_KEPT 16
+struct hfr_kept {
+  const void *data; /* NULL: it has let go of it, or never held it */
+  uint64_t token;   /* the transport's */
+};
+
 struct hfr_cursor {
   int64_t done;     /* iterations completed */
   int64_t posted;   /* SEND: iterations handed to the link */
   uint64_t tx_base; /* SEND: link->posted when the stage began */
   int have_step;
   struct hfr_step step; /* of iteration `done` (SEND: `posted`) */
+  int64_t passed;       /* RECV: iterations that have been passed on to all */
+  struct hfr_kept kept[HFR_KEPT];
 };
 
 struct hfr_engine {

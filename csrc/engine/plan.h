@@ -101,6 +101,7 @@ struct hfr_stage {
   int16_t npre;   /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
   int32_t peer;   /* SEND, RECV: global rank */
   int32_t arg;    /* the planner's: a rank, a child, a node */
+  int16_t passes; /* SEND: 1 + the RECV stage whose messages it passes on, iteration by iteration; RECV: how many do so */
   int64_t niter;
   const char *name; /* phase, as errors name it */
 };

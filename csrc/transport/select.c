@@ -1,6 +1,7 @@
 /* The table of transports between nodes. */
 #include "transport.h"
 #include "verbs.h"
+#include "verbs_memory.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -56,3 +57,5 @@ void hfr_transport_list(const uint8_t offer[HFR_TRANSPORTS_MAX], char text[64]) 
 }
 
 size_t hfr_transport_describe(char *text, size_t size) { return hfr_verbs_describe(text, size); }
+
+void hfr_transport_tidy(void) { hfr_verbs_memory_tidy(); }

@@ -93,9 +93,18 @@ struct hfr_transport {
      again with that size (0 too) and a dst, which may take until it is OK again, the transport gives its data after all. */
   int (*recv)(struct hfr_link *link, void *dst, size_t bytes, const struct hfr_msg_header **header, const void **data);
   void (*release)(struct hfr_link *link);
+  /* Instead of release(): the next message comes, but this one's payload stays where it is until let_go() gets the token, so that
+     it can be passed on from there; what is kept takes room from what comes. NULL: it cannot. */
+  uint64_t (*keep)(struct hfr_link *link);
+  void (*let_go)(struct hfr_link *link, uint64_t token);
+  /* Operations send from this buffer, perhaps again and again: a chance to register it. NULL: of no use. */
+  void (*lend)(struct hfr_net *net, const void *memory, size_t bytes);
   /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells
    * ring. */
   void (*want)(struct hfr_link *link, int recv, struct hfr_waitset *set);
+  /* The driver is about to wait: look after the links that it does not wait for, whose peers may wait for what they still have to
+     do. FAILED: one is broken, hfr_last_error() says which. NULL: they look after themselves. */
+  int (*attend)(struct hfr_net *net);
   /* Fill in *stat, which is all zero. Any thread, beside the driver, until close; takes system calls. NULL: nothing to tell. */
   void (*stat)(struct hfr_link *link, struct hfr_link_stat *stat);
   void (*close)(struct hfr_link *link);
@@ -121,6 +130,8 @@ void hfr_transport_list(const uint8_t offer[HFR_TRANSPORTS_MAX], char text[64]);
 /* NULL: there is none of this number. */
 const struct hfr_transport *hfr_transport_at(int number);
 
+/* Free what is no longer of use; now and then, any thread. */
+void hfr_transport_tidy(void);
 /* The network hardware beside plain interfaces, one "key: value" a line: what there is, or why there is none. Writes at most size
  * bytes, the NUL included; returns how many without it. */
 size_t hfr_transport_describe(char *text, size_t size);

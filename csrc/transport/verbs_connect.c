@@ -14,39 +14,66 @@
 #include <unistd.h>
 
 #define HELLO_MAGIC 0x76726668u /* "hfrv" */
-#define HELLO_VERSION 1u
+#define HELLO_VERSION 2u
 #define INLINE_BYTES 256u
 
 _Static_assert(sizeof(struct hfr_msg_header) <= HFR_VERBS_HEADER, "a slot has room for the header");
 
 /* ---------------------------------------------------------------- what links share */
 
-hfreduceResult_t hfr_verbs_base_get(struct hfr_net *net, struct hfr_verbs_base **out) {
-  struct hfr_verbs_base *b = net->shared;
+static _Atomic int bases; /* of this process */
+
+static struct hfr_verbs_base *make_base(struct hfr_net *net, const struct hfr_ib_port *port) {
+  struct hfr_verbs_base *b = calloc(1, sizeof *b);
+  const struct hfr_arena *a = net->arena;
+  struct hfr_ib_port next;
   const char *why;
   if (!b) {
-    if (!(b = calloc(1, sizeof *b))) return hfr_fail(hfreduceSystemError, "out of memory for RDMA");
-    hfreduceResult_t r = hfr_ib_choose(net->arena->local, &b->port);
-    if (r) return free(b), r;
-    b->ib = hfr_ib_load(&why);
-    b->retries_before = hfr_ib_retries(&b->port);
-    const struct hfr_arena *a = net->arena;
-    b->arena = hfr_ib_register(&b->port, a->data, (size_t)a->nlocal * a->rank_stride, 0);
-    if (!b->arena) HFR_INFO("%s; what is sent is copied first", hfr_last_error()->text);
-    HFR_INFO("RDMA over %s, GID %d %s (%s)", b->port.name, b->port.gid_index, b->port.gid_text, b->port.gid_type);
-    net->shared = b;
+    hfr_fail(hfreduceSystemError, "out of memory for RDMA");
+    return NULL;
+  }
+  b->port = *port;
+  b->ib = hfr_ib_load(&why);
+  hfr_ib_next_port(port, &next, &b->usable);
+  b->retries_before = hfr_ib_retries(&b->port);
+  b->arena = hfr_ib_register(&b->port, a->data, (size_t)a->nlocal * a->rank_stride, 0);
+  if (!b->arena) HFR_INFO("%s; what is sent is copied first", hfr_last_error()->text);
+  bases++;
+  HFR_INFO("RDMA over %s, GID %d %s (%s)", b->port.name, b->port.gid_index, b->port.gid_text, b->port.gid_type);
+  return b;
+}
+
+hfreduceResult_t hfr_verbs_base_get(struct hfr_verbs_link *l, const struct hfr_ib_port *port) {
+  struct hfr_verbs_base *b = l->net->shared;
+  while (b && strcmp(b->port.name, port->name)) b = b->next;
+  if (!b) {
+    if (!(b = make_base(l->net, port))) return hfr_last_error()->code;
+    b->next = l->net->shared;
+    l->net->shared = b;
   }
   b->refs++;
-  *out = b;
+  l->neighbour = b->links;
+  b->links = l;
+  pthread_mutex_lock(&l->names);
+  l->base = b;
+  pthread_mutex_unlock(&l->names);
   return hfreduceSuccess;
 }
 
-void hfr_verbs_base_put(struct hfr_net *net) {
-  struct hfr_verbs_base *b = net->shared;
+void hfr_verbs_base_put(struct hfr_verbs_link *l) {
+  struct hfr_verbs_base *b = l->base, **at = (struct hfr_verbs_base **)&l->net->shared;
+  struct hfr_verbs_link **mine = &b->links;
+  while (*mine != l) mine = &(*mine)->neighbour;
+  *mine = l->neighbour;
+  pthread_mutex_lock(&l->names);
+  l->base = NULL;
+  pthread_mutex_unlock(&l->names);
   if (--b->refs) return;
+  while (*at != b) at = &(*at)->next;
+  *at = b->next;
   if (b->arena) b->ib->dereg_mr(b->arena);
   free(b);
-  net->shared = NULL;
+  if (!--bases) hfr_verbs_memory_drop();
 }
 
 /* ---------------------------------------------------------------- objects of the device */
@@ -57,12 +84,15 @@ static int failed(const struct hfr_verbs_link *l, const char *what) {
   return -1;
 }
 
+static size_t slots_bytes(const struct hfr_verbs_link *l) { return 2 * (size_t)l->depth * l->slot_bytes; }
+
 static int make_memory(struct hfr_verbs_link *l) {
-  size_t bytes = 2 * (size_t)l->depth * l->slot_bytes;
-  void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return failed(l, "map memory");
-  l->memory = memory;
-  l->mr = hfr_ib_register(&l->base->port, memory, bytes, 1);
+  if (!l->memory) {
+    void *memory = mmap(NULL, slots_bytes(l), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return failed(l, "map memory");
+    l->memory = memory;
+  }
+  l->mr = hfr_ib_register(&l->base->port, l->memory, slots_bytes(l), 1);
   return l->mr ? 0 : -1;
 }
 
@@ -106,7 +136,7 @@ int hfr_verbs_post_receives(struct hfr_verbs_link *l, struct hfr_verbs_qp *q, in
   return errno ? failed(l, "post receives") : 0;
 }
 
-static int make_objects(struct hfr_verbs_link *l) {
+int hfr_verbs_make_objects(struct hfr_verbs_link *l) {
   const struct hfr_ib_port *port = &l->base->port;
   l->nqps = (int)hfr_param_int(HFR_PARAM_IB_QPS_PER_CONNECTION);
   l->inline_bytes = INLINE_BYTES;
@@ -120,7 +150,12 @@ static int make_objects(struct hfr_verbs_link *l) {
                                      .rkey = l->mr->rkey,
                                      .lid = port->attr.lid,
                                      .link_layer = port->attr.link_layer,
-                                     .mtu = (uint8_t)port->attr.active_mtu};
+                                     .mtu = (uint8_t)port->attr.active_mtu,
+                                     .epoch = l->epoch,
+                                     .ports = (uint32_t)l->base->usable,
+                                     .received = hfr_verbs_received(l),
+                                     .released = l->released};
+  l->told = l->released;
   int most = (int)hfr_param_int(HFR_PARAM_IB_MTU);
   while (most && l->mine.mtu > HFR_IB_MTU_256 && 128 << l->mine.mtu > most) l->mine.mtu--;
   memcpy(l->mine.gid, port->gid.raw, 16);
@@ -132,7 +167,22 @@ static int make_objects(struct hfr_verbs_link *l) {
   }
   memcpy(l->out, &l->mine, sizeof l->mine);
   l->out_bytes = sizeof l->mine;
+  l->out_sent = l->in_have = 0;
   return 0;
+}
+
+void hfr_verbs_free_objects(struct hfr_verbs_link *l) {
+  const struct hfr_ib *ib = l->base->ib;
+  for (int i = 0; i < HFR_VERBS_QPS; i++) {
+    if (l->qp[i].qp) ib->destroy_qp(l->qp[i].qp);
+    memset(&l->qp[i], 0, sizeof l->qp[i]);
+  }
+  if (l->cq) ib->destroy_cq(l->cq);
+  if (l->channel) ib->destroy_comp_channel(l->channel);
+  if (l->mr) ib->dereg_mr(l->mr);
+  l->cq = NULL;
+  l->channel = NULL;
+  l->mr = NULL;
 }
 
 /* ---------------------------------------------------------------- meeting the peer */
@@ -146,10 +196,9 @@ static int check_hello(struct hfr_verbs_link *l) {
         l->link.peer, l->net->host[l->link.peer], HELLO_VERSION, h->magic, h->version);
     return -1;
   }
-  l->theirs.port[sizeof h->port - 1] = 0;
   if (h->depth == l->mine.depth && h->slot_bytes == l->mine.slot_bytes && h->nqps >= 1 && h->nqps <= HFR_VERBS_QPS &&
       h->link_layer == l->mine.link_layer && h->mtu >= HFR_IB_MTU_256 && h->mtu <= HFR_IB_MTU_4096)
-    return 0;
+    return hfr_verbs_agree(l);
   hfr_fail(
       hfreduceRemoteError,
       "rank %d on %s cannot be met over RDMA: its port %s (link layer %u, MTU code %u, %u slots of %llu bytes, %u queue pairs) "
@@ -191,12 +240,17 @@ static int connect_qp(struct hfr_verbs_link *l, int i) {
   mask = HFR_IB_QP_STATE | HFR_IB_QP_SQ_PSN | HFR_IB_QP_TIMEOUT | HFR_IB_QP_RETRY_CNT | HFR_IB_QP_RNR_RETRY |
          HFR_IB_QP_MAX_QP_RD_ATOMIC;
   if ((errno = ib->modify_qp(qp, &attr, mask))) return failed(l, "start a queue pair");
-  l->qp[i].next = (uint64_t)i;
+  /* the first message from here on that comes over it */
+  uint64_t first = l->mine.received, n = (unsigned)l->nqps;
+  l->qp[i].next = first + ((uint64_t)i + n - first % n) % n;
   return hfr_verbs_post_receives(l, &l->qp[i], HFR_VERBS_RQ);
 }
 
 static int connect_all(struct hfr_verbs_link *l) {
+  pthread_mutex_lock(&l->names);
   memcpy(&l->theirs, l->in, sizeof l->theirs);
+  l->theirs.port[sizeof l->theirs.port - 1] = 0;
+  pthread_mutex_unlock(&l->names);
   if (check_hello(l)) return -1;
   if ((int)l->theirs.nqps < l->nqps) l->nqps = (int)l->theirs.nqps; /* what is too much stays idle */
   for (int i = 0; i < l->nqps; i++)
@@ -238,7 +292,7 @@ int hfr_verbs_bring_up(struct hfr_verbs_link *l) {
     r = hfr_connect_step(&l->connect, l->net, l->link.peer, l->link.vc, 0);
     if (r == HFR_LINK_FAILED) return hfr_broken(&l->breakage, l->net, l->link.peer);
     if (r != HFR_LINK_OK) return r;
-    if (make_objects(l)) return hopeless(l);
+    if (hfr_verbs_make_objects(l)) return hopeless(l);
     l->phase = HFR_VERBS_HELLO;
   }
   if (l->phase == HFR_VERBS_HELLO) {
@@ -249,24 +303,23 @@ int hfr_verbs_bring_up(struct hfr_verbs_link *l) {
   /* What is written before the peer's queue pairs are up would only be lost and sent again much later. */
   if ((r = talk(l, sizeof l->theirs + 1)) != HFR_LINK_OK) return r;
   l->phase = HFR_VERBS_UP;
-  return HFR_LINK_OK;
+  return hfr_verbs_repeat(l) ? hopeless(l) : HFR_LINK_OK;
 }
 
-int hfr_verbs_peer_closed(struct hfr_verbs_link *l) {
+enum hfr_verbs_side hfr_verbs_look_aside(struct hfr_verbs_link *l) {
   char byte;
-  if (l->closed || l->connect.fd < 0) return l->closed;
-  ssize_t n = recv(l->connect.fd, &byte, 1, MSG_DONTWAIT);
-  l->closed = n >= 0 || (errno != EAGAIN && errno != EINTR); /* nothing is said after `ready` */
-  return l->closed;
+  if (l->closed || l->connect.fd < 0) return l->closed ? HFR_VERBS_CLOSED : HFR_VERBS_QUIET;
+  ssize_t n = recv(l->connect.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
+  if (n > 0) return HFR_VERBS_TALKS;
+  l->closed = n == 0 || (errno != EAGAIN && errno != EINTR);
+  return l->closed ? HFR_VERBS_CLOSED : HFR_VERBS_QUIET;
 }
 
 void hfr_verbs_tear_down(struct hfr_verbs_link *l) {
-  const struct hfr_ib *ib = l->base->ib;
-  for (int i = 0; i < HFR_VERBS_QPS; i++)
-    if (l->qp[i].qp) ib->destroy_qp(l->qp[i].qp);
-  if (l->cq) ib->destroy_cq(l->cq);
-  if (l->channel) ib->destroy_comp_channel(l->channel);
-  if (l->mr) ib->dereg_mr(l->mr);
-  if (l->memory) munmap(l->memory, 2 * (size_t)l->depth * l->slot_bytes);
+  if (l->base) hfr_verbs_free_objects(l);
+  for (int i = 0; i < HFR_VERBS_DEPTH; i++) hfr_verbs_memory_done(l->tx_hold[i]);
+  if (l->memory) munmap(l->memory, slots_bytes(l));
   if (l->connect.fd >= 0) close(l->connect.fd); /* last: it tells the peer that nothing more will be answered */
+  if (l->base) hfr_verbs_base_put(l);
+  pthread_mutex_destroy(&l->names);
 }

@@ -1,0 +1,92 @@
+/* When a port fails: the link goes on over another one (verbs_link.h has the rule). */
+#include "verbs_link.h"
+
+#include "../base/log.h"
+#include "../base/param.h"
+
+#include <errno.h>
+#include <string.h>
+
+#define IN_VAIN_MAX 3 /* ports are tried in turn; so often without a message between, the peer cannot be reached */
+
+uint64_t hfr_verbs_received(const struct hfr_verbs_link *l) {
+  uint64_t m = l->taken;
+  while (m - l->released < (unsigned)l->depth && l->rx_bytes[m % (unsigned)l->depth]) m++;
+  return m;
+}
+
+int hfr_verbs_can_fail_over(const struct hfr_verbs_link *l) {
+  struct hfr_ib_port next;
+  int usable;
+  if (!hfr_param_int(HFR_PARAM_IB_FAILOVER) || l->phase != HFR_VERBS_UP || l->breakage.since_ns || l->closed ||
+      l->in_vain >= IN_VAIN_MAX || !hfr_ib_next_port(&l->base->port, &next, &usable))
+    return 0;
+  /* With one port on either side there is nothing to try; but what the peer asks for is done. */
+  return l->movable == HFR_VERBS_ASKED || l->theirs.ports > 1 || strcmp(next.name, l->base->port.name) != 0;
+}
+
+/* What had come before the failure counts; nothing comes after it. */
+static void drain(struct hfr_verbs_link *l) {
+  struct hfr_ib_qp_attr attr = {.qp_state = HFR_IB_QPS_ERR};
+  for (int i = 0; i < HFR_VERBS_QPS; i++)
+    if (l->qp[i].qp) l->base->ib->modify_qp(l->qp[i].qp, &attr, HFR_IB_QP_STATE);
+  while (hfr_verbs_poll(l) > 0) continue;
+  /* What came over one queue pair ahead of its turn is sent again like what is missing before it. */
+  for (uint64_t m = hfr_verbs_received(l); m - l->released < (unsigned)l->depth; m++) l->rx_bytes[m % (unsigned)l->depth] = 0;
+}
+
+int hfr_verbs_fail_over(struct hfr_verbs_link *l) {
+  struct hfr_ib_port next;
+  char from[sizeof next.name];
+  int usable, first = !l->base->left; /* of the communicator's links: one warning is enough */
+  l->base->left = 1;
+  memcpy(from, l->base->port.name, sizeof from);
+  l->phase = HFR_VERBS_HELLO;
+  drain(l);
+  uint64_t received = hfr_verbs_received(l);
+  l->in_vain = received == l->received_before && l->link.posted == l->posted_before ? l->in_vain + 1 : 0;
+  l->received_before = received;
+  l->posted_before = l->link.posted;
+  l->epoch++;
+  if (!hfr_ib_next_port(&l->base->port, &next, &usable)) {
+    hfr_fail(hfreduceRemoteError, "%.600s; no other RDMA port can be used here", l->trouble_why.text);
+    return -1;
+  }
+  hfr_verbs_free_objects(l);
+  hfr_verbs_base_put(l);
+  if (hfr_verbs_base_get(l, &next)) return -1;
+  l->trouble = 0;
+  l->port_down_ns = 0;
+  if (hfr_verbs_make_objects(l)) return -1;
+  hfr_log_write(first ? HFR_LOG_WARN : HFR_LOG_INFO, "RDMA with rank %d on %s goes on over %s, no longer over %s: %s",
+                l->link.peer, l->net->host[l->link.peer], next.name, from, l->trouble_why.text);
+  return 0;
+}
+
+int hfr_verbs_agree(struct hfr_verbs_link *l) {
+  const struct hfr_verbs_hello *h = &l->theirs;
+  uint64_t posted = l->link.posted;
+  if (h->epoch != l->mine.epoch || h->received > posted || h->received < l->credited || h->released > h->received ||
+      h->released < l->credited) {
+    hfr_fail(hfreduceCorrupt,
+             "it broke the RDMA protocol: after %u failovers (here %u) it has %llu messages and released %llu of %llu", h->epoch,
+             l->mine.epoch, (unsigned long long)h->received, (unsigned long long)h->released, (unsigned long long)posted);
+    return -1;
+  }
+  /* Also of those already credited: their own completion may have been lost. */
+  for (uint64_t m = h->received - (h->received < (unsigned)l->depth ? h->received : (unsigned)l->depth); m < h->received; m++)
+    hfr_verbs_message_done(l, m);
+  l->credited = h->released;
+  for (uint64_t m = h->received; m < posted; m++) {
+    if (!l->tx_data[m % (unsigned)l->depth] || m >= l->sent) continue;
+    hfr_fail(hfreduceRemoteError, "a message that the device had acknowledged is lost, and its buffer may have changed since");
+    return -1;
+  }
+  return 0;
+}
+
+int hfr_verbs_repeat(struct hfr_verbs_link *l) {
+  for (uint64_t m = l->theirs.received; m < l->link.posted; m++)
+    if (hfr_verbs_post_message(l, m)) return -1;
+  return 0;
+}
