@@ -24,7 +24,7 @@ VM = str(TOOLS / "rdma-vm")
 #: What each machine ran, with times and output.
 LOGS = ROOT / "build" / "rdma"
 #: Seconds that a machine may run, with all its cases.
-BATCH_LIMIT = 400
+BATCH_LIMIT = 600
 
 
 @dataclass

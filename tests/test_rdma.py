@@ -160,11 +160,14 @@ def test_chosen_device(guest: Guest, rule: str, used: str, idle: str) -> None:
     assert guest.packets[idle] < 20, str(guest)  # router solicitations of the interface and such
 
 
-#: Make rxe1 again.
-MEND = "ip link set rdma1 up; rdma link show rxe1 || rdma link add rxe1 type rxe netdev rdma1"
+#: Make rxe1 again, and its interface if that has gone too.
+MEND = (
+    "ip link show rdma1 >/dev/null || ip link add rdma1 link segment type macvlan mode bridge;"
+    " ip addr replace 10.77.0.2/24 dev rdma1; ip link set rdma1 up; rdma dev show rxe1 || rdma link add rxe1 type rxe netdev rdma1"
+)
 
 
-@pytest.mark.parametrize("loss", ["ip link set rdma1 down", "rdma link delete rxe1"])
+@pytest.mark.parametrize("loss", ["ip link set rdma1 down", "ip link delete rdma1", "rdma link delete rxe1"])
 @in_guest(VERBS + " steady -s 6 -t 10 -a 1,1 '{loss}'; " + MEND, devices=2, limit=60)
 def test_port_goes(guest: Guest, loss: str) -> None:
     guest.clean()
