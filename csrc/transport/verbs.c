@@ -410,17 +410,16 @@ static int attend_link(struct hfr_verbs_link *l, int healthy) {
 }
 
 static int verbs_attend(struct hfr_net *net) {
-  int worst = HFR_LINK_OK;
   /* A link that fails over goes to another base, and its old one may go with it. */
   for (struct hfr_verbs_base *b = net->shared, *next_base; b; b = next_base) {
     int healthy = hfr_ib_health(&b->port) == HFR_IB_WHOLE;
     next_base = b->next;
     for (struct hfr_verbs_link *l = b->links, *next; l; l = next) {
       next = l->neighbour;
-      if (attend_link(l, healthy) == HFR_LINK_FAILED) worst = HFR_LINK_FAILED;
+      if (attend_link(l, healthy) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
     }
   }
-  return worst;
+  return HFR_LINK_OK;
 }
 
 /* ---------------------------------------------------------------- birth and death */

@@ -138,7 +138,7 @@ int main(int argc, char **argv) {
   if (n < 1 || n > RANKS_MAX) return fprintf(stderr, "which nodes?\n"), 2;
   shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (shared == MAP_FAILED) return perror("mmap"), 1;
-  shared->began_ns = hfr_now_ns();
+  shared->began_ns = optind + 1 < argc ? INT64_MAX : hfr_now_ns(); /* with a command: not before it */
   pid_t child = optind + 1 < argc ? start_command(argv[optind + 1], n) : 0;
   int failed = run_processes(argv[optind], work, NULL, (int)option.seconds + 30);
   if (child) {
