@@ -1,0 +1,215 @@
+/*
+ * Faults of RDMA devices, made by the fake libibverbs (fake/): each ends in a typed error on every rank, in time, and leaves
+ * nothing behind (the fake looks when a process ends). And what is odd but right.
+ *
+ * verbs_faults [--quick] [WORD]: only cases whose name has WORD in it. "unwaited" runs those of sends that nobody waits for, and
+ * no others.
+ */
+#include "check.h"
+#include "ranks.h"
+
+#include "base/param.h"
+#include "base/thread.h"
+#include "transport/verbs_lib.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define COUNT 100000
+#define ROUNDS 300
+#define LATE 5.0 /* seconds: far from the deadline of 30 s and the heartbeat's 8 s */
+
+static struct fault {
+  const char *name, *script, *text; /* of FAKE_VERBS; in the error of the rank that has the fault */
+  enum { LINK, START, BOTH } where; /* START: there is no communicator; BOTH: either end may notice first */
+} now;
+
+static const char *transports(const hfreduceComm_t comm) {
+  static hfreduceCommInfo_t info;
+  hfreduceCommGetInfo(comm, &info);
+  return info.transports;
+}
+
+/* Sums, small and large, until one fails or all are done; every value is checked. */
+static hfreduceResult_t sums(hfreduceComm_t comm, int rank, int n, int rounds, int *wrong) {
+  hfreduceResult_t r = hfreduceSuccess;
+  float *x = malloc(COUNT * sizeof *x);
+  for (int k = 0; k < rounds && !r; k++) {
+    size_t count = k % 3 ? 1 : COUNT;
+    for (size_t i = 0; i < count; i++) x[i] = (float)(rank + (int)(i % 7) + k);
+    r = hfreduceAllReduce(x, x, count, hfreduceFloat32, hfreduceSum, comm, NULL);
+    for (size_t i = 0; i < count && !r; i++) *wrong += x[i] != (float)(n * (n - 1) / 2 + n * ((int)(i % 7) + k));
+  }
+  free(x);
+  return r;
+}
+
+/* The fault is the last rank's. */
+static int fails(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  const struct fault *f = arg;
+  int mine = rank == n - 1, wrong = 0;
+  hfreduceComm_t comm;
+  hfreduceErrorInfo_t why = {0};
+  if (mine) setenv("FAKE_VERBS", f->script, 1);
+  hfr_param_reload();
+  int64_t began = hfr_now_ns();
+  hfreduceResult_t r = hfreduceCommInitRank(&comm, n, *id, rank);
+  if (f->where == START) {
+    const char *text = hfreduceGetLastError(NULL);
+    wrong += r != hfreduceInvalidUsage || (mine && !strstr(text, f->text));
+    if (wrong) fprintf(stderr, "%s: rank %d: error %d: %s\n", f->name, rank, (int)r, text);
+    return wrong;
+  }
+  if (r) return fprintf(stderr, "%s: rank %d: %s\n", f->name, rank, hfreduceGetLastError(NULL)), 1;
+  r = sums(comm, rank, n, ROUNDS, &wrong);
+  double seconds = (double)(hfr_now_ns() - began) * 1e-9;
+  hfreduceGetErrorInfo(comm, &why);
+  wrong += !strstr(transports(comm), "verbs") || seconds > LATE;
+  wrong += r != hfreduceRemoteError && r != hfreduceSystemError; /* trouble of one's own making, or with the peer */
+  wrong += why.peer < 0 || why.peer >= n || (f->where == LINK && why.peer == n - 1);
+  if (mine || f->where == LINK) wrong += !strstr(why.text, f->text) || !strstr(why.text, "fake0:1"); /* the others are told */
+  if (wrong || getenv("VERBOSE"))
+    fprintf(stderr, "%s: rank %d after %.3f s: error %d, peer %d, %d wrong: %s\n", f->name, rank, seconds, (int)r, why.peer,
+            wrong, why.text);
+  hfreduceCommDestroy(comm);
+  return wrong;
+}
+
+/* Odd, but right: all ranks have it. */
+static int works(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  const struct fault *f = arg;
+  int wrong = 0;
+  hfreduceComm_t comm;
+  setenv("FAKE_VERBS", f->script, 1);
+  hfr_param_reload();
+  hfreduceResult_t r = hfreduceCommInitRank(&comm, n, *id, rank);
+  if (r) return fprintf(stderr, "%s: rank %d: %s\n", f->name, rank, hfreduceGetLastError(NULL)), 1;
+  r = sums(comm, rank, n, ROUNDS / 3, &wrong);
+  wrong += r != hfreduceSuccess || !strstr(transports(comm), "verbs");
+  if (wrong) fprintf(stderr, "%s: rank %d: error %d, %d wrong: %s\n", f->name, rank, (int)r, wrong, hfreduceGetLastError(comm));
+  hfreduceCommDestroy(comm);
+  return wrong;
+}
+
+static const char *word = "";
+static int chosen(const char *name) { return strstr(name, word) != NULL; }
+
+static void run(const char *nodes, rank_function function, const struct fault *f) {
+  if (!chosen(f->name)) return;
+  now = *f;
+  CHECK(run_processes(nodes, function, &now, 60) == 0, "%s, nodes %s", now.name, nodes);
+}
+
+/* Every status that a send or a receive can end with; the send is a small or a large one. */
+static void test_statuses(int quick) {
+  static const int few[] = {HFR_IB_WC_LOC_PROT_ERR, HFR_IB_WC_REM_ACCESS_ERR, HFR_IB_WC_RETRY_EXC_ERR,
+                            HFR_IB_WC_RNR_RETRY_EXC_ERR};
+  const char *why;
+  for (int i = 1; i <= (quick ? 4 : 21); i++) {
+    int status = quick ? few[i - 1] : i;
+    char name[40], script[40], text[100];
+    const struct hfr_ib *ib = hfr_ib_load(&why);
+    snprintf(text, sizeof text, "%s (status %d", ib->wc_status_str(status), status);
+    snprintf(name, sizeof name, "send status %d", status);
+    snprintf(script, sizeof script, "wr=%d:%d", 6 + i % 3, status);
+    run(i == 4 ? "1,1,1" : "1,1", fails, &(struct fault){name, script, text, LINK});
+    if (i % 4) continue;
+    snprintf(name, sizeof name, "receive status %d", status);
+    snprintf(script, sizeof script, "recv=%d:%d", 6 + i % 5, status);
+    run("1,1", fails, &(struct fault){name, script, text, LINK});
+  }
+}
+
+/* Each call that makes a link fails in turn. */
+static void test_coming_up(void) {
+  static const struct fault calls[] = {
+      {"no device", "open_device=0:13", "cannot open the device: Permission denied", START},
+      {"no protection domain", "alloc_pd=0:12", "cannot open the device: Cannot allocate memory", START},
+      {"nothing can be registered", "reg_mr=0:12", "cannot register", START},
+      {"no port", "query_port=0:5", "cannot query the port", START},
+      {"port down", "down=0 down=1", "the port is down", START},
+      {"no slots", "reg_mr=4:12", "cannot register", LINK},
+      {"no channel", "create_comp_channel=1:24", "create a completion channel", LINK},
+      {"no completion queue", "create_cq=1:12", "create a completion queue", LINK},
+      {"no queue pair", "create_qp=0:12", "create a queue pair", LINK},
+      {"not INIT", "modify_qp=1:22", "initialize a queue pair", LINK},
+      {"not RTR", "modify_qp=2:110", "connect a queue pair", LINK},
+      {"not RTS", "modify_qp=3:22", "start a queue pair", LINK},
+      {"no receives", "post_recv=1:12", "post receives", LINK},
+      {"receives end", "post_recv=40:12", "post receives", LINK},
+      {"no first send", "post_send=1:12", "took no send", LINK},
+      {"sends end", "post_send=40:12", "took no send", LINK},
+  };
+  for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) run("1,1", fails, &calls[i]);
+}
+
+/* The port or the device goes while in use. */
+static void test_events(void) {
+  setenv("HFREDUCE_IB_TIMEOUT", "12", 1); /* 17 ms */
+  setenv("HFREDUCE_IB_RETRY_CNT", "2", 1);
+  run("1,1", fails, &(struct fault){"event: device fatal", "event=20:8", "RDMA from fake0:1", BOTH});
+  run("1,1", fails, &(struct fault){"event: port error", "event=20:10", "RDMA from fake0:1", BOTH});
+  run("1,1,1", fails, &(struct fault){"event: port error", "event=20:10", "RDMA from fake0:1", BOTH});
+  unsetenv("HFREDUCE_IB_TIMEOUT");
+  unsetenv("HFREDUCE_IB_RETRY_CNT");
+}
+
+/* The last send of an operation fails when the sender has gone on: it has let go of the data, and waits on other links. */
+static void test_unwaited(void) {
+  char name[40], script[40];
+  for (int n = 10; n < 26; n++) {
+    snprintf(name, sizeof name, "unwaited-%d", n);
+    snprintf(script, sizeof script, "wr=%d:11", n);
+    run("1,1", fails, &(struct fault){name, script, "remote operation error", LINK});
+  }
+}
+
+/* The fake sees what a process leaves behind; else all the above proves less. */
+static int leaves(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  int wrong = 0;
+  hfreduceComm_t comm;
+  (void)arg;
+  hfr_param_reload();
+  if (hfreduceCommInitRank(&comm, n, *id, rank) || sums(comm, rank, n, 100, &wrong)) return 1;
+  return hfreduceBarrier(comm, NULL) != hfreduceSuccess; /* ended well, but for what is left */
+}
+
+static void test_left(void) {
+  if (chosen("left")) CHECK(run_processes("1,1", leaves, NULL, 60) == 2);
+}
+
+static void test_odd(int quick) {
+  static const struct fault odd[] = {
+      {"nothing inline", "inline=0", "", LINK},
+      {"little inline", "inline=64", "", LINK},
+      {"InfiniBand", "layer=1", "", LINK},
+      {"late completions", "delay=500 seed=7", "", LINK},
+      {"the second device", "down=0", "", LINK},
+      {"a port that says it is active", "event=5:9", "", LINK},
+      {"the arena is not registered", "reg_mr=3:12", "", LINK},
+  };
+  for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) run("1,2", works, &odd[i]);
+  setenv("HFREDUCE_IB_QPS_PER_CONNECTION", "4", 1); /* completions of several queue pairs, in any order */
+  for (int seed = 1; seed <= (quick ? 1 : 4); seed++) {
+    char script[40];
+    snprintf(script, sizeof script, "delay=400 seed=%d", seed);
+    run("1,1,1", works, &(struct fault){"late completions in any order", script, "", LINK});
+  }
+  unsetenv("HFREDUCE_IB_QPS_PER_CONNECTION");
+}
+
+int main(int argc, char **argv) {
+  int quick = argc > 1 && !strcmp(argv[1], "--quick");
+  const char *why;
+  if (argc > 1 + quick) word = argv[1 + quick];
+  const struct hfr_ib *ib = getenv("HFREDUCE_TEST_SYSFS") ? hfr_ib_load(&why) : NULL;
+  if (!ib) return printf("no fake libibverbs; tests/test_verbs_fake.py has one\n"), 77;
+  setenv("HFREDUCE_TRANSPORT", "verbs", 1);
+  if (!strncmp(word, "unwaited", 8)) return test_unwaited(), check_done();
+  test_left();
+  test_coming_up();
+  test_statuses(quick);
+  test_events();
+  test_odd(quick);
+  return check_done();
+}
