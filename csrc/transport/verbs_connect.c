@@ -278,8 +278,8 @@ static int talk(struct hfr_verbs_link *l, size_t want) {
 
 /* Trouble of this end's own making, told as it is and at once: no other rank knows better. */
 static int hopeless(struct hfr_verbs_link *l) {
+  hfr_last_error()->peer = l->link.peer;
   l->breakage.why = *hfr_last_error();
-  l->breakage.why.peer = l->link.peer;
   l->breakage.since_ns = 1;
   return HFR_LINK_FAILED;
 }
