@@ -250,6 +250,8 @@ static int connect_all(struct hfr_verbs_link *l) {
   pthread_mutex_lock(&l->names);
   memcpy(&l->theirs, l->in, sizeof l->theirs);
   l->theirs.port[sizeof l->theirs.port - 1] = 0;
+  for (char *p = l->theirs.port; *p; p++)
+    if (*p < ' ' || *p > '~') *p = '?'; /* it is printed */
   pthread_mutex_unlock(&l->names);
   if (check_hello(l)) return -1;
   if ((int)l->theirs.nqps < l->nqps) l->nqps = (int)l->theirs.nqps; /* what is too much stays idle */
