@@ -235,7 +235,7 @@ static int connect_qp(struct hfr_verbs_link *l, int i) {
                                  .sq_psn = l->qp[i].psn,
                                  .timeout = (uint8_t)hfr_param_int(HFR_PARAM_IB_TIMEOUT),
                                  .retry_cnt = (uint8_t)hfr_param_int(HFR_PARAM_IB_RETRY_CNT),
-                                 .rnr_retry = 7,
+                                 .rnr_retry = 6, /* 7 is for ever; receives are posted ahead of all credit */
                                  .max_rd_atomic = 1};
   mask = HFR_IB_QP_STATE | HFR_IB_QP_SQ_PSN | HFR_IB_QP_TIMEOUT | HFR_IB_QP_RETRY_CNT | HFR_IB_QP_RNR_RETRY |
          HFR_IB_QP_MAX_QP_RD_ATOMIC;
