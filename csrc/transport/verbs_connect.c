@@ -230,7 +230,8 @@ static int connect_qp(struct hfr_verbs_link *l, int i) {
   }
   int mask = HFR_IB_QP_STATE | HFR_IB_QP_AV | HFR_IB_QP_PATH_MTU | HFR_IB_QP_DEST_QPN | HFR_IB_QP_RQ_PSN |
              HFR_IB_QP_MAX_DEST_RD_ATOMIC | HFR_IB_QP_MIN_RNR_TIMER;
-  if ((errno = ib->modify_qp(qp, &attr, mask))) return failed(l, "connect a queue pair (is there a route to the peer's port?)");
+  errno = h->qpn[i] >> 24 ? EINVAL : ib->modify_qp(qp, &attr, mask); /* not all providers look */
+  if (errno) return failed(l, "connect a queue pair (is there a route to the peer's port?)");
   attr = (struct hfr_ib_qp_attr){.qp_state = HFR_IB_QPS_RTS,
                                  .sq_psn = l->qp[i].psn,
                                  .timeout = (uint8_t)hfr_param_int(HFR_PARAM_IB_TIMEOUT),
