@@ -105,6 +105,11 @@ def test_conformance(variant: str, program: str, arguments: str, libibverbs: Pat
     run(variant, program, arguments, libibverbs, devices, HFREDUCE_TRANSPORT="verbs")
 
 
+@pytest.mark.parametrize("variant", ["plain", "thread"])
+def test_registration_cache(variant: str, libibverbs: Path, devices: Path) -> None:
+    run(variant, "test_verbs_memory", "", libibverbs, devices, least=0)
+
+
 @pytest.mark.parametrize(("variant", "arguments"), [("plain", ""), ("address", "--quick")], ids=["plain", "address"])
 def test_faults(variant: str, arguments: str, libibverbs: Path, devices: Path) -> None:
     run(variant, "verbs_faults", arguments, libibverbs, devices)

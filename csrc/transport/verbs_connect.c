@@ -154,7 +154,8 @@ int hfr_verbs_make_objects(struct hfr_verbs_link *l) {
                                      .epoch = l->epoch,
                                      .ports = (uint32_t)l->base->usable,
                                      .received = hfr_verbs_received(l),
-                                     .released = l->released};
+                                     .released = l->released,
+                                     .ahead = hfr_verbs_ahead(l)};
   l->told = l->released;
   int most = (int)hfr_param_int(HFR_PARAM_IB_MTU);
   while (most && l->mine.mtu > HFR_IB_MTU_256 && 128 << l->mine.mtu > most) l->mine.mtu--;
@@ -241,9 +242,10 @@ static int connect_qp(struct hfr_verbs_link *l, int i) {
   mask = HFR_IB_QP_STATE | HFR_IB_QP_SQ_PSN | HFR_IB_QP_TIMEOUT | HFR_IB_QP_RETRY_CNT | HFR_IB_QP_RNR_RETRY |
          HFR_IB_QP_MAX_QP_RD_ATOMIC;
   if ((errno = ib->modify_qp(qp, &attr, mask))) return failed(l, "start a queue pair");
-  /* the first message from here on that comes over it */
-  uint64_t first = l->mine.received, n = (unsigned)l->nqps;
-  l->qp[i].next = first + ((uint64_t)i + n - first % n) % n;
+  /* The first message that comes over it; what came ahead is not sent again. */
+  uint64_t first = l->mine.received, n = (unsigned)l->nqps, m = first + ((uint64_t)i + n - first % n) % n;
+  while (m - first < 32 && l->mine.ahead >> (m - first) & 1) m += n;
+  l->qp[i].next = m;
   return hfr_verbs_post_receives(l, &l->qp[i], HFR_VERBS_RQ);
 }
 

@@ -15,6 +15,14 @@ uint64_t hfr_verbs_received(const struct hfr_verbs_link *l) {
   return m;
 }
 
+uint32_t hfr_verbs_ahead(const struct hfr_verbs_link *l) {
+  uint32_t ahead = 0;
+  uint64_t first = hfr_verbs_received(l);
+  for (uint64_t m = first; m - l->released < (unsigned)l->depth; m++)
+    if (l->rx_bytes[m % (unsigned)l->depth]) ahead |= (uint32_t)1 << (m - first);
+  return ahead;
+}
+
 int hfr_verbs_can_fail_over(const struct hfr_verbs_link *l) {
   struct hfr_ib_port next;
   int usable;
@@ -31,8 +39,6 @@ static void drain(struct hfr_verbs_link *l) {
   for (int i = 0; i < HFR_VERBS_QPS; i++)
     if (l->qp[i].qp) l->base->ib->modify_qp(l->qp[i].qp, &attr, HFR_IB_QP_STATE);
   while (hfr_verbs_poll(l) > 0) continue;
-  /* What came over one queue pair ahead of its turn is sent again like what is missing before it. */
-  for (uint64_t m = hfr_verbs_received(l); m - l->released < (unsigned)l->depth; m++) l->rx_bytes[m % (unsigned)l->depth] = 0;
 }
 
 int hfr_verbs_fail_over(struct hfr_verbs_link *l) {
@@ -63,6 +69,11 @@ int hfr_verbs_fail_over(struct hfr_verbs_link *l) {
   return 0;
 }
 
+/* Has message m come to the peer, perhaps ahead of one that has not? */
+static int came(const struct hfr_verbs_hello *h, uint64_t m) {
+  return m < h->received || (m - h->received < 32 && h->ahead >> (m - h->received) & 1);
+}
+
 int hfr_verbs_agree(struct hfr_verbs_link *l) {
   const struct hfr_verbs_hello *h = &l->theirs;
   uint64_t posted = l->link.posted;
@@ -73,13 +84,16 @@ int hfr_verbs_agree(struct hfr_verbs_link *l) {
              l->mine.epoch, (unsigned long long)h->received, (unsigned long long)h->released, (unsigned long long)posted);
     return -1;
   }
-  /* Also of those already credited: their own completion may have been lost. */
-  for (uint64_t m = h->received - (h->received < (unsigned)l->depth ? h->received : (unsigned)l->depth); m < h->received; m++)
-    hfr_verbs_message_done(l, m);
+  /* Completions may have been lost, of those already credited too. What is sent again is held again. */
+  for (unsigned slot = 0; slot < (unsigned)l->depth; slot++) hfr_verbs_message_done(l, slot);
   l->credited = h->released;
   for (uint64_t m = h->received; m < posted; m++) {
-    if (!l->tx_data[m % (unsigned)l->depth] || m >= l->sent) continue;
-    hfr_fail(hfreduceRemoteError, "a message that the device had acknowledged is lost, and its buffer may have changed since");
+    if (came(h, m) || !l->tx_data[m % (unsigned)l->depth] || m >= l->sent) continue;
+    hfr_fail(hfreduceRemoteError,
+             "message %llu, which the device had acknowledged, is lost (the peer has %llu and %#x beyond them, of %llu), and its "
+             "buffer "
+             "may have changed since",
+             (unsigned long long)m, (unsigned long long)h->received, h->ahead, (unsigned long long)posted);
     return -1;
   }
   return 0;
@@ -87,6 +101,6 @@ int hfr_verbs_agree(struct hfr_verbs_link *l) {
 
 int hfr_verbs_repeat(struct hfr_verbs_link *l) {
   for (uint64_t m = l->theirs.received; m < l->link.posted; m++)
-    if (hfr_verbs_post_message(l, m)) return -1;
+    if (!came(&l->theirs, m) && hfr_verbs_post_message(l, m)) return -1;
   return 0;
 }

@@ -41,7 +41,8 @@ struct hfr_verbs_hello {
   uint32_t qpn[HFR_VERBS_QPS], psn[HFR_VERBS_QPS];
   uint32_t epoch;              /* how often the link has failed over */
   uint32_t ports;              /* that this end can use */
-  uint64_t received, released; /* messages of the other end that have come, in order, and that it may overwrite */
+  uint64_t received, released; /* messages of the other end that have come without a gap, and that it may overwrite */
+  uint32_t ahead, unused;      /* bit i: message received + i has come, ahead of one before it */
 };
 
 /* Shared by the links of a communicator over one port. */
@@ -141,8 +142,9 @@ int hfr_verbs_fail_over(struct hfr_verbs_link *link);
 int hfr_verbs_agree(struct hfr_verbs_link *link);
 /* Send again. 0, or -1: hfr_last_error(). */
 int hfr_verbs_repeat(struct hfr_verbs_link *link);
-/* The first message that has not come. */
+/* The first message that has not come, and (bit i) whether the i-th from it on has. */
 uint64_t hfr_verbs_received(const struct hfr_verbs_link *link);
+uint32_t hfr_verbs_ahead(const struct hfr_verbs_link *link);
 
 /* --- verbs.c --- */
 /* Post message m, as its slot has it. 0, or -1: hfr_last_error(). */

@@ -1,4 +1,10 @@
-/* The registration cache (verbs_memory.h says why it is safe). */
+/*
+ * The registration cache.
+ *
+ * munmap() returns when its event has been read. But its range is free before: another thread may get the same addresses and use
+ * them while the event is still to come. So what a message finds in the cache is believed only if its pages are watched ones,
+ * which those of a new mapping are not.
+ */
 #include "verbs_memory.h"
 
 #include "../base/log.h"
@@ -22,7 +28,8 @@
 
 #define ENTRIES 128
 #define SEEN 64
-#define LEAST_BYTES 65536 /* smaller buffers are cheap to copy */
+#define LEAST_BYTES 65536   /* smaller buffers are cheap to copy */
+#define LEAST_MESSAGE 16384 /* and so are smaller messages */
 
 enum { FREE, MAKING, LIVE, DEAD };
 struct entry {
@@ -145,12 +152,21 @@ static int can_watch(void) {
   return start_watching();
 }
 
+static struct uffdio_range pages_of(uintptr_t begin, uintptr_t end) {
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = begin & ~(page - 1);
+  return (struct uffdio_range){first, ((end + page - 1) & ~(page - 1)) - first};
+}
+
 static int watch_range(uintptr_t begin, uintptr_t end) {
-  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  struct uffdio_register range = {.mode = UFFDIO_REGISTER_MODE_WP}; /* nothing is ever protected: only the events are wanted */
-  range.range.start = begin & ~(page - 1);
-  range.range.len = ((end + page - 1) & ~(page - 1)) - range.range.start;
-  return !ioctl(faults, UFFDIO_REGISTER, &range);
+  /* Nothing is ever protected: only the events are wanted. */
+  struct uffdio_register watch = {.range = pages_of(begin, end), .mode = UFFDIO_REGISTER_MODE_WP};
+  return !ioctl(faults, UFFDIO_REGISTER, &watch);
+}
+
+/* Lifting the protection that there is none of fails where a page is not watched. */
+static int is_watched(uintptr_t begin, uintptr_t end) {
+  struct uffdio_writeprotect lift = {.range = pages_of(begin, end)};
+  return !ioctl(faults, UFFDIO_WRITEPROTECT, &lift);
 }
 
 /* ---------------------------------------------------------------- the entries; under the lock */
@@ -227,6 +243,7 @@ void hfr_verbs_memory_lend(const struct hfr_ib_port *port, const void *memory, s
   if (!s) {
     seen[next_seen++ % SEEN] = (struct sight){begin, end, 0};
   } else if ((e = make_room(bytes))) {
+    forget(begin, end); /* entries that overlap it may be of what was mapped there before */
     *e = (struct entry){.state = MAKING, .holders = 1, .pd = port->pd, .begin = begin, .end = end};
     pinned += bytes;
   }
@@ -250,9 +267,14 @@ void hfr_verbs_memory_lend(const struct hfr_ib_port *port, const void *memory, s
 
 uint32_t hfr_verbs_memory_key(const struct hfr_ib_port *port, const void *data, size_t bytes, int *hold) {
   uintptr_t begin = (uintptr_t)data;
+  uint32_t key = 0;
+  if (bytes < LEAST_MESSAGE) return 0;
   pthread_mutex_lock(&lock);
   struct entry *e = find(port->pd, begin, begin + bytes);
-  uint32_t key = 0;
+  if (e && !is_watched(begin, begin + bytes)) {
+    forget(begin, begin + bytes);
+    e = NULL;
+  }
   if (e) {
     e->holders++;
     e->used = ++clock_now;

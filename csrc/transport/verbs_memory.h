@@ -14,8 +14,8 @@
  * copy.
  */
 void hfr_verbs_memory_lend(const struct hfr_ib_port *port, const void *memory, size_t bytes);
-/* Key under which the port's device reads these bytes, 0 if they are not registered. *hold keeps the registration until it is
- * given to hfr_verbs_memory_done. */
+/* Key under which the port's device reads these bytes, 0 if they are not registered or too few to be worth it. *hold keeps the
+ * registration until it is given to hfr_verbs_memory_done. */
 uint32_t hfr_verbs_memory_key(const struct hfr_ib_port *port, const void *data, size_t bytes, int *hold);
 void hfr_verbs_memory_done(int hold);
 /* Free what was forgotten meanwhile. */

@@ -1,6 +1,7 @@
 /*
  * Faults of RDMA devices, made by the fake libibverbs (fake/): each ends in a typed error on every rank, in time, and leaves
- * nothing behind (the fake looks when a process ends). And what is odd but right.
+ * nothing behind (the fake looks when a process ends). With failover the same faults of a port are survived. And what is odd but
+ * right.
  *
  * verbs_faults [--quick] [WORD]: only cases whose name has WORD in it.
  */
@@ -70,6 +71,26 @@ static int fails(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   if (wrong || getenv("VERBOSE"))
     fprintf(stderr, "%s: rank %d after %.3f s: error %d, peer %d, %d wrong: %s\n", f->name, rank, seconds, (int)r, why.peer,
             wrong, why.text);
+  hfreduceCommDestroy(comm);
+  return wrong;
+}
+
+/* The last rank's port fails, and all goes on over the other one. */
+static int moves(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  const struct fault *f = arg;
+  int wrong = 0;
+  hfreduceComm_t comm;
+  if (rank == n - 1) setenv("FAKE_VERBS", f->script, 1);
+  setenv("HFREDUCE_DEBUG", "NONE", 1); /* no warnings */
+  hfr_param_reload();
+  hfreduceResult_t r = hfreduceCommInitRank(&comm, n, *id, rank);
+  if (r) return fprintf(stderr, "%s: rank %d: %s\n", f->name, rank, hfreduceGetLastError(NULL)), 1;
+  r = sums(comm, rank, n, ROUNDS, &wrong);
+  int moved = strstr(hfreduceGetLastError(NULL), "fake0:1") != NULL; /* this thread has met the trouble, and got over it */
+  wrong += r != hfreduceSuccess || (rank == n - 1 && !moved);
+  if (wrong)
+    fprintf(stderr, "%s: rank %d: error %d, %s, %d wrong: %s\n", f->name, rank, (int)r, moved ? "moved" : "nothing happened",
+            wrong, hfreduceGetLastError(comm));
   hfreduceCommDestroy(comm);
   return wrong;
 }
@@ -153,6 +174,30 @@ static void test_events(void) {
   unsetenv("HFREDUCE_IB_RETRY_CNT");
 }
 
+/* With failover: at many moments, over one queue pair and several. */
+static void test_failover(int quick) {
+  static const int statuses[] = {HFR_IB_WC_LOC_QP_OP_ERR, HFR_IB_WC_WR_FLUSH_ERR, HFR_IB_WC_RETRY_EXC_ERR, HFR_IB_WC_FATAL_ERR};
+  char name[60], script[40];
+  unsetenv("HFREDUCE_IB_FAILOVER");
+  for (int i = 0; i < (quick ? 4 : 28); i++) {
+    int status = statuses[i % 4], several = i / 4 % 2;
+    if (several) setenv("HFREDUCE_IB_QPS_PER_CONNECTION", "3", 1);
+    snprintf(name, sizeof name, "failover at %d: status %d%s", 3 + i, status, several ? ", 3 queue pairs" : "");
+    snprintf(script, sizeof script, "%s=%d:%d", i % 7 == 6 ? "recv" : "wr", 3 + i, status);
+    run(i % 5 == 4 ? "1,1,1" : i % 5 == 3 ? "2,1" : "1,1", moves, &(struct fault){name, script, "", LINK});
+    unsetenv("HFREDUCE_IB_QPS_PER_CONNECTION");
+  }
+  setenv("HFREDUCE_IB_TIMEOUT", "12", 1);
+  setenv("HFREDUCE_IB_RETRY_CNT", "2", 1);
+  run("1,1", moves, &(struct fault){"failover: device fatal", "event=20:8", "", LINK});
+  run("1,1", moves, &(struct fault){"failover: port error", "event=20:10", "", LINK});
+  run("1,1,1", moves, &(struct fault){"failover: port error", "event=30:10", "", LINK});
+  run("1,1", moves, &(struct fault){"failover: a send is not taken", "post_send=40:12", "", LINK});
+  unsetenv("HFREDUCE_IB_TIMEOUT");
+  unsetenv("HFREDUCE_IB_RETRY_CNT");
+  setenv("HFREDUCE_IB_FAILOVER", "0", 1);
+}
+
 /* The last send of an operation fails when the sender has gone on: it has let go of the data, and waits on other links. */
 static void test_unwaited(void) {
   char name[40], script[40];
@@ -204,11 +249,13 @@ int main(int argc, char **argv) {
   const struct hfr_ib *ib = getenv("HFREDUCE_TEST_SYSFS") ? hfr_ib_load(&why) : NULL;
   if (!ib) return printf("no fake libibverbs; tests/test_verbs_fake.py has one\n"), 77;
   setenv("HFREDUCE_TRANSPORT", "verbs", 1);
+  setenv("HFREDUCE_IB_FAILOVER", "0", 1);
   test_left();
   test_coming_up();
   test_statuses(quick);
   test_unwaited();
   test_events();
+  test_failover(quick);
   test_odd(quick);
   return check_done();
 }

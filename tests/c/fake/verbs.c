@@ -34,6 +34,7 @@ static int req_notify_cq(struct hfr_ib_cq *base, int solicited_only);
 /* ---------------------------------------------------------------- devices */
 
 int ibv_fork_init(void) { return 0; }
+int ibv_is_fork_initialized(void) { return HFR_IB_FORK_UNNEEDED; } /* nothing is pinned */
 
 struct hfr_ib_device **ibv_get_device_list(int *count) {
   static struct hfr_ib_device devices[FAKE_DEVICES];
