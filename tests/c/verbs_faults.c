@@ -201,9 +201,12 @@ static void test_failover(int quick) {
 /* The last send of an operation fails when the sender has gone on: it has let go of the data, and waits on other links. */
 static void test_unwaited(void) {
   char name[40], script[40];
-  for (int n = 10; n < 26; n += 6) { /* after sums of one chunk and of several */
+  for (int n = 10; n < 26; n += 6) { /* after sums of one chunk and of several; told at once, or when all sleep */
     snprintf(name, sizeof name, "unwaited send %d", n);
     snprintf(script, sizeof script, "wr=%d:11", n);
+    run("1,1", fails, &(struct fault){name, script, "remote operation error", LINK});
+    snprintf(name, sizeof name, "unwaited send %d, told late", n);
+    snprintf(script, sizeof script, "wr=%d:11 delay=60000 seed=%d", n, n);
     run("1,1", fails, &(struct fault){name, script, "remote operation error", LINK});
   }
 }

@@ -173,6 +173,7 @@ void fake_complete(struct fake_pair *p, int recv, const struct hfr_ib_wc *wc, ui
 
 void fake_break(struct fake_pair *p) {
   p->state = HFR_IB_QPS_ERR;
+  if (p->recv_visible_ns < p->send_visible_ns) p->recv_visible_ns = p->send_visible_ns; /* the cause comes first */
   for (; p->rq_count; p->rq_count--, p->rq_first++) {
     struct hfr_ib_wc wc = {
         .wr_id = p->rq_id[p->rq_first % FAKE_RQ], .status = HFR_IB_WC_WR_FLUSH_ERR, .qp_num = p->qp_num, .vendor_err = 0xfa};
