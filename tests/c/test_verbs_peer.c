@@ -451,6 +451,7 @@ int main(int argc, char **argv) {
   if (argc > 1) word = argv[1];
   setvbuf(stdout, NULL, _IOLBF, 0);
   if (hfr_ib_choose(0, &port)) return printf("no RDMA port to play a peer on: %s\n", hfr_last_error()->text), 77;
+  setenv("HFREDUCE_IB_FAILOVER", "0", 1); /* what would be a reason to meet again over another port is the end */
   setenv("HFREDUCE_IB_TIMEOUT", "13", 1); /* 34 ms */
   setenv("HFREDUCE_IB_RETRY_CNT", "3", 1);
   hfr_param_reload();
