@@ -80,9 +80,17 @@ static void check_port(struct hfr_verbs_link *l) {
   trouble(l, HFR_VERBS_MOVE);
 }
 
-static void peer_moves(struct hfr_verbs_link *l) {
-  hfr_fail(hfreduceRemoteError, "it has left its RDMA port %s and wants to go on over another", l->theirs.port);
-  trouble(l, HFR_VERBS_ASKED);
+/* What the peer does on the side channel. 1: it has closed it. */
+static int listen_aside(struct hfr_verbs_link *l) {
+  enum hfr_verbs_side side = hfr_verbs_look_aside(l);
+  if (side == HFR_VERBS_TALKS) {
+    hfr_fail(hfreduceRemoteError, "it has left its RDMA port %s and wants to go on over another", l->theirs.port);
+    trouble(l, HFR_VERBS_ASKED);
+  } else if (side == HFR_VERBS_RAVES) {
+    hfr_fail(hfreduceCorrupt, "it broke the RDMA protocol: what came over the side channel is no hello");
+    trouble(l, HFR_VERBS_STAY);
+  }
+  return side == HFR_VERBS_CLOSED;
 }
 
 /* Trouble found: go on over another port, or end. */
@@ -376,9 +384,7 @@ static void verbs_want(struct hfr_link *link, int recv, struct hfr_waitset *set)
   l->cq->context->req_notify_cq(l->cq, 0);
   int work = hfr_verbs_poll(l);
   check_port(l);
-  enum hfr_verbs_side side = work || l->trouble ? HFR_VERBS_QUIET : hfr_verbs_look_aside(l);
-  if (side == HFR_VERBS_TALKS) peer_moves(l);
-  if (side == HFR_VERBS_CLOSED) {
+  if (!work && !l->trouble && listen_aside(l)) {
     hfr_lost(&l->breakage, l->net, l->link.peer, "RDMA link", 0);
   } else if (work || l->trouble) {
     add(set, l->connect.fd, POLLOUT); /* there is work: writable at once */
@@ -402,9 +408,7 @@ static int attend_link(struct hfr_verbs_link *l, int healthy) {
   if (l->phase == HFR_VERBS_UP) {
     if (has_unfinished(l)) hfr_verbs_poll(l);
     if (!healthy || l->port_down_ns) check_port(l);
-    enum hfr_verbs_side side = hfr_verbs_look_aside(l);
-    if (side == HFR_VERBS_TALKS) peer_moves(l);
-    if (side == HFR_VERBS_CLOSED) return HFR_LINK_OK;
+    if (listen_aside(l)) return HFR_LINK_OK;
   }
   return l->trouble || (l->epoch && l->phase != HFR_VERBS_UP) ? progress(l) : HFR_LINK_OK;
 }

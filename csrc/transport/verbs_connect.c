@@ -312,10 +312,11 @@ int hfr_verbs_bring_up(struct hfr_verbs_link *l) {
 }
 
 enum hfr_verbs_side hfr_verbs_look_aside(struct hfr_verbs_link *l) {
-  char byte;
+  static const uint32_t magic = HELLO_MAGIC;
+  uint32_t said;
   if (l->closed || l->connect.fd < 0) return l->closed ? HFR_VERBS_CLOSED : HFR_VERBS_QUIET;
-  ssize_t n = recv(l->connect.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
-  if (n > 0) return HFR_VERBS_TALKS;
+  ssize_t n = recv(l->connect.fd, &said, sizeof said, MSG_DONTWAIT | MSG_PEEK);
+  if (n > 0) return memcmp(&said, &magic, (size_t)n) ? HFR_VERBS_RAVES : HFR_VERBS_TALKS;
   l->closed = n == 0 || (errno != EAGAIN && errno != EINTR);
   return l->closed ? HFR_VERBS_CLOSED : HFR_VERBS_QUIET;
 }

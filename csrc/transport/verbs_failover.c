@@ -89,11 +89,11 @@ int hfr_verbs_agree(struct hfr_verbs_link *l) {
   l->credited = h->released;
   for (uint64_t m = h->received; m < posted; m++) {
     if (came(h, m) || !l->tx_data[m % (unsigned)l->depth] || m >= l->sent) continue;
-    hfr_fail(hfreduceRemoteError,
-             "message %llu, which the device had acknowledged, is lost (the peer has %llu and %#x beyond them, of %llu), and its "
-             "buffer "
-             "may have changed since",
-             (unsigned long long)m, (unsigned long long)h->received, h->ahead, (unsigned long long)posted);
+    hfr_fail(
+        hfreduceRemoteError,
+        "%.400s; message %llu, which the device had acknowledged, is lost (the peer has %llu and %#x beyond them, of %llu), and "
+        "its buffer may have changed since",
+        l->trouble_why.text, (unsigned long long)m, (unsigned long long)h->received, h->ahead, (unsigned long long)posted);
     return -1;
   }
   return 0;

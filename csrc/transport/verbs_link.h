@@ -127,8 +127,8 @@ int hfr_verbs_post_receives(struct hfr_verbs_link *link, struct hfr_verbs_qp *qp
  */
 int hfr_verbs_make_objects(struct hfr_verbs_link *link);
 void hfr_verbs_free_objects(struct hfr_verbs_link *link);
-/* Look at the side channel. TALKS: the peer fails over. */
-enum hfr_verbs_side { HFR_VERBS_QUIET, HFR_VERBS_TALKS, HFR_VERBS_CLOSED };
+/* Look at the side channel. TALKS: the peer fails over. RAVES: what it says is no hello. */
+enum hfr_verbs_side { HFR_VERBS_QUIET, HFR_VERBS_TALKS, HFR_VERBS_RAVES, HFR_VERBS_CLOSED };
 enum hfr_verbs_side hfr_verbs_look_aside(struct hfr_verbs_link *link);
 /* Put the link on a port. */
 hfreduceResult_t hfr_verbs_base_get(struct hfr_verbs_link *link, const struct hfr_ib_port *port);

@@ -34,13 +34,18 @@ int count_ranks(const char *nodes) {
   return parse_nodes(nodes, node_of);
 }
 
+/* A port that nobody listens on, from below those that the system gives to outgoing connections: it stays free. */
 static int free_port(void) {
-  struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
-  socklen_t len = sizeof a;
-  int fd = socket(AF_INET, SOCK_STREAM, 0);
-  if (bind(fd, (struct sockaddr *)&a, len) || getsockname(fd, (struct sockaddr *)&a, &len)) return perror("port"), 0;
-  close(fd);
-  return ntohs(a.sin_port);
+  static unsigned tried;
+  for (int i = 0; i < 1000; i++) {
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    int port = 10000 + (int)(((unsigned)getpid() * 37 + 7919 * tried++) % 20000);
+    a.sin_port = htons((uint16_t)port);
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), taken = bind(fd, (struct sockaddr *)&a, sizeof a);
+    close(fd);
+    if (!taken) return port;
+  }
+  return perror("port"), 0;
 }
 
 static int make_id(hfreduceUniqueId *id, int port) {
