@@ -95,6 +95,12 @@ def test_program(guest: Guest, program: str) -> None:
     guest.over_rdma(packets=1000)
 
 
+@pytest.mark.parametrize("program", ["test_verbs_memory", "test_verbs_peer"])
+@in_guest("{program}", limit=60)
+def test_parts(guest: Guest, program: str) -> None:
+    guest.clean()
+
+
 @in_guest(VERBS + " HFREDUCE_IB_QPS_PER_CONNECTION=4 test_collectives --quick 2,1", limit=60)
 def test_several_queue_pairs(guest: Guest) -> None:
     guest.over_rdma(packets=1000)
@@ -103,17 +109,30 @@ def test_several_queue_pairs(guest: Guest) -> None:
 # --- a bad network ---
 
 
+#: Between two devices: what a device sends to itself does not cross the network.
+EACH = "for dev in rdma0 rdma1; do tc {} dev $dev {}; done"
+
+
 @pytest.mark.parametrize("disturbance", ["loss 1%", "delay 300us reorder 95%", "duplicate 2%", "corrupt 0.5%"])
 @in_guest(
-    "trap 'tc qdisc del dev lo root' EXIT; tc qdisc add dev lo root netem {disturbance} limit 100000;"
-    " " + VERBS + " steady -s 3 1,1,1; tc -s qdisc show dev lo",
+    "trap '"
+    + EACH.format("qdisc del", "root")
+    + "' EXIT; "
+    + EACH.format("qdisc add", "root netem {disturbance} limit 100000")
+    + "; "
+    + VERBS
+    + " steady -s 3 -a 1,1,1; "
+    + EACH.format("-s qdisc show", ""),
+    devices=2,
     limit=60,
 )
 def test_bad_network(guest: Guest, disturbance: str) -> None:
     all_went_well(guest, 3)
-    guest.over_rdma()
+    guest.over_rdma("rxe0", "rxe1")
+    sent = [(int(packets), int(dropped)) for packets, dropped in re.findall(r"bytes (\d+) pkt \(dropped (\d+)", guest.output)]
+    assert len(sent) == 2 and min(packets for packets, _ in sent) > 500, str(guest)
     if disturbance.startswith("loss"):
-        assert re.search(r"dropped [1-9]", guest.output), str(guest)
+        assert all(dropped for _, dropped in sent), str(guest)
 
 
 # --- ranks that die or stop ---
@@ -177,6 +196,31 @@ def test_port_goes(guest: Guest, loss: str) -> None:
         return  # the kernel may wait for the device's users
     for rank, end in found.items():
         assert end.error in (SYSTEM, REMOTE) and f"rank {1 - rank}" in end.text and "rxe1:1" in end.text, str(guest)
+
+
+#: The first port goes down, comes back, and the other one goes: with what is under way from one to the other and back.
+THERE_AND_BACK = "ip link set rdma0 down; sleep 1.5; ip link set rdma0 up; sleep 1; ip link set rdma1 down"
+BOTH_UP = "ip link set rdma0 up; ip link set rdma1 up"
+
+
+@pytest.mark.parametrize(("layout", "nranks", "queue_pairs"), [("1,1", 2, 1), ("2,1", 3, 1), ("1,1,1,1", 4, 3)])
+@in_guest(
+    VERBS + " HFREDUCE_IB_QPS_PER_CONNECTION={queue_pairs} steady -s 5 -t 20 {layout} '" + THERE_AND_BACK + "'; " + BOTH_UP,
+    devices=2,
+    limit=60,
+)
+def test_failover(guest: Guest, layout: str, nranks: int, queue_pairs: int) -> None:
+    all_went_well(guest, nranks)
+    guest.over_rdma("rxe0", "rxe1")
+    assert "goes on over rxe1:1, no longer over rxe0:1" in guest.output, str(guest)
+
+
+@in_guest(VERBS + " HFREDUCE_IB_FAILOVER=0 steady -s 6 -t 10 1,1 'ip link set rdma0 down'; " + BOTH_UP, devices=2, limit=60)
+def test_no_failover(guest: Guest) -> None:
+    guest.clean()
+    found = ends(guest)
+    assert sorted(found) == [0, 1], str(guest)
+    assert all(end.error in (SYSTEM, REMOTE) and "rxe0:1" in end.text for end in found.values()), str(guest)
 
 
 # --- parameters and machines that do not allow it ---
