@@ -101,6 +101,11 @@ def test_parts(guest: Guest, program: str) -> None:
     guest.clean()
 
 
+@in_guest(VERBS + " HFREDUCE_IB_CACHE=64M test_collectives --quick 1,1,1", limit=60)
+def test_registered_buffers(guest: Guest) -> None:
+    guest.over_rdma(packets=1000)
+
+
 @in_guest(VERBS + " HFREDUCE_IB_QPS_PER_CONNECTION=4 test_collectives --quick 2,1", limit=60)
 def test_several_queue_pairs(guest: Guest) -> None:
     guest.over_rdma(packets=1000)

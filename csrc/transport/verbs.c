@@ -2,6 +2,7 @@
 #include "verbs.h"
 #include "verbs_link.h"
 
+#include "../base/param.h"
 #include "../base/thread.h"
 
 #include <arpa/inet.h>
@@ -358,7 +359,10 @@ static void verbs_let_go(struct hfr_link *link, uint64_t token) {
 }
 
 static void verbs_lend(struct hfr_net *net, const void *memory, size_t bytes) {
-  for (struct hfr_verbs_base *b = net->shared; b; b = b->next) hfr_verbs_memory_lend(&b->port, memory, bytes);
+  /* Where the cores do the device's work they copy in any case, and gather from a user's pages more slowly than from a slot. */
+  int asked = hfr_param_is_set(HFR_PARAM_IB_CACHE);
+  for (struct hfr_verbs_base *b = net->shared; b; b = b->next)
+    if (!b->port.soft || asked) hfr_verbs_memory_lend(&b->port, memory, bytes);
 }
 
 /* ---------------------------------------------------------------- waiting */

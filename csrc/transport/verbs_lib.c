@@ -340,6 +340,8 @@ static void look_at(const struct device *d, struct hfr_ib_port *p) {
   char text[64];
   int pkey = (int)hfr_param_int(HFR_PARAM_IB_PKEY);
   if (attribute(text, sizeof text, "%s/%s/ports/%d/rate", sysfs(), d->name, p->number)) p->gbps = strtod(text, NULL);
+  p->soft =
+      attribute(text, sizeof text, "%s/%s/node_desc", sysfs(), d->name) && (!strncmp(text, "rxe", 3) || !strncmp(text, "siw", 3));
   p->numa = attribute(text, sizeof text, "%s/%s/device/numa_node", sysfs(), d->name) ? atoi(text) : -1;
   if (!d->context) {
     snprintf(p->why_not, sizeof p->why_not, "cannot open the device: %s", strerror(d->error));

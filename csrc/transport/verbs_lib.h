@@ -58,6 +58,7 @@ struct hfr_ib_port {
   char gid_text[48], gid_type[24];
   double gbps;       /* 0: not known */
   int numa;          /* -1: not known */
+  int soft;          /* the device is a driver on this machine's cores (Soft-RoCE, Soft-iWARP) */
   char why_not[400]; /* "": it can be used */
 };
 /* The ports of all devices in their present state, those first that can be used, the nearest to this process' cores before the
