@@ -228,6 +228,22 @@ def test_no_failover(guest: Guest) -> None:
     assert all(end.error in (SYSTEM, REMOTE) and "rxe0:1" in end.text for end in found.values()), str(guest)
 
 
+# --- a peer that shares no code ---
+
+
+@in_guest(
+    "command -v verbs_echo && PYTHONPATH=build/pyverbs {python} -m pytest -q -rs -p no:cacheprovider tests/test_rdma_peer.py",
+    limit=120,
+)
+def test_independent_peer(guest: Guest) -> None:
+    guest.well()
+    skipped = re.search(r"SKIPPED.*?: (.*)", guest.output)
+    if skipped:
+        pytest.skip(skipped[1])
+    guest.over_rdma(packets=1000)
+    assert re.search(r"\b3 passed", guest.output), str(guest)
+
+
 # --- parameters and machines that do not allow it ---
 
 

@@ -36,7 +36,7 @@ class Hello:
     """What the ends tell each other first, little-endian, in this order."""
 
     magic: int = 0x76726668
-    version: int = 1
+    version: int = 2
     depth: int = 0
     nqps: int = 1
     slot_bytes: int = 0
@@ -49,19 +49,26 @@ class Hello:
     port: bytes = b"pyverbs"
     qpn: tuple[int, ...] = (0,) * QPS
     psn: tuple[int, ...] = (0,) * QPS
+    epoch: int = 0  # failovers so far; this peer has one port and makes none
+    ports: int = 1
+    received: int = 0
+    released: int = 0
+    ahead: int = 0
+    unused: int = 0
 
-    LAYOUT = struct.Struct(f"<IIIIQQIHBB16s80s{QPS}I{QPS}I")
+    LAYOUT = struct.Struct(f"<IIIIQQIHBB16s80s{QPS}I{QPS}IIIQQII")
 
     def pack(self) -> bytes:
         """As it goes over the connection."""
-        *fixed, qpn, psn = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return self.LAYOUT.pack(*fixed, *qpn, *psn)
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return self.LAYOUT.pack(*(word for value in values for word in (value if isinstance(value, tuple) else (value,))))
 
     @classmethod
     def unpack(cls, data: bytes) -> Hello:
         """From what came."""
-        *fixed, rest = (*cls.LAYOUT.unpack(data)[: -2 * QPS], cls.LAYOUT.unpack(data)[-2 * QPS :])
-        return cls(*fixed, rest[:QPS], rest[QPS:])
+        words = cls.LAYOUT.unpack(data)
+        at = 12  # of qpn
+        return cls(*words[:at], words[at : at + QPS], words[at + QPS : at + 2 * QPS], *words[at + 2 * QPS :])
 
 
 def exactly(connection: socket.socket, count: int) -> bytes:
