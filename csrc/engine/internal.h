@@ -10,6 +10,12 @@ void hfr_fail_request(struct hfr_engine *engine, const struct hfr_request *reque
 int hfr_guards_open(struct hfr_engine *engine, struct hfr_request *request, const struct hfr_step *step);
 /* Have the local ranks that a guard names published what it needs? */
 int hfr_counter_reached(const struct hfr_engine *engine, const struct hfr_request *request, const struct hfr_guard *guard);
+/* Where a location lies, user's memory or slot. */
+uint8_t *hfr_place(const struct hfr_engine *engine, const struct hfr_request *request, const struct hfr_loc *loc);
+/* Ask the plan for iteration i of a stage, unless its cursor has it. */
+void hfr_load_step(struct hfr_request *request, int stage, int64_t i);
+/* Try to move a SEND stage. 1: it moved. (sending.c) */
+int hfr_advance_send(struct hfr_engine *engine, struct hfr_request *request, int stage);
 /* HFR_P2P, sending: is the request first in line on its link? */
 int hfr_my_turn(struct hfr_engine *engine, const struct hfr_request *request);
 /* --- p2p.c: driver only --- */

@@ -256,7 +256,7 @@ int hfr_guards_open(struct hfr_engine *e, struct hfr_request *r, const struct hf
   return 1;
 }
 
-static uint8_t *place(const struct hfr_engine *e, const struct hfr_request *r, const struct hfr_loc *l) {
+uint8_t *hfr_place(const struct hfr_engine *e, const struct hfr_request *r, const struct hfr_loc *l) {
   switch (l->space) {
     case HFR_SEND: return (uint8_t *)(uintptr_t)r->plan.call.send + l->off;
     case HFR_RECV: return (uint8_t *)r->plan.call.recv + l->off;
@@ -299,7 +299,7 @@ static int do_copy(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i
   for (int j = 0; j < step->nparts; j++) {
     struct hfr_part p;
     r->plan.part(&r->plan, s, i, j, &p);
-    uint8_t *dst = place(e, r, &p.dst), *src = place(e, r, &p.src);
+    uint8_t *dst = hfr_place(e, r, &p.dst), *src = hfr_place(e, r, &p.src);
     if (st->premul)
       hfr_premul(dst, src, p.bytes / r->plan.esize, r->plan.call.dtype, r->plan.call.scalar);
     else if (dst != src && p.bytes)
@@ -318,7 +318,7 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
     r->plan.part(&r->plan, s, i, j, &p);
     from[j] = p.src;
     if (p.src.space != HFR_MSG) {
-      e->sources[j] = place(e, r, &p.src);
+      e->sources[j] = hfr_place(e, r, &p.src);
     } else {
       int got = receive(e, r, st, p.src.index, p.src.vc, i, NULL, step->bytes, &e->sources[j]);
       if (got != HFR_LINK_OK) return 0;
@@ -333,7 +333,7 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
     scale.div = (uint64_t)e->layout->nranks;
   }
   if (step->bytes)
-    hfr_reduce(place(e, r, &step->dst), e->sources, step->nparts, step->bytes / r->plan.esize, call->dtype, (enum hfr_op)op,
+    hfr_reduce(hfr_place(e, r, &step->dst), e->sources, step->nparts, step->bytes / r->plan.esize, call->dtype, (enum hfr_op)op,
                &scale);
   for (int j = 0; j < step->nparts; j++) {
     if (from[j].space != HFR_MSG) continue;
@@ -345,7 +345,7 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
 
 static int do_recv(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i, const struct hfr_step *step) {
   const struct hfr_stage *st = &r->plan.stage[s];
-  void *dst = step->bytes ? place(e, r, &step->dst) : NULL;
+  void *dst = step->bytes ? hfr_place(e, r, &step->dst) : NULL;
   const void *data = NULL;
   if (st->passes && i - r->cursor[s].passed >= HFR_KEPT) return 0;
   if (receive(e, r, st, st->peer, st->vc, i, dst, step->bytes, &data) != HFR_LINK_OK) return 0;
@@ -358,84 +358,13 @@ static int do_recv(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i
   return 1;
 }
 
-/* ---------------------------------------------------------------- sending */
-
-/* What iteration i of a SEND stage sends. What is passed on leaves from where it arrived, as long as that is held. */
-static const void *source(struct hfr_engine *e, struct hfr_request *r, const struct hfr_stage *st, int64_t i,
-                          const struct hfr_step *step) {
-  const void *kept = st->passes ? r->cursor[st->passes - 1].kept[i % HFR_KEPT].data : NULL;
-  return !step->bytes ? NULL : kept ? kept : place(e, r, &step->src);
-}
-
-/* A stage that passes messages on has got further: let go of those that all have passed on. */
-static void let_go(struct hfr_engine *e, struct hfr_request *r, int arrival) {
-  struct hfr_cursor *c = &r->cursor[arrival];
-  int64_t all = c->done;
-  for (int s = 0; s < r->plan.nstages; s++)
-    if (r->plan.stage[s].kind == HFR_STAGE_SEND && r->plan.stage[s].passes == arrival + 1 && r->cursor[s].done < all)
-      all = r->cursor[s].done;
-  for (; c->passed < all; c->passed++) {
-    struct hfr_kept *k = &c->kept[c->passed % HFR_KEPT];
-    struct hfr_link *l = hfr_engine_link(e, r->plan.stage[arrival].peer, r->plan.stage[arrival].vc);
-    if (k->data) l->transport->let_go(l, k->token);
-    k->data = NULL;
-  }
-}
-
-/* The first message from a user's buffer tells the transport of the whole buffer. */
-static void lend(struct hfr_engine *e, struct hfr_request *r, const struct hfr_link *l, const struct hfr_loc *src) {
-  const struct hfr_call *call = &r->plan.call;
-  int from_recv = src->space == HFR_RECV, ranks = 1;
-  if ((src->space != HFR_SEND && !from_recv) || r->lent >> from_recv & 1 || !l->transport->lend) return;
-  r->lent |= 1 << from_recv;
-  if (call->coll == (from_recv ? HFR_ALL_GATHER : HFR_REDUCE_SCATTER) || call->coll == HFR_ALL_TO_ALL ||
-      call->coll == (from_recv ? HFR_GATHER : HFR_SCATTER))
-    ranks = e->layout->nranks;
-  l->transport->lend(e->net, from_recv ? call->recv : call->send, call->count * r->plan.esize * (size_t)ranks);
-}
-
-static void load_step(struct hfr_request *r, int s, int64_t i) {
+void hfr_load_step(struct hfr_request *r, int s, int64_t i) {
   struct hfr_cursor *c = &r->cursor[s];
   if (c->have_step) return;
   c->step.nguards = c->step.nparts = 0;
   c->step.bytes = 0;
   r->plan.step(&r->plan, s, i, &c->step);
   c->have_step = 1;
-}
-
-/* SEND stages have two cursors: handed to the link, and no longer needing their data. */
-static int advance_send(struct hfr_engine *e, struct hfr_request *r, int s) {
-  struct hfr_stage *st = &r->plan.stage[s];
-  struct hfr_cursor *c = &r->cursor[s];
-  struct hfr_link *l = hfr_engine_link(e, st->peer, st->vc);
-  int moved = 0;
-  if (c->posted < st->niter) {
-    load_step(r, s, c->posted);
-    if (hfr_guards_open(e, r, &c->step)) {
-      struct hfr_msg_header h = {.magic = HFR_MSG_MAGIC, .bytes = c->step.bytes, .offset = (uint64_t)c->posted, .fp = r->fp};
-      lend(e, r, l, &c->step.src);
-      int sent = l->transport->post_send(l, &h, source(e, r, st, c->posted, &c->step));
-      if (sent == HFR_LINK_FAILED) {
-        hfr_fail_request(e, r, st->name, st->peer, hfr_last_error()->code, hfr_last_error()->text);
-        return 0;
-      }
-      if (sent == HFR_LINK_OK) c->posted++, c->have_step = 0, moved = 1;
-    }
-  }
-  if (c->done < c->posted) {
-    uint64_t sent = l->transport->sent(l);
-    if (sent == UINT64_MAX) {
-      hfr_fail_request(e, r, st->name, st->peer, hfr_last_error()->code, hfr_last_error()->text);
-      return 0;
-    }
-    int64_t now = (int64_t)(sent - c->tx_base);
-    if (now > c->done) {
-      c->done = now;
-      moved = 1;
-      if (st->passes) let_go(e, r, st->passes - 1);
-    }
-  }
-  return moved;
 }
 
 /* Try to move stage s by an iteration. 1: it moved. */
@@ -445,9 +374,9 @@ static int advance(struct hfr_engine *e, struct hfr_request *r, int s) {
   if (c->done == st->niter) return 0;
   int moved;
   if (st->kind == HFR_STAGE_SEND) {
-    moved = advance_send(e, r, s);
+    moved = hfr_advance_send(e, r, s);
   } else {
-    load_step(r, s, c->done);
+    hfr_load_step(r, s, c->done);
     moved = hfr_guards_open(e, r, &c->step) && (st->kind == HFR_STAGE_COPY     ? do_copy(e, r, s, c->done, &c->step)
                                                 : st->kind == HFR_STAGE_REDUCE ? do_reduce(e, r, s, c->done, &c->step)
                                                 : st->kind == HFR_STAGE_RECV   ? do_recv(e, r, s, c->done, &c->step)

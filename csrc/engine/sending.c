@@ -1,0 +1,71 @@
+/* The SEND stages of a request: what they send, from where, and when it is no longer needed. */
+#include "internal.h"
+
+/* What iteration i of a SEND stage sends. What is passed on leaves from where it arrived, as long as that is held. */
+static const void *source(struct hfr_engine *e, struct hfr_request *r, const struct hfr_stage *st, int64_t i,
+                          const struct hfr_step *step) {
+  const void *kept = st->passes ? r->cursor[st->passes - 1].kept[i % HFR_KEPT].data : NULL;
+  return !step->bytes ? NULL : kept ? kept : hfr_place(e, r, &step->src);
+}
+
+/* A stage that passes messages on has got further: let go of those that all have passed on. */
+static void let_go(struct hfr_engine *e, struct hfr_request *r, int arrival) {
+  struct hfr_cursor *c = &r->cursor[arrival];
+  int64_t all = c->done;
+  for (int s = 0; s < r->plan.nstages; s++)
+    if (r->plan.stage[s].kind == HFR_STAGE_SEND && r->plan.stage[s].passes == arrival + 1 && r->cursor[s].done < all)
+      all = r->cursor[s].done;
+  for (; c->passed < all; c->passed++) {
+    struct hfr_kept *k = &c->kept[c->passed % HFR_KEPT];
+    struct hfr_link *l = hfr_engine_link(e, r->plan.stage[arrival].peer, r->plan.stage[arrival].vc);
+    if (k->data) l->transport->let_go(l, k->token);
+    k->data = NULL;
+  }
+}
+
+/* The first message from a user's buffer tells the transport of the whole buffer. */
+static void lend(struct hfr_engine *e, struct hfr_request *r, const struct hfr_link *l, const struct hfr_loc *src) {
+  const struct hfr_call *call = &r->plan.call;
+  int from_recv = src->space == HFR_RECV, ranks = 1;
+  if ((src->space != HFR_SEND && !from_recv) || r->lent >> from_recv & 1 || !l->transport->lend) return;
+  r->lent |= 1 << from_recv;
+  if (call->coll == (from_recv ? HFR_ALL_GATHER : HFR_REDUCE_SCATTER) || call->coll == HFR_ALL_TO_ALL ||
+      call->coll == (from_recv ? HFR_GATHER : HFR_SCATTER))
+    ranks = e->layout->nranks;
+  l->transport->lend(e->net, from_recv ? call->recv : call->send, call->count * r->plan.esize * (size_t)ranks);
+}
+
+/* SEND stages have two cursors: handed to the link, and no longer needing their data. */
+int hfr_advance_send(struct hfr_engine *e, struct hfr_request *r, int s) {
+  struct hfr_stage *st = &r->plan.stage[s];
+  struct hfr_cursor *c = &r->cursor[s];
+  struct hfr_link *l = hfr_engine_link(e, st->peer, st->vc);
+  int moved = 0;
+  if (c->posted < st->niter) {
+    hfr_load_step(r, s, c->posted);
+    if (hfr_guards_open(e, r, &c->step)) {
+      struct hfr_msg_header h = {.magic = HFR_MSG_MAGIC, .bytes = c->step.bytes, .offset = (uint64_t)c->posted, .fp = r->fp};
+      lend(e, r, l, &c->step.src);
+      int sent = l->transport->post_send(l, &h, source(e, r, st, c->posted, &c->step));
+      if (sent == HFR_LINK_FAILED) {
+        hfr_fail_request(e, r, st->name, st->peer, hfr_last_error()->code, hfr_last_error()->text);
+        return 0;
+      }
+      if (sent == HFR_LINK_OK) c->posted++, c->have_step = 0, moved = 1;
+    }
+  }
+  if (c->done < c->posted) {
+    uint64_t sent = l->transport->sent(l);
+    if (sent == UINT64_MAX) {
+      hfr_fail_request(e, r, st->name, st->peer, hfr_last_error()->code, hfr_last_error()->text);
+      return 0;
+    }
+    int64_t now = (int64_t)(sent - c->tx_base);
+    if (now > c->done) {
+      c->done = now;
+      moved = 1;
+      if (st->passes) let_go(e, r, st->passes - 1);
+    }
+  }
+  return moved;
+}
