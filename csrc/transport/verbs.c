@@ -14,7 +14,8 @@
 #define PORT_GRACE_NS 500000000ll
 #define POLL_BATCH 16
 
-/* The immediate: which message this is and how many of the other direction are released, 15 bits of each. */
+/* The immediate: which message this is and how many of the other direction are released, 15 bits of each. The latter counts over
+ * the first queue pair only. */
 #define IMM_CREDIT 0x80000000u /* no message, only the count */
 #define IMM_MASK 0x7fffu
 
@@ -96,6 +97,7 @@ static int listen_aside(struct hfr_verbs_link *l) {
 
 /* Trouble found: go on over another port, or end. */
 static int resolve(struct hfr_verbs_link *l) {
+  if (l->trouble_why.code != hfreduceCorrupt && hfr_verbs_look_aside(l) == HFR_VERBS_TALKS) l->movable = HFR_VERBS_ASKED;
   if (l->movable != HFR_VERBS_STAY && hfr_verbs_can_fail_over(l)) {
     if (!hfr_verbs_fail_over(l)) return HFR_LINK_AGAIN;
     l->trouble_why = *hfr_last_error();
@@ -119,12 +121,12 @@ static void send_done(struct hfr_verbs_link *l, uint64_t id) {
   }
 }
 
-/* The peer has released `count` messages (its low bits). Queue pairs may tell it out of order. */
+/* The peer has released `count` messages (its low bits). */
 static void take_credit(struct hfr_verbs_link *l, uint32_t count) {
   uint32_t more = (count - (uint32_t)l->credited) & IMM_MASK;
   if (more <= l->link.posted - l->credited)
     l->credited += more;
-  else if (more < IMM_MASK + 1 - 2 * HFR_VERBS_DEPTH)
+  else
     protocol_error(l, "released messages that were not sent,", count);
 }
 
@@ -136,7 +138,7 @@ static void received(struct hfr_verbs_link *l, const struct hfr_ib_wc *wc) {
     q->owed = 0;
     if (hfr_verbs_post_receives(l, q, n)) trouble(l, HFR_VERBS_STAY);
   }
-  take_credit(l, imm >> 16 & IMM_MASK);
+  if (q == l->qp) take_credit(l, imm >> 16 & IMM_MASK); /* over one queue pair they never overtake each other */
   if (imm & IMM_CREDIT) return;
   uint64_t m = q->next;
   if ((imm & IMM_MASK) != (m & IMM_MASK) || m - l->released >= (unsigned)l->depth || wc->byte_len < HFR_VERBS_HEADER ||
@@ -162,6 +164,10 @@ int hfr_verbs_poll(struct hfr_verbs_link *l) {
       else
         send_done(l, wc[i].wr_id);
     all += n > 0 ? n : 0;
+    if (n < 0) {
+      hfr_fail(hfreduceSystemError, "%s: its completion queue is in error; check the kernel's log", l->mine.port);
+      trouble(l, HFR_VERBS_MOVE);
+    }
   } while (n == POLL_BATCH);
   while (l->sent < l->link.posted && !(l->tx_busy[l->sent % (unsigned)l->depth] && l->tx_data[l->sent % (unsigned)l->depth]))
     l->sent++;
@@ -257,8 +263,9 @@ int hfr_verbs_post_message(struct hfr_verbs_link *l, uint64_t m) {
                               .imm_data = htonl(((uint32_t)l->released & IMM_MASK) << 16 | ((uint32_t)m & IMM_MASK)),
                               .remote_addr = l->theirs.address + slot * l->slot_bytes};
   l->tx_busy[slot] = !inline_;
-  if (post(l, &l->qp[m % (unsigned)l->nqps], &wr, inline_ ? -1 : (int64_t)m)) return -1;
-  l->told = l->released;
+  struct hfr_verbs_qp *q = &l->qp[m % (unsigned)l->nqps];
+  if (post(l, q, &wr, inline_ ? -1 : (int64_t)m)) return -1;
+  if (q == l->qp) l->told = l->released;
   return 0;
 }
 
@@ -408,7 +415,8 @@ static int has_unfinished(const struct hfr_verbs_link *l) {
 /* A link that nobody waits for: what it has sent may be lost with its port, or its peer wants to leave. Whether the peer has
  * closed is of no interest: it may have all that it needs. */
 static int attend_link(struct hfr_verbs_link *l, int healthy) {
-  if (l->breakage.since_ns) return broken(l);
+  /* Who waits for it is told by it; nothing is lost with a link that has sent nothing, or to a peer that has left. */
+  if (l->breakage.since_ns) return l->closed || !l->link.posted ? HFR_LINK_OK : broken(l);
   if (l->phase == HFR_VERBS_UP) {
     if (has_unfinished(l)) hfr_verbs_poll(l);
     if (!healthy || l->port_down_ns) check_port(l);
@@ -475,7 +483,7 @@ static void drain(struct hfr_verbs_link *l) {
   int64_t limit = hfr_now_ns() + DRAIN_NS;
   while (hfr_now_ns() < limit && progress(l) != HFR_LINK_FAILED && !l->breakage.since_ns) {
     if (l->phase == HFR_VERBS_UP && arrived(l) && !l->trouble) return;
-    if (l->phase == HFR_VERBS_UP && hfr_verbs_look_aside(l) == HFR_VERBS_CLOSED) return;
+    if (l->phase == HFR_VERBS_UP && listen_aside(l)) return;
     if (l->phase == HFR_VERBS_UP) check_port(l);
     usleep(20);
   }
@@ -483,7 +491,8 @@ static void drain(struct hfr_verbs_link *l) {
 
 static void verbs_close(struct hfr_link *link) {
   struct hfr_verbs_link *l = (struct hfr_verbs_link *)link;
-  if (l->phase == HFR_VERBS_UP || l->epoch) drain(l);
+  /* If it ends before its sends, their data may be gone: nothing of it can be sent again. */
+  if ((l->phase == HFR_VERBS_UP || l->epoch) && l->sent == l->link.posted) drain(l);
   hfr_verbs_tear_down(l);
   free(l);
 }

@@ -72,6 +72,8 @@ void hfr_verbs_base_put(struct hfr_verbs_link *l) {
   while (*at != b) at = &(*at)->next;
   *at = b->next;
   if (b->arena) b->ib->dereg_mr(b->arena);
+  for (int i = 0; i < b->nretired; i++) b->ib->dereg_mr(b->retired[i]);
+  free(b->retired);
   free(b);
   if (!--bases) hfr_verbs_memory_drop();
 }
@@ -275,6 +277,7 @@ static int talk(struct hfr_verbs_link *l, size_t want) {
   while (l->in_have < want) {
     ssize_t n = recv(l->connect.fd, l->in + l->in_have, want - l->in_have, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return HFR_LINK_AGAIN;
+    l->closed = n == 0;
     if (n <= 0) return hfr_lost(&l->breakage, l->net, l->link.peer, "receiving failed", n ? errno : 0);
     l->in_have += (size_t)n;
   }
@@ -308,7 +311,7 @@ int hfr_verbs_bring_up(struct hfr_verbs_link *l) {
   /* What is written before the peer's queue pairs are up would only be lost and sent again much later. */
   if ((r = talk(l, sizeof l->theirs + 1)) != HFR_LINK_OK) return r;
   l->phase = HFR_VERBS_UP;
-  return hfr_verbs_repeat(l) ? hopeless(l) : HFR_LINK_OK;
+  return hfr_verbs_repeat(l) && !l->trouble ? hopeless(l) : HFR_LINK_OK; /* trouble: it may fail over once more */
 }
 
 enum hfr_verbs_side hfr_verbs_look_aside(struct hfr_verbs_link *l) {

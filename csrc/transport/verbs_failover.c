@@ -5,6 +5,7 @@
 #include "../base/param.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define IN_VAIN_MAX 3 /* ports are tried in turn; so often without a message between, the peer cannot be reached */
@@ -41,6 +42,17 @@ static void drain(struct hfr_verbs_link *l) {
   while (hfr_verbs_poll(l) > 0) continue;
 }
 
+/* What other links pass on from this one's slots is under way with this registration. */
+static void retire_slots(struct hfr_verbs_link *l) {
+  struct hfr_verbs_base *b = l->base;
+  if (!l->mr || b->refs == 1) return;
+  struct hfr_ib_mr **more = realloc(b->retired, (size_t)(b->nretired + 1) * sizeof *more);
+  if (!more) return;
+  more[b->nretired++] = l->mr;
+  b->retired = more;
+  l->mr = NULL;
+}
+
 int hfr_verbs_fail_over(struct hfr_verbs_link *l) {
   struct hfr_ib_port next;
   char from[sizeof next.name];
@@ -58,6 +70,7 @@ int hfr_verbs_fail_over(struct hfr_verbs_link *l) {
     hfr_fail(hfreduceRemoteError, "%.600s; no other RDMA port can be used here", l->trouble_why.text);
     return -1;
   }
+  retire_slots(l);
   hfr_verbs_free_objects(l);
   hfr_verbs_base_put(l);
   if (hfr_verbs_base_get(l, &next)) return -1;
@@ -100,6 +113,9 @@ int hfr_verbs_agree(struct hfr_verbs_link *l) {
 }
 
 int hfr_verbs_repeat(struct hfr_verbs_link *l) {
+  /* Under way again, also those behind one that cannot be posted. */
+  for (uint64_t m = l->theirs.received; m < l->link.posted; m++)
+    if (!came(&l->theirs, m)) l->tx_busy[m % (unsigned)l->depth] = 1;
   for (uint64_t m = l->theirs.received; m < l->link.posted; m++)
     if (!came(&l->theirs, m) && hfr_verbs_post_message(l, m)) return -1;
   return 0;

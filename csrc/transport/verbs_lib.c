@@ -157,7 +157,8 @@ static void child_after_fork(void) {
     if (d->context) d->inherited = d->context, d->inherited_pd = d->pd;
     d->context = NULL;
     d->pd = NULL;
-    d->tried = d->error = d->memory[0] = 0;
+    d->tried = d->error = d->lost = d->memory[0] = 0;
+    d->ports_down = 0;
   }
   pthread_mutex_init(&lock, NULL);
 }

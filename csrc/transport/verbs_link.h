@@ -52,6 +52,8 @@ struct hfr_verbs_base {
   int refs;
   const struct hfr_ib *ib;
   struct hfr_ib_port port;
+  struct hfr_ib_mr **retired; /* slots of links that have failed over: others may still send from them */
+  int nretired;
   struct hfr_ib_mr *arena; /* NULL: what lies in the arena is copied too */
   int left;                /* a link has failed over from it */
   int usable;              /* ports that this rank could use when it began to use this one */

@@ -92,9 +92,8 @@ static void *watch(void *arg) {
   return NULL;
 }
 
-/* In a child the parent's registrations and its watch mean nothing. */
-static void before_fork(void) { pthread_mutex_lock(&lock); }
-static void parent_after_fork(void) { pthread_mutex_unlock(&lock); }
+/* In a child the parent's registrations and its watch mean nothing: all of the state is made anew, whatever it was. So the lock
+ * is not taken before a fork; who forks holds other locks, whose owners may wait for an unmap event or for this lock. */
 static void child_after_fork(void) {
   if (faults >= 0) close(faults);
   faults = -1;
@@ -147,7 +146,7 @@ static int can_watch(void) {
     snprintf(why_not, sizeof why_not, "with this kernel or libibverbs a fork would take registered pages away from the child");
     return 0;
   }
-  if (!at_fork) pthread_atfork(before_fork, parent_after_fork, child_after_fork);
+  if (!at_fork) pthread_atfork(NULL, NULL, child_after_fork);
   at_fork = 1;
   return start_watching();
 }
@@ -243,7 +242,7 @@ void hfr_verbs_memory_lend(const struct hfr_ib_port *port, const void *memory, s
   if (!s) {
     seen[next_seen++ % SEEN] = (struct sight){begin, end, 0};
   } else if ((e = make_room(bytes))) {
-    forget(begin, end); /* entries that overlap it may be of what was mapped there before */
+    if (!is_watched(begin, end)) forget(begin, end); /* entries that overlap it may be of what was mapped there before */
     *e = (struct entry){.state = MAKING, .holders = 1, .pd = port->pd, .begin = begin, .end = end};
     pinned += bytes;
   }
@@ -272,7 +271,7 @@ uint32_t hfr_verbs_memory_key(const struct hfr_ib_port *port, const void *data, 
   pthread_mutex_lock(&lock);
   struct entry *e = find(port->pd, begin, begin + bytes);
   if (e && !is_watched(begin, begin + bytes)) {
-    forget(begin, begin + bytes);
+    if (errno != EAGAIN) forget(begin, begin + bytes); /* EAGAIN: an event is to be read, perhaps of other memory */
     e = NULL;
   }
   if (e) {

@@ -14,6 +14,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define COUNT 100000
 #define ROUNDS 300
@@ -223,6 +224,30 @@ static int leaves(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return hfreduceBarrier(comm, NULL) != hfreduceSuccess; /* ended well, but for what is left */
 }
 
+/* Rank 0 receives from whoever sends; that rank 1 leaves meanwhile, in good order, is nothing to it. */
+static int any_source(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  int source = -1, wrong = 0;
+  float x[4] = {0};
+  (void)arg;
+  hfr_param_reload();
+  if (hfreduceCommInitRank(&comm, n, *id, rank)) return 1;
+  if (rank == 2) usleep(1500000);
+  for (int k = 1; k < 3 && !rank; k++) {
+    hfreduceResult_t r = hfreduceRecvAny(x, 4, hfreduceFloat32, 5, &source, comm, NULL);
+    if (r || source != k || x[3] != (float)k)
+      fprintf(stderr, "message %d: error %d, from %d: %s\n", k, (int)r, source, hfreduceGetLastError(comm)), wrong++;
+  }
+  for (int i = 0; i < 4; i++) x[i] = (float)rank;
+  if (rank) wrong += hfreduceSendTag(x, 4, hfreduceFloat32, 0, 5, comm, NULL) != hfreduceSuccess;
+  hfreduceCommDestroy(comm);
+  return wrong;
+}
+
+static void test_leaving(void) {
+  if (chosen("any source")) CHECK(run_processes("1,1,1", any_source, NULL, 60) == 0);
+}
+
 static void test_left(void) {
   if (chosen("left")) CHECK(run_processes("1,1", leaves, NULL, 60) == 2);
 }
@@ -256,6 +281,7 @@ int main(int argc, char **argv) {
   setenv("HFREDUCE_TRANSPORT", "verbs", 1);
   setenv("HFREDUCE_IB_FAILOVER", "0", 1);
   test_left();
+  test_leaving();
   test_coming_up();
   test_statuses(quick);
   test_unwaited();
