@@ -4,6 +4,7 @@
 
 #include "../base/log.h"
 #include "../base/param.h"
+#include "../base/thread.h"
 
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -141,6 +142,7 @@ struct device {
   int tried, error;
   int lost;            /* it has told that it failed or was removed */
   uint64_t ports_down; /* bit by number */
+  int64_t asked_ns;    /* when a port was last asked for its state */
   char memory[200];    /* why nothing can be registered */
 };
 
@@ -245,6 +247,24 @@ static void take_events(struct device *d) {
   }
 }
 
+#define ASK_NS 200000000ll
+
+/* Not every device tells: one whose network interface is deleted may just fall silent. So it is asked now and then. */
+static void ask(struct device *d, int number) {
+  struct hfr_ib_port_attr attr;
+  uint64_t bit = (uint64_t)1 << (number & 63);
+  int64_t now = hfr_now_ns();
+  if (now - d->asked_ns < ASK_NS) return;
+  d->asked_ns = now;
+  memset(&attr, 0, sizeof attr);
+  if (ib.query_port(d->context, (uint8_t)number, &attr))
+    d->lost = 1;
+  else if (attr.state == HFR_IB_PORT_ACTIVE)
+    d->ports_down &= ~bit;
+  else
+    d->ports_down |= bit;
+}
+
 enum hfr_ib_health hfr_ib_health(const struct hfr_ib_port *port) {
   enum hfr_ib_health health = HFR_IB_WHOLE;
   pthread_mutex_lock(&lock);
@@ -252,6 +272,7 @@ enum hfr_ib_health hfr_ib_health(const struct hfr_ib_port *port) {
     struct device *d = &devices[i];
     if (d->context != port->context) continue;
     take_events(d);
+    ask(d, port->number);
     health = d->lost ? HFR_IB_DEVICE_LOST : d->ports_down >> port->number & 1 ? HFR_IB_PORT_LOST : HFR_IB_WHOLE;
   }
   pthread_mutex_unlock(&lock);

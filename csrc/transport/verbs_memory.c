@@ -97,7 +97,8 @@ static void *watch(void *arg) {
 static void child_after_fork(void) {
   if (faults >= 0) close(faults);
   faults = -1;
-  started = dead = 0;
+  started = 0;
+  dead = 0;
   pinned = 0;
   memset(entries, 0, sizeof entries);
   memset(seen, 0, sizeof seen);
