@@ -125,9 +125,21 @@ def test_digits_without_scikit_learn(tmp_path: Path) -> None:
 # --- torch_ddp and torch_fsdp_lm ---
 
 
+#: Torch's Gloo threads let go of tensors a little after the calls that gave them have returned. When one has the last reference
+#: while the interpreter ends, it asks for the interpreter's lock, is ended instead, and C++ aborts: nothing of ours takes part.
+GLOO_ABORT = "terminate called without an active exception"
+
+
 def torchrun(nranks: int, program: str, *args: str) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nranks)]
-    return run([*launcher, str(EXAMPLES / program), *args])
+    command = [*launcher, str(EXAMPLES / program), *args]
+    for _ in range(3 if "gloo" in args else 0):
+        try:
+            return run(command)
+        except AssertionError as error:
+            if GLOO_ABORT not in str(error):
+                raise
+    return run(command)
 
 
 def check_falling(text: str, nranks: int, backend: str) -> list[float]:
