@@ -30,6 +30,7 @@ def cli(*args: str, timeout: float = 60, **options: Any) -> subprocess.Completed
 
 
 def program(folder: Path, text: str) -> str:
+    """A program for ranks. What several of them print goes out by os.write: unbuffered, print() writes its line end by itself."""
     path = folder / "program.py"
     path.write_text("import os, signal, sys, time\nrank = int(os.environ['HFREDUCE_RANK'])\n" + text)
     return str(path)
@@ -115,7 +116,7 @@ def test_run_returns_the_first_failing_status(tmp_path: Path, end: str, status: 
 def test_run_kills_what_ignores_sigterm(tmp_path: Path) -> None:
     path = program(
         tmp_path,
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\nsys.exit(3) if rank else time.sleep(60)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.write(1, b'%d\\n' % os.getpid())\nsys.exit(3) if rank else time.sleep(60)",
     )
     done = cli("run", path)
     assert done.returncode == 3
@@ -132,8 +133,8 @@ def test_run_timeout(tmp_path: Path) -> None:
 def test_run_forwards_signals(tmp_path: Path, number: int) -> None:
     path = program(
         tmp_path,
-        f"signal.signal({int(number)}, lambda n, f: (os.write(1, b'got %d\\n' % n), sys.exit(5)))\nprint('up', "
-        f"flush=True)\ntime.sleep(60)",
+        f"signal.signal({int(number)}, lambda n, f: (os.write(1, b'got %d\\n' % n), sys.exit(5)))\nos.write(1, b'up\\n')\n"
+        "time.sleep(60)",
     )
     with subprocess.Popen([*HFREDUCE, "run", "-n", "2", path], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
@@ -144,7 +145,7 @@ def test_run_forwards_signals(tmp_path: Path, number: int) -> None:
 
 
 def test_run_ranks_die_with_it(tmp_path: Path) -> None:
-    path = program(tmp_path, "print(os.getpid(), flush=True)\ntime.sleep(60)")
+    path = program(tmp_path, "os.write(1, b'%d\\n' % os.getpid())\ntime.sleep(60)")
     with subprocess.Popen([*HFREDUCE, "run", "-n", "2", path], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         pids = [int(launcher.stdout.readline()) for _ in range(2)]

@@ -158,6 +158,9 @@ def _mismatch(rank: int, detail: bool) -> str:
     shape = (3, 4) if rank == 0 else (4, 3) if detail else (4, 4)
     with pytest.raises(RuntimeError) as caught:
         dist.all_reduce(torch.ones(shape))
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"told {rank}", "")  # shapes are asked for through rank 0's store, which ends with it
+    store.wait([f"told {1 - rank}"] if rank == 0 else [])
     return str(caught.value)
 
 
@@ -191,6 +194,7 @@ def _interrupted(rank: int) -> float:
         time.sleep(2.5)
         dist.all_reduce(torch.ones(4))
         return 0.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
