@@ -11,6 +11,23 @@ static int message_missing(struct hfr_engine *e, const struct hfr_loc *src, size
   return l && l->transport->recv(l, NULL, bytes, &h, &data) == HFR_LINK_AGAIN;
 }
 
+/* A reduction waits for the messages among its parts that have not come. To ask for one may take it in: if all are there now, that
+ * was what the others would have woken us for. */
+static void want_parts(struct hfr_engine *e, struct hfr_request *r, int s, struct hfr_waitset *set) {
+  const struct hfr_cursor *c = &r->cursor[s];
+  int missing = 0;
+  for (int j = 0; j < c->step.nparts; j++) {
+    struct hfr_part p;
+    struct hfr_link *l;
+    r->plan.part(&r->plan, s, c->done, j, &p);
+    if (p.src.space != HFR_MSG || !message_missing(e, &p.src, c->step.bytes) || !(l = hfr_engine_link(e, p.src.index, p.src.vc)))
+      continue;
+    missing++;
+    l->transport->want(l, 1, set);
+  }
+  if (!missing) set->ready = 1;
+}
+
 static void want_request(struct hfr_engine *e, struct hfr_request *r, struct hfr_waitset *set) {
   if (!r->started) return;
   for (int s = 0; s < r->plan.nstages; s++) {
@@ -24,14 +41,7 @@ static void want_request(struct hfr_engine *e, struct hfr_request *r, struct hfr
     if (st->kind == HFR_STAGE_RECV && c->have_step && hfr_guards_open(e, r, &c->step) &&
         (l = hfr_engine_link(e, st->peer, st->vc)))
       l->transport->want(l, 1, set);
-    if (st->kind == HFR_STAGE_REDUCE && c->have_step && hfr_guards_open(e, r, &c->step))
-      for (int j = 0; j < c->step.nparts; j++) {
-        struct hfr_part p;
-        r->plan.part(&r->plan, s, c->done, j, &p);
-        if (p.src.space == HFR_MSG && message_missing(e, &p.src, c->step.bytes) &&
-            (l = hfr_engine_link(e, p.src.index, p.src.vc)))
-          l->transport->want(l, 1, set);
-      }
+    if (st->kind == HFR_STAGE_REDUCE && c->have_step && hfr_guards_open(e, r, &c->step)) want_parts(e, r, s, set);
   }
 }
 

@@ -30,7 +30,7 @@ static void stop_driving(struct hfr_engine *e) { atomic_store_explicit(&e->drive
 
 static void nap(struct hfr_engine *e, int (*look)(struct hfr_engine *, void *), void *arg) {
   struct hfr_waitset set;
-  set.n = 0;
+  set.n = set.ready = 0;
   enum hfr_sleep how = e->layout->nnodes == 1 ? HFR_SLEEP_FUTEX : HFR_SLEEP_POLL;
   uint32_t bell = hfr_arena_sleep_begin(e->arena, how);
   if (!look(e, arg)) {
@@ -40,7 +40,7 @@ static void nap(struct hfr_engine *e, int (*look)(struct hfr_engine *, void *), 
       hfr_engine_want(e, &set);
       if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
       set.fd[set.n++] = (struct pollfd){e->arena->bell_fd, POLLIN, 0};
-      poll(set.fd, (nfds_t)set.n, (int)(NAP_NS / 1000000));
+      poll(set.fd, (nfds_t)set.n, set.ready ? 0 : (int)(NAP_NS / 1000000));
     }
   }
   hfr_arena_sleep_end(e->arena);
@@ -175,7 +175,7 @@ static void sleep_in_poll(struct hfr_engine **engine, int n) {
   changed |= listed > n && n < MAX_ENGINES;
   pthread_mutex_unlock(&pool.lock);
   if (!pass(engine, n, held) && !changed) {
-    set.n = 0;
+    set.n = set.ready = 0;
     for (int i = 0; i < n; i++) {
       if (!held[i]) continue;
       hfr_engine_want(engine[i], &set);
@@ -185,7 +185,7 @@ static void sleep_in_poll(struct hfr_engine **engine, int n) {
     if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
     set.fd[set.n++] = (struct pollfd){pool.kick_fd, POLLIN, 0};
     if (!n) pthread_mutex_unlock(&pool.busy);
-    poll(set.fd, (nfds_t)set.n, n ? (int)(NAP_NS / 1000000) : -1);
+    poll(set.fd, (nfds_t)set.n, set.ready ? 0 : n ? (int)(NAP_NS / 1000000) : -1);
     if (!n) pthread_mutex_lock(&pool.busy);
   }
   atomic_store_explicit(&pool.asleep, 0, memory_order_seq_cst);

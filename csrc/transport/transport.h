@@ -35,6 +35,7 @@ struct hfr_net {
 struct hfr_waitset {
   struct pollfd fd[512]; /* more links than this are polled by time */
   int n;
+  int ready; /* something can go on already: do not sleep */
 };
 
 struct hfr_link {
