@@ -107,9 +107,9 @@ hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *lay
   p->geometry = *geometry;
   p->call = *call;
   p->esize = hfr_dtype_size(call->dtype);
+  if (call->coll == HFR_P2P) return hfr_plan_exchange(p);
   if (layout->nnodes > 1) hfr_dtree(layout->nnodes, layout->node, p->pos);
-  int uneven = call->sendcounts != NULL;
-  if (call->coll == HFR_P2P || uneven) return hfr_plan_exchange(p);
+  if (call->sendcounts) return hfr_plan_exchange(p);
   if (call->coll == HFR_BARRIER || !call->count) {
     p->algo = "agree";
     p->step = step_agree_only;

@@ -64,29 +64,28 @@ static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_ca
 
 /* Launch n calls as one work. */
 static hfreduceResult_t launch(struct grouped *g, int n, struct hfreduceWork **out) {
-  struct hfreduceWork *w = calloc(1, sizeof *w);
-  struct hfr_request **r = calloc((size_t)n + 1, sizeof *r);
-  hfreduceResult_t result = w && r ? hfreduceSuccess : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
-  int planned = 0;
-  for (; !result && planned < n; planned++) result = plan_request(g[planned].comm, &g[planned].call, &r[planned]);
-  if (result) { /* nothing has started: all or none */
-    for (int i = 0; r && i < planned - 1; i++) hfr_request_put(&g[i].comm->engine, r[i]);
-    free(w);
-    free(r);
-    return result;
+  struct hfreduceWork *w = hfr_work_new((uint32_t)n);
+  struct hfr_request *first = NULL, **tail = &first;
+  hfreduceResult_t result = w ? hfreduceSuccess : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
+  for (int i = 0; !result && i < n; i++, tail = *tail ? &(*tail)->next : tail) {
+    result = plan_request(g[i].comm, &g[i].call, tail);
+    if (!result) (*tail)->next = NULL, (*tail)->work = w;
   }
-  atomic_store(&w->refs, 2); /* the caller's and the running operation's */
-  atomic_store(&w->remaining, (uint32_t)n);
-  if (!n) {
-    atomic_store(&w->refs, 1);
-    atomic_store(&w->done, 1);
+  if (result) { /* nothing has started: all or none */
+    for (struct hfr_request *next; first; first = next, g++) {
+      next = first->next;
+      hfr_request_put(&g->comm->engine, first);
+    }
+    free(w);
+    return result;
   }
   int one = n > 0;
   for (int i = 1; i < n; i++) one &= g[i].comm == g[0].comm;
   w->engine = one ? &g[0].comm->engine : NULL;
-  for (int i = 0; i < n; i++) r[i]->work = w;
-  for (int i = 0; i < n; i++) hfr_engine_submit(&g[i].comm->engine, r[i]);
-  free(r);
+  for (struct hfr_request *next; first; first = next, g++) {
+    next = first->next;
+    hfr_engine_submit(&g->comm->engine, first);
+  }
   *out = w;
   return hfreduceSuccess;
 }
@@ -137,14 +136,12 @@ static hfreduceResult_t run_patiently(struct hfreduceComm *c, const struct hfr_c
 /* What the short way began goes on as a request. The short way drives the engine. */
 static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *call, int copied) {
   struct hfr_request *r = NULL;
-  struct hfreduceWork *w = calloc(1, sizeof *w);
+  struct hfreduceWork *w = hfr_work_new(1);
   hfreduceResult_t result = w ? plan_request(c, call, &r) : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
   if (result) { /* the others count on this rank */
     hfr_engine_fail(&c->engine, hfr_last_error());
     free(w);
   } else {
-    atomic_store(&w->refs, 2);
-    atomic_store(&w->remaining, 1);
     w->engine = &c->engine;
     r->work = w;
     hfr_engine_adopt(&c->engine, r, copied);

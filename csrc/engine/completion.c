@@ -31,6 +31,20 @@ void hfr_work_notify(struct hfreduceWork *w) {
   if (q) push(q, w);
 }
 
+struct hfreduceWork *hfr_work_new(uint32_t nrequests) {
+  struct hfreduceWork *w = malloc(sizeof *w); /* most of it is the error's text: not cleared for each call */
+  if (!w) return NULL;
+  atomic_init(&w->refs, nrequests ? 2 : 1);
+  atomic_init(&w->remaining, nrequests);
+  atomic_init(&w->done, !nrequests);
+  atomic_init(&w->sleepers, 0);
+  atomic_init(&w->code, 0);
+  atomic_init(&w->queue, NULL);
+  atomic_init(&w->notified, 0);
+  w->engine = NULL;
+  return w;
+}
+
 void hfr_work_put(struct hfreduceWork *w) {
   if (atomic_fetch_sub_explicit(&w->refs, 1, memory_order_acq_rel) == 1) free(w);
 }

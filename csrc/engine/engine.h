@@ -16,6 +16,7 @@ struct hfreduceWork {
   _Atomic uint32_t refs;
   _Atomic uint32_t remaining; /* requests not yet ended */
   _Atomic uint32_t done;      /* futex word */
+  _Atomic uint32_t sleepers;  /* threads that wait for it on the futex */
   _Atomic int code;           /* first error */
   hfreduceErrorInfo_t info;   /* valid once done, if code */
   struct hfr_engine *engine;  /* of all its requests, alive until done; NULL: several engines */
@@ -172,6 +173,9 @@ enum hfr_oneshot hfr_oneshot_all_reduce(struct hfr_engine *engine, const struct 
 /* --- completion.c --- */
 /* A work has ended: tell its queue. */
 void hfr_work_notify(struct hfreduceWork *work);
+/* A work of so many requests, held by its caller and, as long as it runs, by its operation; one of none has ended. NULL: out of
+ * memory. */
+struct hfreduceWork *hfr_work_new(uint32_t nrequests);
 void hfr_work_put(struct hfreduceWork *work);
 
 /* A message that names both sides of a disagreement. */

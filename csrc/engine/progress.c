@@ -132,12 +132,16 @@ int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns) {
 }
 
 int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns) {
-  for (;;) {
-    if (atomic_load_explicit(&work->done, memory_order_acquire)) return 1;
+  int done = (int)atomic_load_explicit(&work->done, memory_order_acquire);
+  if (done) return 1;
+  atomic_fetch_add_explicit(&work->sleepers, 1, memory_order_seq_cst); /* before the next look; pairs with finish() */
+  while (!(done = (int)atomic_load_explicit(&work->done, memory_order_seq_cst))) {
     int64_t left = deadline_ns < 0 ? -1 : deadline_ns - hfr_now_ns();
-    if (deadline_ns >= 0 && left <= 0) return 0;
+    if (deadline_ns >= 0 && left <= 0) break;
     hfr_futex_wait(&work->done, 0, left);
   }
+  atomic_fetch_sub_explicit(&work->sleepers, 1, memory_order_relaxed);
+  return done;
 }
 
 /* ---------------------------------------------------------------- the progress thread */

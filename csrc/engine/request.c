@@ -128,8 +128,9 @@ static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceEr
     atomic_store_explicit(&w->code, error->code, memory_order_relaxed);
   }
   if (atomic_fetch_sub_explicit(&w->remaining, 1, memory_order_acq_rel) == 1) {
-    atomic_store_explicit(&w->done, 1, memory_order_release); /* pairs with hfr_work_wait */
-    hfr_futex_wake(&w->done, INT32_MAX);
+    /* Pairs with hfr_work_wait(): its count is seen here, or its thread sees `done`. */
+    atomic_store_explicit(&w->done, 1, memory_order_seq_cst);
+    if (atomic_load_explicit(&w->sleepers, memory_order_seq_cst)) hfr_futex_wake(&w->done, INT32_MAX);
     hfr_work_notify(w);
     hfr_work_put(w);
   }
