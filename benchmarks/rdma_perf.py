@@ -141,22 +141,26 @@ class Pair:
         value, _ = (self._answer(rank) for rank in range(2))
         return float(value)
 
-    def latency(self, program: Path, size: int, count: int) -> float:
-        """Microseconds, from two processes of latency_bench.c."""
-        place = f"127.0.0.1:{free_port()}"
-        ranks = [
-            subprocess.Popen(
-                [program, str(rank), place, str(size), str(count)], env={**os.environ, **self.own[rank]}, stdout=subprocess.PIPE
-            )
-            for rank in range(2)
-        ]
+    def measure_in_c(self, program: Path, name: str, size: int, count: int) -> float:
+        """What rank 0 of two processes of pair_bench.c says."""
+        place, line = f"127.0.0.1:{free_port()}", f"{name} {size} {count}\n"
+        ranks = []
         try:
+            for rank in range(2):
+                environment, pipe = {**os.environ, **self.own[rank]}, subprocess.PIPE
+                command = [program, str(rank), place]
+                ranks.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True))
+                stdin = ranks[rank].stdin
+                assert stdin is not None
+                stdin.write(line)
+                stdin.close()
+                ranks[rank].stdin = None
             outputs = [process.communicate(timeout=300)[0] for process in ranks]
         finally:
             for process in ranks:
                 process.kill()
         if any(process.wait() for process in ranks):
-            raise SystemExit(f"latency_bench failed over {self.transport}")
+            raise SystemExit(f"pair_bench failed over {self.transport}")
         return float(outputs[0])
 
     def _answer(self, rank: int) -> Any:
@@ -178,16 +182,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def build_latency_bench(folder: str) -> Path | None:
-    """Compile latency_bench.c; None, with a line that says why, where that cannot be done."""
-    program, source = Path(folder, "latency_bench"), Path(__file__).with_name("latency_bench.c")
+def build_pair_bench(folder: str) -> Path | None:
+    """Compile pair_bench.c; None, with a line that says why, where that cannot be done."""
+    program, source = Path(folder, "pair_bench"), Path(__file__).with_name("pair_bench.c")
     flags = [sys.executable, "-m", "hfreduce", "config", "--cflags", "--libs"]
     try:
         words = shlex.split(subprocess.run(flags, capture_output=True, text=True, check=True).stdout)
         compiler = shlex.split(os.environ.get("CC", "gcc"))
         subprocess.run([*compiler, "-O2", str(source), "-o", str(program), *words], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"# latency_bench.c is left out: {getattr(error, 'stderr', None) or error}")
+        print(f"# pair_bench.c is left out: {getattr(error, 'stderr', None) or error}")
         return None
     return program
 
@@ -309,25 +313,33 @@ def rows_of(args: argparse.Namespace, ends: list[End], pairs: list[Pair], progra
         latency = "ib_write_lat", ends, LATENCY_BYTES, args.iterations  # t_typical, in microseconds
         rows.append(Row(f"ib_write_lat {LATENCY_BYTES} B", "us", "", lambda: perftest(*latency)[4]))
 
-    def ours(pair: Pair, name: str, size: int, in_flight: int = 1) -> Callable[[], float]:
-        if name == "ping_pong":
-            return lambda: pair.measure(name, size, args.iterations) * 1e6
-        return lambda: pair.measure(name, size, max(4, args.volume // size), in_flight) / 1e6
+    def calls(name: str, size: int) -> int:
+        return int(args.iterations) if name in ("latency", "ping_pong") else max(4, args.volume // size)
+
+    def python(pair: Pair, name: str, size: int, scale: float, in_flight: int = 1) -> Callable[[], float]:
+        return lambda: pair.measure(name, size, calls(name, size), in_flight) * scale
 
     for pair in pairs:
+
+        def add(name: str, how: str, unit: str, against: str, run: Callable[[], float], on: str = pair.transport) -> None:
+            rows.append(Row(f"{name}, {how}, {on}", unit, against, run))
+
         for size in SIZES:
+            name = f"send/recv {size // MIB} MiB"
             against = f"ib_write_bw {max(r for r in REFERENCES if r <= size) // MIB} MiB"
-            for in_flight, how in ((1, "blocking"), (4, "4 in flight")):
-                name = f"send/recv {size // MIB} MiB, {how}, {pair.transport}"
-                rows.append(Row(name, "MB/s", against, ours(pair, "send_recv", size, in_flight)))
-        name = f"all_reduce {ALL_REDUCE // MIB} MiB, each way, {pair.transport}"
-        rows.append(Row(name, "MB/s", "ib_write_bw 1 MiB", ours(pair, "all_reduce", ALL_REDUCE)))
-        half = f"send/recv {LATENCY_BYTES} B, half round trip"
-        against = f"ib_write_lat {LATENCY_BYTES} B"
-        rows.append(Row(f"{half}, Python, {pair.transport}", "us", against, ours(pair, "ping_pong", LATENCY_BYTES)))
+            if program is not None:
+                add(name, "C", "MB/s", against, partial(pair.measure_in_c, program, "send_recv", size, calls("send_recv", size)))
+            for in_flight, how in ((1, "Python"), (4, "Python, 4 in flight")):
+                add(name, how, "MB/s", against, python(pair, "send_recv", size, 1e-6, in_flight))
+        name, against = f"all_reduce {ALL_REDUCE // MIB} MiB, each way", "ib_write_bw 1 MiB"
         if program is not None:
-            run = partial(pair.latency, program, LATENCY_BYTES, args.iterations)
-            rows.append(Row(f"{half}, C, {pair.transport}", "us", against, run))
+            count = calls("all_reduce", ALL_REDUCE)
+            add(name, "C", "MB/s", against, partial(pair.measure_in_c, program, "all_reduce", ALL_REDUCE, count))
+        add(name, "Python", "MB/s", against, python(pair, "all_reduce", ALL_REDUCE, 1e-6))
+        name, against = f"send/recv {LATENCY_BYTES} B, half round trip", f"ib_write_lat {LATENCY_BYTES} B"
+        if program is not None:
+            add(name, "C", "us", against, partial(pair.measure_in_c, program, "latency", LATENCY_BYTES, args.iterations))
+        add(name, "Python", "us", against, python(pair, "ping_pong", LATENCY_BYTES, 1e6))
     return rows
 
 
@@ -396,7 +408,7 @@ def main() -> int:
     print(f"# hfreduce {hfreduce.__version__}, {platform.node()}, {len(os.sched_getaffinity(0))} CPUs, {args.rounds} rounds")
     print(f"# rank 0 on {names[0]}, rank 1 on {names[1]}")
     with tempfile.TemporaryDirectory() as folder:
-        rows = rows_of(args, ends, pairs, build_latency_bench(folder))
+        rows = rows_of(args, ends, pairs, build_pair_bench(folder))
         wanted = [row for row in rows if re.search(args.match, row.name)]
         needed = {row.against for row in wanted} | {row.name for row in wanted}
         rows = [row for row in rows if row.name in needed]
