@@ -24,6 +24,7 @@
 #define HANDSHAKE_NS 5000000000ll
 #define MAX_PENDING 256
 #define TICK_MS 250
+#define ATTEND_MS 5 /* while a link of a rank that computes comes up anew */
 
 enum watch_kind { WATCH_LISTENER, WATCH_PENDING, WATCH_JOINER };
 
@@ -381,6 +382,14 @@ static void rest(struct hfreduceComm *c) {
   c->seen = begun;
 }
 
+/* 1: one of the communicators has links to be looked after again soon. */
+static int attend(void) {
+  int again = 0;
+  for (struct hfreduceComm *c = rt.comms; c; c = c->next)
+    if (atomic_load_explicit(&c->engine_up, memory_order_acquire) && !c->forked) again |= hfr_engine_attend(&c->engine);
+  return again;
+}
+
 /* ---------------------------------------------------------------- accepting */
 
 static int find_secret(void *arg, const struct hfr_auth_hello *hello, uint8_t secret[16]) {
@@ -559,6 +568,7 @@ static void serve_controls(const struct polled *p, int from) {
 static void *watcher_main(void *arg) {
   struct polled p = {0};
   int64_t ticked = hfr_now_ns();
+  int attending = 0;
   (void)arg;
   pthread_mutex_lock(&rt.lock);
   for (;;) {
@@ -567,13 +577,14 @@ static void *watcher_main(void *arg) {
     collect_controls(&p);
     int quiet = !rt.comms && !rt.roots && !rt.pending;
     pthread_mutex_unlock(&rt.lock);
-    poll(p.fd, (nfds_t)p.n, quiet ? -1 : TICK_MS);
+    poll(p.fd, (nfds_t)p.n, quiet ? -1 : attending ? ATTEND_MS : TICK_MS);
     pthread_mutex_lock(&rt.lock);
     uint64_t drain;
     if (p.fd[0].revents) (void)!read(rt.kick_fd, &drain, sizeof drain);
     int64_t now = hfr_now_ns();
     serve_watches(&p, now);
     serve_controls(&p, from);
+    if (attending) attending = attend();
     if (now - ticked < TICK_MS * 1000000ll) continue;
     ticked = now;
     for (struct root *r = rt.roots, *next; r; r = next) {
@@ -587,6 +598,7 @@ static void *watcher_main(void *arg) {
       heartbeat(c, now);
       rest(c);
     }
+    attending = attend();
     hfr_transport_tidy();
   }
   return NULL;

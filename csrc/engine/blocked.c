@@ -11,8 +11,8 @@ static int message_missing(struct hfr_engine *e, const struct hfr_loc *src, size
   return l && l->transport->recv(l, NULL, bytes, &h, &data) == HFR_LINK_AGAIN;
 }
 
-/* A reduction waits for the messages among its parts that have not come. To ask for one may take it in: if all are there now, that
- * was what the others would have woken us for. */
+/* A reduction waits for the messages among its parts that have not come. To ask for one may take it in: if all are there now,
+ * that was what the others would have woken us for. */
 static void want_parts(struct hfr_engine *e, struct hfr_request *r, int s, struct hfr_waitset *set) {
   const struct hfr_cursor *c = &r->cursor[s];
   int missing = 0;
@@ -57,6 +57,15 @@ void hfr_engine_want(struct hfr_engine *e, struct hfr_waitset *set) {
   struct hfr_request *waiting = e->queue ? e->queue : e->p2p;
   if (waiting && e->remote->attend && e->layout->nnodes > 1 && e->remote->attend(e->net) == HFR_LINK_FAILED)
     hfr_fail_request(e, waiting, "network", hfr_last_error()->peer, hfr_last_error()->code, hfr_last_error()->text);
+}
+
+int hfr_engine_attend(struct hfr_engine *e) {
+  if (e->layout->nnodes == 1 || !e->remote->attend || atomic_load_explicit(&e->active, memory_order_acquire) ||
+      !hfr_drive_begin(e))
+    return 0;
+  int again = e->remote->attend(e->net) == HFR_LINK_AGAIN; /* if one has failed, the next operation over it tells */
+  hfr_drive_end(e);
+  return again;
 }
 
 /* A collective that waits longer than this tells its fingerprint. */

@@ -127,6 +127,9 @@ void hfr_engine_adopt(struct hfr_engine *engine, struct hfr_request *request, in
 int hfr_engine_progress(struct hfr_engine *engine);
 /* As blocked requests: note what would wake them. Driver only. */
 void hfr_engine_want(struct hfr_engine *engine, struct hfr_waitset *set);
+/* A rank that computes looks after its links now and then: a peer may wait for what one of them has still to do. 1: look again
+ * soon. Any thread that does not drive. */
+int hfr_engine_attend(struct hfr_engine *engine);
 /* Slow-path checks: deadlines, ranks that left. Driver only. */
 void hfr_engine_check(struct hfr_engine *engine, int64_t now_ns);
 /* Break the communicator: first error wins, all waits end, on_error is told. Any thread. Fields rank, host may be left empty. */

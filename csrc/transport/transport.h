@@ -103,8 +103,9 @@ struct hfr_transport {
   /* Add what would wake this link up (recv: a message arriving; else room to send) to the set. Shared memory adds nothing: bells
    * ring. */
   void (*want)(struct hfr_link *link, int recv, struct hfr_waitset *set);
-  /* The driver is about to wait: look after the links that it does not wait for, whose peers may wait for what they still have to
-     do. FAILED: one is broken, hfr_last_error() says which. NULL: they look after themselves. */
+  /* The driver is about to wait, or has had nothing to do for a while: look after the links that it does not wait for, whose
+     peers may wait for what they still have to do. AGAIN: one comes up anew, look again soon. FAILED: one is broken,
+     hfr_last_error() says which. NULL: they look after themselves. */
   int (*attend)(struct hfr_net *net);
   /* Fill in *stat, which is all zero. Any thread, beside the driver, until close; takes system calls. NULL: nothing to tell. */
   void (*stat)(struct hfr_link *link, struct hfr_link_stat *stat);

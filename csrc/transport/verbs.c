@@ -426,16 +426,19 @@ static int attend_link(struct hfr_verbs_link *l, int healthy) {
 }
 
 static int verbs_attend(struct hfr_net *net) {
+  int result = HFR_LINK_OK;
   /* A link that fails over goes to another base, and its old one may go with it. */
   for (struct hfr_verbs_base *b = net->shared, *next_base; b; b = next_base) {
     int healthy = hfr_ib_health(&b->port) == HFR_IB_WHOLE;
     next_base = b->next;
     for (struct hfr_verbs_link *l = b->links, *next; l; l = next) {
       next = l->neighbour;
-      if (attend_link(l, healthy) == HFR_LINK_FAILED) return HFR_LINK_FAILED;
+      int r = attend_link(l, healthy);
+      if (r == HFR_LINK_FAILED) return r;
+      if (r == HFR_LINK_AGAIN) result = r;
     }
   }
-  return HFR_LINK_OK;
+  return result;
 }
 
 /* ---------------------------------------------------------------- birth and death */
