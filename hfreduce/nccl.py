@@ -1,0 +1,577 @@
+"""cupy.cuda.nccl's names over hfreduce: `from hfreduce import nccl` is the only change in a program.
+
+Pointers and streams are integers, as there. Pointers are addresses of host or device memory; a call on host memory with stream 0
+returns when its result is there, or, inside a group, when the group has ended.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from hfreduce._ffi import ffi, lib
+from hfreduce.errors import HfreduceError, last_error, text
+from hfreduce.unique_id import UniqueId
+from hfreduce.unique_id import get_unique_id as _new_unique_id
+from hfreduce.work import Work
+
+__all__ = [
+    "NCCL_AVG",
+    "NCCL_BFLOAT16",
+    "NCCL_CHAR",
+    "NCCL_DOUBLE",
+    "NCCL_FLOAT",
+    "NCCL_FLOAT8E4M3",
+    "NCCL_FLOAT8E5M2",
+    "NCCL_FLOAT16",
+    "NCCL_FLOAT32",
+    "NCCL_FLOAT64",
+    "NCCL_HALF",
+    "NCCL_INT",
+    "NCCL_INT8",
+    "NCCL_INT32",
+    "NCCL_INT64",
+    "NCCL_MAX",
+    "NCCL_MIN",
+    "NCCL_PROD",
+    "NCCL_SUM",
+    "NCCL_UINT8",
+    "NCCL_UINT32",
+    "NCCL_UINT64",
+    "NcclCommunicator",
+    "NcclConfig",
+    "NcclError",
+    "available",
+    "check_status",
+    "get_build_version",
+    "get_unique_id",
+    "get_version",
+    "groupEnd",
+    "groupStart",
+]
+
+#: Always: nothing else has to be installed.
+available = True
+
+NCCL_SUM: int = lib.hfreduceSum
+NCCL_PROD: int = lib.hfreduceProd
+NCCL_MAX: int = lib.hfreduceMax
+NCCL_MIN: int = lib.hfreduceMin
+NCCL_AVG: int = lib.hfreduceAvg
+
+NCCL_INT8: int = lib.hfreduceInt8
+NCCL_CHAR: int = lib.hfreduceInt8
+NCCL_UINT8: int = lib.hfreduceUint8
+NCCL_INT32: int = lib.hfreduceInt32
+NCCL_INT: int = lib.hfreduceInt32
+NCCL_UINT32: int = lib.hfreduceUint32
+NCCL_INT64: int = lib.hfreduceInt64
+NCCL_UINT64: int = lib.hfreduceUint64
+NCCL_FLOAT16: int = lib.hfreduceFloat16
+NCCL_HALF: int = lib.hfreduceFloat16
+NCCL_FLOAT32: int = lib.hfreduceFloat32
+NCCL_FLOAT: int = lib.hfreduceFloat32
+NCCL_FLOAT64: int = lib.hfreduceFloat64
+NCCL_DOUBLE: int = lib.hfreduceFloat64
+NCCL_BFLOAT16: int = lib.hfreduceBfloat16
+# the two that CuPy does not have
+NCCL_FLOAT8E4M3: int = lib.hfreduceFloat8e4m3
+NCCL_FLOAT8E5M2: int = lib.hfreduceFloat8e5m2
+
+# The NCCL whose functions of these names work here as there: 2.25.1, in NCCL's code of versions.
+_VERSION = 22501
+
+# A blocking call comes back to Python after so many seconds, to see whether a signal (Ctrl-C) waits to be handled.
+_PATIENCE = 0.25
+_NULL = ffi.NULL
+
+# --- errors ---
+
+_NAMES = {
+    lib.hfreduceSuccess: "NCCL_ERROR_SUCCESS",
+    lib.hfreduceUnhandledCudaError: "NCCL_ERROR_UNHANDLED_CUDA_ERROR",
+    lib.hfreduceSystemError: "NCCL_ERROR_SYSTEM_ERROR",
+    lib.hfreduceInternalError: "NCCL_ERROR_INTERNAL_ERROR",
+    lib.hfreduceInvalidArgument: "NCCL_ERROR_INVALID_ARGUMENT",
+    lib.hfreduceInvalidUsage: "NCCL_ERROR_INVALID_USAGE",
+    lib.hfreduceRemoteError: "NCCL_ERROR_REMOTE_ERROR",
+    lib.hfreduceInProgress: "NCCL_ERROR_IN_PROGRESS",
+    lib.hfreduceTimeout: "NCCL_ERROR_TIMEOUT",
+}
+# NCCL has no result of its own for these: the nearest one.
+_NEAREST = {
+    lib.hfreduceMismatch: lib.hfreduceInvalidUsage,
+    lib.hfreduceAborted: lib.hfreduceRemoteError,
+    lib.hfreduceCorrupt: lib.hfreduceSystemError,
+}
+
+
+class NcclError(RuntimeError):
+    """A result other than success. `status` is NCCL's number of it; the message is "NCCL_ERROR_...: text"."""
+
+    def __init__(self, status: int, message: str | None = None) -> None:
+        """status: a ncclResult_t. message: what went wrong, where more is known than the name of the result."""
+        self.status = operator.index(status)
+        self._message = message
+        name = _NAMES.get(self.status, f"NCCL_ERROR_{self.status}")
+        super().__init__(f"{name}: {text(lib.hfreduceGetErrorString(self.status)) if message is None else message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self._message)
+
+
+def check_status(status: int) -> None:
+    """Raise NcclError unless status, a ncclResult_t, is success."""
+    if status:
+        raise NcclError(status)
+
+
+def _error(error: HfreduceError) -> NcclError:
+    code = lib.hfreduceInternalError if error.code is None else error.code
+    return NcclError(_NEAREST.get(code, code), str(error))
+
+
+def _check(code: int) -> None:
+    """Raise unless `code`, just returned by a call on this thread, is success."""
+    if code:
+        raise _error(last_error(code))
+
+
+def _check_on(handle: Any, code: int) -> None:
+    """As `_check`, after a call on a communicator's handle, which is NULL when there is none."""
+    if code and handle == _NULL:
+        raise _invalid("the communicator is destroyed (or was begun in a group that has not ended yet); make a new one")
+    if code:
+        raise _error(last_error(code, handle))
+
+
+def _invalid(message: str) -> NcclError:
+    return NcclError(lib.hfreduceInvalidArgument, message)
+
+
+# --- the library ---
+
+
+def get_version() -> int:
+    """The version of NCCL that this module stands in for, as NCCL counts: 10000 * major + 100 * minor + patch."""
+    return _VERSION
+
+
+def get_build_version() -> int:
+    """The same as `get_version`: there is no other library that could differ."""
+    return _VERSION
+
+
+def get_unique_id() -> bytes:
+    """Make a name for a new communicator: 128 bytes, to be sent to all its ranks over a trusted channel."""
+    try:
+        return _new_unique_id()
+    except HfreduceError as error:
+        raise _error(error) from None
+
+
+# --- groups ---
+
+
+class _Group(threading.local):
+    """This thread's open group: C queues the operations, this the joining of communicators and who must not go meanwhile."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.joins: list[Callable[[], None]] = []
+        self.held: list[NcclCommunicator] = []
+
+
+_group = _Group()
+
+
+def groupStart() -> None:
+    """Begin a group: calls of this thread are queued, and launched together by the `groupEnd` of the outermost group."""
+    _check(lib.hfreduceGroupStart())
+    _group.depth += 1
+
+
+def groupEnd() -> None:
+    """End a group; the outermost one launches what was queued, and on host memory waits for it.
+
+    Communicators made inside the group (NcclCommunicator, commSplit) join first, all at once. NcclError with the first error of
+    a call of the group, after which nothing of it is launched; NCCL_ERROR_INVALID_USAGE without `groupStart`.
+    """
+    if _group.depth != 1:
+        _check(lib.hfreduceGroupEnd())
+        _group.depth -= 1
+        return
+    _group.depth = 0
+    joins, held = _group.joins, _group.held
+    _group.joins, _group.held = [], []
+    try:
+        try:
+            _together(joins)
+        except BaseException:
+            lib.hfreduceBarrier(_NULL, _NULL)  # an error of a call makes the group's end launch nothing
+            lib.hfreduceGroupEnd()
+            raise
+        _check(lib.hfreduceGroupEnd())
+    finally:
+        for comm in held:
+            comm._leave()
+
+
+def _together(joins: Sequence[Callable[[], None]]) -> None:
+    """Call each in a thread of its own, for each waits for the others; raise the first error."""
+    if len(joins) < 2:
+        for join in joins:
+            join()
+        return
+    errors: list[BaseException | None] = [None] * len(joins)
+
+    def run(i: int) -> None:
+        try:
+            joins[i]()
+        except BaseException as error:
+            errors[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,), name=f"hfreduce-join-{i}") for i in range(len(joins))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+# --- communicators ---
+
+
+class NcclConfig:
+    """Settings of a communicator that is to be made.
+
+    split_share is accepted and without meaning here: communicators share what they can anyway. timeout and name are additions
+    (None: as the communicator that is split, else HFREDUCE_TIMEOUT seconds and no name).
+    """
+
+    def __init__(self, split_share: int = 0, *, timeout: float | None = None, name: str | None = None) -> None:
+        """timeout: seconds that any wait may take. name: appears in errors and logs."""
+        self._split_share = operator.index(split_share)
+        self._timeout = 0.0 if timeout is None else float(timeout)
+        self._name = name
+
+    @property
+    def split_share(self) -> int:
+        """As given."""
+        return self._split_share
+
+    def _fill(self) -> tuple[Any, Any]:
+        """A hfreduceConfig_t, and what must live as long."""
+        config = ffi.new("hfreduceConfig_t *")
+        lib.hfreduceConfigInit(config)
+        config.timeout = self._timeout
+        name = _NULL if self._name is None else ffi.new("char[]", self._name.encode())
+        config.name = name
+        return config, name
+
+
+def _destroy(handle: Any, pid: int) -> None:
+    """Leave and free: at destroy, when a communicator is dropped, or at exit; a forked child leaves its parent's alone."""
+    if os.getpid() == pid:
+        lib.hfreduceCommDestroy(handle)
+
+
+def _address(pointer: int) -> Any:
+    return ffi.cast("void *", operator.index(pointer))
+
+
+class NcclCommunicator:
+    """One rank of a communicator of `ndev` ranks, each a process, a thread, or one of several that one thread drives in groups.
+
+    All counts are in elements of `datatype`, one of NCCL_INT8 ... NCCL_BFLOAT16; `op` is one of NCCL_SUM ... NCCL_AVG; buffers
+    are addresses, in place where NCCL allows it. Methods raise NcclError with NCCL's status: NCCL_ERROR_INVALID_ARGUMENT for a
+    wrong argument and after `destroy` (nothing was sent); NCCL_ERROR_INVALID_USAGE where ranks called different operations,
+    NCCL_ERROR_REMOTE_ERROR where a peer was lost or has aborted, NCCL_ERROR_TIMEOUT where one did not come by the deadline (after
+    these the communicator is broken: destroy it).
+
+    One thread at a time uses a communicator; only `abort` and `check_async_error` may be called beside.
+    """
+
+    _handle: Any = _NULL
+    _device: int | None = None
+    _finalizer: Any = None
+    _inside: list[None]  # one for each call that runs or is queued: the handle outlives them
+
+    def __new__(cls, *arguments: Any, **named: Any) -> NcclCommunicator:
+        self = super().__new__(cls)
+        self._inside = []
+        return self
+
+    def __init__(self, ndev: int, commId: Any, rank: int, config: NcclConfig | None = None) -> None:
+        """Join as rank `rank` of ndev. Returns when all have joined; inside a group that is when the group has ended.
+
+        commId: the 128 bytes that `get_unique_id` gave on one rank; also a tuple of 128 integers, signed or not, as older
+        programs have it.
+        """
+        unique_id = _unique_id(commId)
+        ndev, rank = operator.index(ndev), operator.index(rank)
+        if ndev < 1:
+            raise _invalid(f"ndev: {ndev} is less than 1")
+        if not 0 <= rank < ndev:
+            raise _invalid(f"rank: {rank} is not from 0 to {ndev - 1} (ndev is {ndev})")
+        self._begin(partial(self._join, ndev, unique_id, rank, config))
+
+    @staticmethod
+    def initAll(devices: Any) -> list[NcclCommunicator]:
+        """Make the communicators of all ranks in this process, one a device: devices 0 to n - 1, or those of a list.
+
+        Their calls are made in groups, or each in a thread of its own. Devices may be equal, and need not exist: on host memory
+        they are only names.
+        """
+        if isinstance(devices, list):
+            listed = [operator.index(device) for device in devices]
+        elif isinstance(devices, int):
+            listed = list(range(devices))
+            if devices < 0:
+                raise _invalid(f"devices: {devices} is less than 0")
+        else:
+            raise ValueError('"devices" should be an int or a list of int.')
+        comms = [NcclCommunicator.__new__(NcclCommunicator) for _ in listed]
+        NcclCommunicator._initAll(comms, len(listed), listed)
+        return comms
+
+    @staticmethod
+    def _initAll(comms: list[NcclCommunicator], ndev: int, devlist: list[int] | None = None) -> None:
+        """As `initAll`, for objects that have not been initialised, so that a subclass can bring its own."""
+        devices = list(range(ndev)) if devlist is None else devlist
+        if len(devices) != ndev or len(comms) < ndev:
+            raise _invalid(f"ndev: is {ndev}, with {len(devices)} devices and {len(comms)} communicators")
+        if any(device < 0 for device in devices):
+            raise _invalid(f"devices: {devices} has a negative entry")
+        if not ndev:
+            return
+        unique_id = UniqueId(_local_unique_id())
+        for rank, comm in enumerate(comms[:ndev]):
+            comm._device = devices[rank]
+        joins = [partial(comm._join, ndev, unique_id, rank, None) for rank, comm in enumerate(comms[:ndev])]
+        if _group.depth:
+            _group.joins += joins
+        else:
+            _together(joins)
+
+    def commSplit(self, color: int, key: int, config: NcclConfig | None = None) -> NcclCommunicator | None:
+        """Make new communicators, one a color, ranks ordered by (key, rank). Collective.
+
+        color -1: take part in the call but in no new communicator; the result is None. Inside a group the new one is there when
+        the group has ended. config None: the settings of this one.
+        """
+        color, key = operator.index(color), operator.index(key)
+        new = type(self).__new__(type(self))
+        new._device = self._device
+        self._begin(partial(self._split, color, key, new, config))
+        return None if color == -1 else new
+
+    # --- joining and leaving ---
+
+    def _begin(self, join: Callable[[], None]) -> None:
+        if _group.depth:
+            _group.joins.append(join)
+            self._enter()
+            _group.held.append(self)
+        else:
+            join()
+
+    def _join(self, ndev: int, unique_id: UniqueId, rank: int, config: NcclConfig | None) -> None:
+        settings, keep = (NcclConfig() if config is None else config)._fill()
+        raw = ffi.new("hfreduceUniqueId *")
+        ffi.memmove(raw, unique_id, ffi.sizeof("hfreduceUniqueId"))
+        handle = ffi.new("hfreduceComm_t *")
+        _check(lib.hfreduceCommInitRankConfig(handle, ndev, raw[0], rank, settings))
+        del keep
+        self._adopt(handle[0])
+
+    def _split(self, color: int, key: int, new: NcclCommunicator, config: NcclConfig | None) -> None:
+        settings, keep = (_NULL, None) if config is None else config._fill()
+        made = ffi.new("hfreduceComm_t *")
+        handle = self._enter()
+        try:
+            _check_on(handle, lib.hfreduceCommSplit(handle, color, key, made, settings))
+        finally:
+            self._leave()
+        del keep
+        if made[0] != _NULL:
+            new._adopt(made[0])
+
+    def _adopt(self, handle: Any) -> None:
+        _check(lib.hfreduceCommSetPatience(handle, _PATIENCE))
+        self._finalizer = weakref.finalize(self, _destroy, handle, os.getpid())
+        self._handle = handle
+
+    # A handle must not be freed under a call: one that runs in another thread while this one aborts, or that a group has queued.
+    # A call is noted before it reads the handle, and the handle goes before the notes are read: one of the two sees the other.
+    # Lists grow and shrink atomically, which a counter does not.
+
+    def _enter(self) -> Any:
+        self._inside.append(None)
+        return self._handle
+
+    def _leave(self) -> None:
+        self._inside.pop()
+        self._free_unless_used()
+
+    def _free_unless_used(self) -> None:
+        if self._handle == _NULL and not self._inside and self._finalizer is not None:
+            self._finalizer()  # only once, whoever comes first
+
+    def destroy(self) -> None:
+        """Wait for what was issued, leave, and free. Never fails on a broken communicator; again is legal.
+
+        Not collective, but peers that still wait for this rank get an error.
+        """
+        self._handle = _NULL
+        self._free_unless_used()
+
+    def abort(self) -> None:
+        """End every wait on this communicator, here and on all ranks, and destroy it. May be called from any thread."""
+        handle = self._enter()
+        try:
+            if handle != _NULL:
+                lib.hfreduceCommAbort(handle)
+            self._handle = _NULL
+        finally:
+            self._leave()
+
+    # --- what it is ---
+
+    @property
+    def comm(self) -> int:
+        """The handle (a hfreduceComm_t) as an integer; 0 after destroy."""
+        return int(ffi.cast("uintptr_t", self._handle))
+
+    def _number(self, function: Any) -> int:
+        value = ffi.new("int *")
+        handle = self._enter()
+        try:
+            _check_on(handle, function(handle, value))
+        finally:
+            self._leave()
+        return int(value[0])
+
+    def device_id(self) -> int:
+        """The device that `initAll` was told; else the one the communicator uses, -1 for host memory."""
+        device = self._number(lib.hfreduceCommCuDevice)
+        return device if self._device is None else self._device
+
+    def rank_id(self) -> int:
+        """This rank, from 0 to size() - 1."""
+        return self._number(lib.hfreduceCommUserRank)
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._number(lib.hfreduceCommCount)
+
+    def check_async_error(self) -> None:
+        """Raise the error that broke this communicator, if one did. May be called from any thread."""
+        handle = self._enter()
+        try:
+            error = ffi.new("hfreduceResult_t *")
+            _check_on(handle, lib.hfreduceCommGetAsyncError(handle, error))
+            _check_on(handle, int(error[0]))
+        finally:
+            self._leave()
+
+    # --- operations ---
+
+    def _call(self, function: Any, *arguments: Any, stream: int) -> None:
+        where = _address(stream)
+        handle = self._enter()
+        queued = False
+        try:
+            code = function(*arguments, handle, where)
+            if code == lib.hfreduceInProgress:
+                self._wait_out()
+            else:
+                _check_on(handle, code)
+            queued = _group.depth > 0
+        finally:
+            if queued:
+                _group.held.append(self)
+            else:
+                self._leave()
+
+    def _wait_out(self) -> None:
+        """Wait for what the C call began and has not ended."""
+        work = ffi.new("hfreduceWork_t *")
+        _check(lib.hfreduceTakeWork(work))
+        try:
+            Work(work[0], self, None, deque()).wait()
+        except HfreduceError as error:
+            raise _error(error) from None
+
+    def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
+        """Reduce `count` elements of all ranks' sendbuf with op into every rank's recvbuf."""
+        self._call(lib.hfreduceAllReduce, _address(sendbuf), _address(recvbuf), count, datatype, op, stream=stream)
+
+    def reduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int, stream: int) -> None:
+        """Reduce `count` elements of all ranks' sendbuf with op into root's recvbuf."""
+        self._call(lib.hfreduceReduce, _address(sendbuf), _address(recvbuf), count, datatype, op, root, stream=stream)
+
+    def broadcast(self, sendbuff: int, recvbuff: int, count: int, datatype: int, root: int, stream: int) -> None:
+        """Copy `count` elements of root's sendbuff to every rank's recvbuff."""
+        self._call(lib.hfreduceBroadcast, _address(sendbuff), _address(recvbuff), count, datatype, root, stream=stream)
+
+    def bcast(self, buff: int, count: int, datatype: int, root: int, stream: int) -> None:
+        """Copy `count` elements of root's buff to every rank's."""
+        self._call(lib.hfreduceBcast, _address(buff), count, datatype, root, stream=stream)
+
+    def reduceScatter(self, sendbuf: int, recvbuf: int, recvcount: int, datatype: int, op: int, stream: int) -> None:
+        """Reduce size() * recvcount elements of all ranks' sendbuf with op; part r goes to rank r's recvbuf."""
+        self._call(lib.hfreduceReduceScatter, _address(sendbuf), _address(recvbuf), recvcount, datatype, op, stream=stream)
+
+    def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
+        """Put `count` elements of every rank's sendbuf, in rank order, into every rank's recvbuf, of size() * count."""
+        self._call(lib.hfreduceAllGather, _address(sendbuf), _address(recvbuf), count, datatype, stream=stream)
+
+    def send(self, sendbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
+        """Send `count` elements to rank peer, which receives as many. It may wait for that."""
+        self._call(lib.hfreduceSend, _address(sendbuf), count, datatype, peer, stream=stream)
+
+    def recv(self, recvbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
+        """Receive the `count` elements that rank peer sends."""
+        self._call(lib.hfreduceRecv, _address(recvbuf), count, datatype, peer, stream=stream)
+
+    def __repr__(self) -> str:
+        if self._handle == _NULL:
+            return f"<hfreduce.nccl.{type(self).__name__} destroyed or not made yet>"
+        return f"<hfreduce.nccl.{type(self).__name__} rank {self.rank_id()} of {self.size()}>"
+
+
+def _local_unique_id() -> bytes:
+    try:
+        return _new_unique_id(local=True)
+    except HfreduceError as error:
+        raise _error(error) from None
+
+
+def _unique_id(value: Any) -> UniqueId:
+    if isinstance(value, (tuple, list)):
+        try:
+            value = bytes(operator.index(byte) & 0xFF if -128 <= byte < 256 else 256 for byte in value)
+        except ValueError:
+            raise ValueError("commId has an element that is no byte") from None
+    elif not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"Argument 'commId' has incorrect type (expected bytes, got {type(value).__name__})")
+    if len(value) != lib.HFREDUCE_UNIQUE_ID_BYTES:
+        raise ValueError(f"commId length {len(value)} != {lib.HFREDUCE_UNIQUE_ID_BYTES}.")
+    return UniqueId(value)
+
+
+def _bytesize(datatype: int) -> int:
+    """Bytes of an element of `datatype`."""
+    sizes = (1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1)
+    if not 0 <= datatype < len(sizes):
+        raise ValueError(f"Unknown datatype {datatype}")
+    return sizes[datatype]
