@@ -1,6 +1,6 @@
 """Memory of the caller's arrays.
 
-From numpy, torch, DLPack, the buffer protocol or __array_interface__ to address, count and datatype.
+From numpy, torch, DLPack, the buffer protocol, __array_interface__ or __cuda_array_interface__ to address, count and datatype.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfreduce import device
 from hfreduce._ffi import ffi
 from hfreduce.errors import InvalidArgumentError
 from hfreduce.types import DTYPES, dtype_code
@@ -21,22 +22,28 @@ _new = tuple.__new__  # half the cost of calling Buffer
 
 
 class Buffer(NamedTuple):
-    """Contiguous host memory: address as cdata, elements, hfreduceDataType_t, and what must live while it is used."""
+    """Contiguous memory.
+
+    Address as cdata, elements, hfreduceDataType_t, what must live while it is used, and, on a device, the stream on which the
+    array is used unless the caller names one (None: host memory).
+    """
 
     pointer: Any
     elements: int
     dtype: int
     keep: Any
+    stream: int | None = None
 
 
-def resolve(x: Any, name: str, *, writable: bool) -> Buffer:
+def resolve(x: Any, name: str, *, writable: bool, stream: Any = None) -> Buffer:
     """Find the memory of array `x`, which is argument `name` in messages. No copy is made.
 
-    InvalidArgumentError if it is no array, on a device, not contiguous, of an unsupported dtype, or (`writable`) read-only.
+    stream: the caller's, on which an array on a device is to be ready. InvalidArgumentError if it is no array, on a device that is
+    not CUDA's, not contiguous, of an unsupported dtype, or (`writable`) read-only.
     """
     if type(x) is np.ndarray:
         try:
-            return _new(Buffer, (_from_buffer(CHARS, x, writable), x.size, DTYPES[x.dtype], x))
+            return _new(Buffer, (_from_buffer(CHARS, x, writable), x.size, DTYPES[x.dtype], x, None))
         except (ValueError, KeyError):
             pass  # what is wrong, if anything, is found out and said below
     if isinstance(x, np.ndarray):
@@ -44,9 +51,7 @@ def resolve(x: Any, name: str, *, writable: bool) -> Buffer:
     if hasattr(x, "data_ptr") and hasattr(x, "is_contiguous"):
         return _from_torch(x, name)
     if getattr(x, "__cuda_array_interface__", None) is not None:
-        raise InvalidArgumentError(
-            f"{name}: it is in device memory, and this build handles host memory only; copy it to the host first"
-        )
+        return _on_device(device.from_interface(x, name, writable=writable))
     if getattr(x, "__array_interface__", None) is not None:
         return _from_numpy(np.asarray(x), name, writable, x)
     try:
@@ -56,12 +61,16 @@ def resolve(x: Any, name: str, *, writable: bool) -> Buffer:
     else:
         return _from_numpy(np.asarray(view), name, writable, x)
     if hasattr(x, "__dlpack__"):
-        return _from_dlpack(x, name, writable)
+        return _from_dlpack(x, name, writable, stream)
     raise InvalidArgumentError(
-        f"{name}: {type(x).__name__} is not an array. Give a numpy array, a torch CPU tensor, or an object with the "
+        f"{name}: {type(x).__name__} is not an array. Give a numpy array, a torch tensor, or an object with the "
         f"buffer protocol, "
-        "__array_interface__ or DLPack (numpy.asarray makes an array of a list)"
+        "__array_interface__, __cuda_array_interface__ or DLPack (numpy.asarray makes an array of a list)"
     )
+
+
+def _on_device(memory: device.DeviceMemory) -> Buffer:
+    return Buffer(ffi.cast("void *", memory.address), memory.elements, memory.dtype, memory.keep, memory.stream)
 
 
 def _from_numpy(array: np.ndarray[Any, Any], name: str, writable: bool, owner: Any) -> Buffer:
@@ -84,10 +93,10 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str, writable: bool, owner: A
 
 
 def _from_torch(tensor: Any, name: str) -> Buffer:
-    device = str(tensor.device)
-    if device.partition(":")[0] != "cpu":
+    kind = tensor.device.type
+    if kind not in ("cpu", "cuda"):
         raise InvalidArgumentError(
-            f"{name}: the tensor is on device {device}, and this build handles host memory only; use {name}.cpu() and "
+            f"{name}: the tensor is on device {tensor.device}; memory of the host and of CUDA devices can be used: take {name}.cpu() and "
             f"copy the result back"
         )
     if str(tensor.layout) != "torch.strided":
@@ -98,17 +107,18 @@ def _from_torch(tensor: Any, name: str) -> Buffer:
             f"{name}: a tensor of shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())} is not "
             f"contiguous; use {name}.contiguous()"
         )
+    if kind == "cuda":
+        return _on_device(device.from_torch(tensor, name))
     return Buffer(ffi.cast("void *", tensor.data_ptr()), tensor.numel(), dtype, tensor)
 
 
-_DLPACK_HOST = {1, 3, 11}  # kDLCPU, kDLCUDAHost, kDLROCMHost
-
-
-def _from_dlpack(x: Any, name: str, writable: bool) -> Buffer:
-    device = int(x.__dlpack_device__()[0])
-    if device not in _DLPACK_HOST:
+def _from_dlpack(x: Any, name: str, writable: bool, stream: Any) -> Buffer:
+    kind = int(x.__dlpack_device__()[0])
+    if kind in (device.CUDA, device.CUDA_MANAGED):
+        return _on_device(device.from_dlpack(x, name, stream, writable=writable))
+    if kind not in (device.CPU, device.CUDA_HOST, device.ROCM_HOST):
         raise InvalidArgumentError(
-            f"{name}: it is in memory of DLPack device type {device}, and this build handles host memory only; copy "
+            f"{name}: it is in memory of DLPack device type {kind}; memory of the host and of CUDA devices can be used: copy "
             f"it to the host first"
         )
     try:

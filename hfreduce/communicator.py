@@ -17,6 +17,7 @@ from hfreduce import grouping as _group
 from hfreduce._ffi import ffi, lib
 from hfreduce.buffer import Buffer, resolve
 from hfreduce.connection import Connection, connections
+from hfreduce.device import common_stream
 from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageError, check, last_error, text
 from hfreduce.params import default_timeout
 from hfreduce.types import DTYPE_NAMES, OPS, dtype_code, numpy_dtype, op_code
@@ -124,14 +125,19 @@ class Communicator:
     """nranks processes (or threads) that call the same operations in the same order.
 
     Arrays are numpy arrays, torch CPU tensors, or objects with the buffer protocol, __array_interface__ or DLPack on the
-    host; C-contiguous, of one of the dtypes of `hfreduce.DTYPE_NAMES`. Counts and dtypes are the same on all ranks. A call
-    returns when its result is there; with async_op=True it returns a Work at once. The result is the array that was
-    written.
+    host; on CUDA devices torch tensors, or objects with __cuda_array_interface__ or DLPack (CuPy, JAX, Numba). C-contiguous, of
+    one of the dtypes of `hfreduce.DTYPE_NAMES`. Counts and dtypes are the same on all ranks. A call on the host returns when
+    its result is there; with async_op=True it returns a Work at once. The result is the array that was written.
 
     op is "sum", "prod", "max", "min", "avg", an op number, or an op made by `pre_mul_sum`. fp16, bf16 and fp8
     accumulate in float32 and round once a node; min and max propagate NaN; avg of integers truncates toward zero. All ranks get identical bits.
 
-    stream is for device arrays; with host arrays it must be None.
+    A call on device memory, or with stream=, is put on a stream and returns at once: it begins when what is on the stream has
+    ended, and what is put there later sees its result. As for a kernel, the arrays must live until then, and the host looks at the
+    result after it has synchronized with the stream. stream is an integer (a CUstream) or an object with __cuda_stream__,
+    .cuda_stream (torch), .ptr (CuPy) or .handle (Numba). None: no stream for host memory; for device memory the current
+    stream of PyTorch or CuPy, the one that __cuda_array_interface__ names, or the legacy default stream. Given a stream, see
+    to it that arrays which other streams write are ready on it (arrays known by DLPack alone are asked for that).
 
     Errors of every call: InvalidArgumentError (a wrong argument; nothing was sent), InvalidUsageError (closed
     communicator), MismatchError, DeadlineError, PeerLostError, AbortedError, CorruptDataError. After one of the last five
@@ -286,14 +292,14 @@ class Communicator:
             if code > 0 and code != _INVALID_ARGUMENT:
                 raise self._failure(code)
             # what is wrong, or special, the general path below finds out and says
-        source, target, result = self._in_place_or_out(x, out)
+        source, target, result = self._in_place_or_out(x, out, stream)
         return self._issue(
             lib.hfreduceAllReduce,
             (source.pointer, target.pointer, source.elements, source.dtype, self._op(op)),
             (source.keep, target.keep, op),
             result,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def reduce(
@@ -305,16 +311,16 @@ class Communicator:
         """
         root = self._root(root)
         if root == self._rank:
-            source, target, result = self._in_place_or_out(x, out)
+            source, target, result = self._in_place_or_out(x, out, stream)
         else:
-            source, target, result = resolve(x, "x", writable=False), _NO_BUFFER, x
+            source, target, result = resolve(x, "x", writable=False, stream=stream), _NO_BUFFER, x
         return self._issue(
             lib.hfreduceReduce,
             (source.pointer, target.pointer, source.elements, source.dtype, self._op(op), root),
             (source.keep, target.keep, op),
             result,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def broadcast(self, x: Any, root: int = 0, *, out: Any = None, async_op: bool = False, stream: Any = None) -> Any:
@@ -324,18 +330,18 @@ class Communicator:
         """
         root = self._root(root)
         if out is None:
-            source = target = resolve(x, "x", writable=root != self._rank)
+            source = target = resolve(x, "x", writable=root != self._rank, stream=stream)
             result = x
         else:
-            target, result = resolve(out, "out", writable=True), out
-            source = self._like(resolve(x, "x", writable=False), target) if root == self._rank else target
+            target, result = resolve(out, "out", writable=True, stream=stream), out
+            source = self._like(resolve(x, "x", writable=False, stream=stream), target) if root == self._rank else target
         return self._issue(
             lib.hfreduceBroadcast,
             (source.pointer, target.pointer, target.elements, target.dtype, root),
             (source.keep, target.keep),
             result,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def all_gather(self, x: Any, out: Any, *, async_op: bool = False, stream: Any = None) -> Any:
@@ -343,7 +349,7 @@ class Communicator:
 
         In place: x is out's own part.
         """
-        source, target = resolve(x, "x", writable=False), resolve(out, "out", writable=True)
+        source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
         self._parts(source, "x", target, "out")
         return self._issue(
             lib.hfreduceAllGather,
@@ -351,7 +357,7 @@ class Communicator:
             (source.keep, target.keep),
             out,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def reduce_scatter(self, x: Any, out: Any, op: Any = "sum", *, async_op: bool = False, stream: Any = None) -> Any:
@@ -359,7 +365,7 @@ class Communicator:
 
         x has nranks times out's count. In place: out is x's own part.
         """
-        source, target = resolve(x, "x", writable=False), resolve(out, "out", writable=True)
+        source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
         self._parts(target, "out", source, "x")
         return self._issue(
             lib.hfreduceReduceScatter,
@@ -367,7 +373,7 @@ class Communicator:
             (source.keep, target.keep, op),
             out,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def all_to_all(
@@ -385,7 +391,7 @@ class Communicator:
         Without counts the nranks parts are equal, and out may be x. With both, send_counts[p] and recv_counts[p] are the
         elements for and from rank p, the parts lie one after the other, and x and out must not overlap.
         """
-        source, target = resolve(x, "x", writable=False), resolve(out, "out", writable=True)
+        source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
         self._same_dtype(source, target)
         if send_counts is None and recv_counts is None:
             if source.elements != target.elements:
@@ -403,7 +409,7 @@ class Communicator:
                 (source.keep, target.keep),
                 out,
                 async_op,
-                stream,
+                common_stream(stream, source.stream, target.stream),
             )
         send, send_displs = self._counts(send_counts, "send_counts", source.elements, "x")
         recv, recv_displs = self._counts(recv_counts, "recv_counts", target.elements, "out")
@@ -413,7 +419,7 @@ class Communicator:
             (source.keep, target.keep, send, send_displs, recv, recv_displs),
             out,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def gather(self, x: Any, out: Any = None, root: int = 0, *, async_op: bool = False, stream: Any = None) -> Any:
@@ -422,13 +428,13 @@ class Communicator:
         Elsewhere out is ignored. In place: the root's x is out's own part. Returns out on root, None elsewhere.
         """
         root = self._root(root)
-        source, target = resolve(x, "x", writable=False), _NO_BUFFER
+        source, target = resolve(x, "x", writable=False, stream=stream), _NO_BUFFER
         if root == self._rank:
             if out is None:
                 raise InvalidArgumentError(
                     f"out: the root needs an array of nranks * {source.elements} = {self._nranks * source.elements} elements"
                 )
-            target = resolve(out, "out", writable=True)
+            target = resolve(out, "out", writable=True, stream=stream)
             self._parts(source, "x", target, "out")
         return self._issue(
             lib.hfreduceGather,
@@ -436,7 +442,7 @@ class Communicator:
             (source.keep, target.keep),
             out if root == self._rank else None,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def scatter(self, x: Any, out: Any, root: int = 0, *, async_op: bool = False, stream: Any = None) -> Any:
@@ -445,13 +451,13 @@ class Communicator:
         Elsewhere x is ignored and may be None. In place: the root's out is x's own part.
         """
         root = self._root(root)
-        source, target = _NO_BUFFER, resolve(out, "out", writable=True)
+        source, target = _NO_BUFFER, resolve(out, "out", writable=True, stream=stream)
         if root == self._rank:
             if x is None:
                 raise InvalidArgumentError(
                     f"x: the root needs an array of nranks * {target.elements} = {self._nranks * target.elements} elements"
                 )
-            source = resolve(x, "x", writable=False)
+            source = resolve(x, "x", writable=False, stream=stream)
             self._parts(target, "out", source, "x")
         return self._issue(
             lib.hfreduceScatter,
@@ -459,7 +465,7 @@ class Communicator:
             (source.keep, target.keep),
             out,
             async_op,
-            stream,
+            common_stream(stream, source.stream, target.stream),
         )
 
     def send(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, stream: Any = None) -> Any:
@@ -468,14 +474,14 @@ class Communicator:
         It may wait for the receive. Returns x.
         """
         peer = self._root(peer, "peer")
-        source = resolve(x, "x", writable=False)
+        source = resolve(x, "x", writable=False, stream=stream)
         return self._issue(
             lib.hfreduceSendTag,
             (source.pointer, source.elements, source.dtype, peer, _tag(tag)),
             source.keep,
             x,
             async_op,
-            stream,
+            common_stream(stream, source.stream, None),
         )
 
     def recv(self, x: Any, peer: int, *, tag: int = 0, async_op: bool = False, stream: Any = None) -> Any:
@@ -485,38 +491,42 @@ class Communicator:
         posted first.
         """
         peer = self._root(peer, "peer")
-        target = resolve(x, "x", writable=True)
+        target = resolve(x, "x", writable=True, stream=stream)
         return self._issue(
             lib.hfreduceRecvTag,
             (target.pointer, target.elements, target.dtype, peer, _tag(tag)),
             target.keep,
             x,
             async_op,
-            stream,
+            common_stream(stream, target.stream, None),
         )
 
     def recv_any(self, x: Any, *, tag: int = 0, async_op: bool = False, stream: Any = None) -> Any:
         """Receive into x what any rank (this one too) sends with this tag. Returns the sender's rank.
 
         With async_op the Work's `wait` returns the rank. In a group the call returns None, and the rank stands in the group's
-        `results`.
+        `results`. Unlike others it waits on the host on a stream too: the rank is told to the host.
         """
-        target, sender = resolve(x, "x", writable=True), Sender()
+        target, sender = resolve(x, "x", writable=True, stream=stream), Sender()
+        where = common_stream(stream, target.stream, None)
+        waits = where is not None and not async_op and not (_open_groups and _group.current() is not None)
         result = self._issue(
             lib.hfreduceRecvAny,
             (target.pointer, target.elements, target.dtype, _tag(tag), sender.cell),
             (target.keep, sender),
             sender,
-            async_op,
-            stream,
+            async_op or waits,
+            where,
         )
+        if waits:
+            return result.wait()
         if result is not sender:
             return result
         return None if _open_groups and _group.current() is not None else sender.rank()
 
     def barrier(self, *, async_op: bool = False, stream: Any = None) -> Any:
         """Wait until all ranks have come here."""
-        return self._issue(lib.hfreduceBarrier, (), (), None, async_op, stream)
+        return self._issue(lib.hfreduceBarrier, (), (), None, async_op, common_stream(stream, None, None))
 
     def group(self, *, async_op: bool = False) -> _group.Group:
         """Launch the calls made inside `with comm.group():` together: needed for a send and a receive that depend on each other.
@@ -594,39 +604,37 @@ class Communicator:
     # --- parts of the calls above ---
 
     def _issue(self, function: Any, arguments: tuple[Any, ...], keep: Any, result: Any, async_op: bool, stream: Any) -> Any:
-        if stream is not None:
-            raise InvalidArgumentError(
-                "stream: host arrays take none (the call itself waits, or async_op=True gives a Work); leave it None"
-            )
+        """Call `function` with the arguments, the handle and `stream`, which is cdata, or None for host memory without one."""
         handle = self._open()
+        where = _NULL if stream is None else stream
         outer = _group.current() if _open_groups else None
         if outer is None and not async_op:
-            code = function(*arguments, handle, _NULL)
+            code = function(*arguments, handle, where)
             if self._running:
                 reap(self._running)
             if code == _IN_PROGRESS:
                 return self._wait_out(keep, result)
             if code:
-                raise self._failure(code)
+                raise self._failure(code, stream)
             return result
         if outer is not None:
             if async_op:
                 raise InvalidUsageError("async_op is not for calls inside a group: use group(async_op=True) and its `work`")
-            code = function(*arguments, handle, _NULL)
+            code = function(*arguments, handle, where)
             if code:
-                raise self._failure(code)
+                raise self._failure(code, stream)
             outer.add(keep, result)
             return result
         code = lib.hfreduceGroupStart()
         if code:
             raise self._failure(code)
-        code = function(*arguments, handle, _NULL)
-        error = self._failure(code) if code else None
+        code = function(*arguments, handle, where)
+        error = self._failure(code, stream) if code else None
         work = ffi.new("hfreduceWork_t *")
         code = lib.hfreduceGroupEndAsync(work)
         if error is not None or code:
             raise error if error is not None else self._failure(code)
-        return Work(work[0], (keep,), result, self._running)
+        return Work(work[0], (keep,), result, self._running, ordered=stream is not None and type(result) is not Sender)
 
     def _wait_out(self, keep: Any, result: Any) -> Any:
         """Wait for what the C call began and has not ended; an exception from a signal handler leaves it running, as async work."""
@@ -641,11 +649,15 @@ class Communicator:
             raise InvalidUsageError("the communicator is closed")
         return handle
 
-    def _failure(self, code: int) -> HfreduceError:
-        """The exception for a call that returned `code`."""
+    def _failure(self, code: int, stream: Any = None) -> HfreduceError:
+        """The exception for a call that returned `code`, on `stream` where there was one."""
         if self._handle == _NULL:
             return InvalidUsageError("the communicator is closed")
-        return last_error(code, self._handle)
+        error = last_error(code, self._handle)
+        if stream is not None and code == _INVALID_ARGUMENT:  # who gave an array on a device need not know of a stream
+            handle = int(ffi.cast("uintptr_t", stream))
+            error.args = (f"{error} (arrays in device memory, and stream=, put a call on a stream: here {handle:#x})",)
+        return error
 
     def _op(self, op: Any) -> int:
         return op.resolve(self) if isinstance(op, PreMulSum) else op_code(op)
@@ -656,12 +668,12 @@ class Communicator:
             raise InvalidArgumentError(f"{name}: {rank} is not from 0 to {self._nranks - 1} (nranks is {self._nranks})")
         return rank
 
-    def _in_place_or_out(self, x: Any, out: Any) -> tuple[Buffer, Buffer, Any]:
+    def _in_place_or_out(self, x: Any, out: Any, stream: Any) -> tuple[Buffer, Buffer, Any]:
         if out is None:
-            buffer = resolve(x, "x", writable=True)
+            buffer = resolve(x, "x", writable=True, stream=stream)
             return buffer, buffer, x
-        target = resolve(out, "out", writable=True)
-        return self._like(resolve(x, "x", writable=False), target), target, out
+        target = resolve(out, "out", writable=True, stream=stream)
+        return self._like(resolve(x, "x", writable=False, stream=stream), target), target, out
 
     def _like(self, source: Buffer, target: Buffer) -> Buffer:
         self._same_dtype(source, target)

@@ -48,14 +48,20 @@ class Work:
 
     Holds its buffers until the operation has ended, also when the handle itself is dropped (the communicator then keeps it
     until then). Its methods may be called from any thread.
+
+    An operation on a stream is in its place there from the call on: what is put on the stream later sees the result. `wait()` has
+    nothing to add to that and returns at once, or raises the error if there is one already; `done()`, and `wait` with a timeout,
+    tell of the host's side.
     """
 
-    __slots__ = ("__weakref__", "_error", "_handle", "_keep", "_result")
+    __slots__ = ("__weakref__", "_error", "_handle", "_keep", "_ordered", "_result")
 
-    def __init__(self, handle: Any, keep: Any, result: Any, running: deque[Work]) -> None:
+    def __init__(self, handle: Any, keep: Any, result: Any, running: deque[Work], *, ordered: bool = False) -> None:
+        """ordered: it runs on a stream."""
         self._handle: Any = ffi.gc(handle, lib.hfreduceWorkDestroy)  # an operation that still runs goes on
         self._keep = keep  # None once it has ended
         self._result = result
+        self._ordered = ordered
         self._error: HfreduceError | None = None
         reap(running)
         running.append(self)
@@ -77,7 +83,9 @@ class Work:
         """
         if timeout is not None and not timeout >= 0:
             raise InvalidArgumentError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
-        if self._keep is not None:
+        if self._ordered and timeout is None:
+            self.done()
+        elif self._keep is not None:
             end = None if timeout is None else time.monotonic() + timeout
             while True:
                 left = _SLICE if end is None else min(_SLICE, max(0.0, end - time.monotonic()))
