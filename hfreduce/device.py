@@ -106,7 +106,7 @@ def common_stream(stream: Any, first: int | None, second: int | None) -> Any:
     return ffi.cast("void *", second if first is None else first)
 
 
-def _library_stream(x: Any) -> int | None:
+def library_stream(x: Any) -> int | None:
     """The current stream of the library that made x, where the library keeps one."""
     library = type(x).__module__.partition(".")[0]
     if library == "cupy":
@@ -157,7 +157,7 @@ def from_interface(x: Any, name: str, *, writable: bool) -> DeviceMemory:
     if said.get("mask") is not None:
         raise InvalidArgumentError(f"{name}: it is a masked array; pass its data")
     dtype, itemsize = _interface_dtype(x, typestr, name)
-    if strides is not None and not _is_contiguous(shape, tuple(strides), itemsize):
+    if strides is not None and not is_contiguous(shape, tuple(strides), itemsize):
         raise InvalidArgumentError(
             f"{name}: a device array of shape {shape} with strides {tuple(strides)} is not C-contiguous; make a contiguous copy of it"
         )
@@ -181,7 +181,8 @@ def _interface_dtype(x: Any, typestr: Any, name: str) -> tuple[int, int]:
     return dtype_code(dtype, name), int(dtype.itemsize)
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether the elements lie one after the other in C order; strides are in the unit of itemsize."""
     if math.prod(shape) == 0:
         return True
     step = itemsize
@@ -193,7 +194,7 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: i
 
 
 def _interface_stream(x: Any, said: Mapping[str, Any], name: str) -> int:
-    current = _library_stream(x)
+    current = library_stream(x)
     if current is not None:
         return current
     stream = said.get("stream")  # from version 3 on
@@ -267,7 +268,7 @@ def from_dlpack(x: Any, name: str, stream: Any, *, writable: bool) -> DeviceMemo
     stream: the caller's, or None. The array is asked to be ready on it, or on the library's current, or the legacy default one:
     that is the handshake of the protocol.
     """
-    handle = (_library_stream(x) or LEGACY_STREAM) if stream is None else stream_handle(stream)
+    handle = (library_stream(x) or LEGACY_STREAM) if stream is None else stream_handle(stream)
     try:
         try:
             capsule = x.__dlpack__(stream=handle, max_version=(1, 0))
@@ -286,7 +287,7 @@ def from_dlpack(x: Any, name: str, stream: Any, *, writable: bool) -> DeviceMemo
         )
     dtype = dtype_code(kind, name)
     shape = tuple(tensor.shape[: tensor.ndim])
-    if tensor.strides and not _is_contiguous(shape, tuple(tensor.strides[: tensor.ndim]), 1):  # counted in elements
+    if tensor.strides and not is_contiguous(shape, tuple(tensor.strides[: tensor.ndim]), 1):  # counted in elements
         raise InvalidArgumentError(f"{name}: a device array of shape {shape} is not C-contiguous; make a contiguous copy of it")
     # The capsule is kept and not taken over: when it goes, it gives the memory back itself.
     return DeviceMemory((tensor.data or 0) + tensor.byte_offset, math.prod(shape), dtype, handle, (x, capsule))
