@@ -663,6 +663,8 @@ class Communicator:
         return op.resolve(self) if isinstance(op, PreMulSum) else op_code(op)
 
     def _root(self, root: Any, name: str = "root") -> int:
+        if type(root) is int and 0 <= root < self._nranks:
+            return root
         rank = _integer(root, name)
         if not 0 <= rank < self._nranks:
             raise InvalidArgumentError(f"{name}: {rank} is not from 0 to {self._nranks - 1} (nranks is {self._nranks})")
@@ -676,7 +678,8 @@ class Communicator:
         return self._like(resolve(x, "x", writable=False, stream=stream), target), target, out
 
     def _like(self, source: Buffer, target: Buffer) -> Buffer:
-        self._same_dtype(source, target)
+        if source.dtype != target.dtype:
+            self._same_dtype(source, target)
         if source.elements != target.elements:
             raise InvalidArgumentError(f"out: has {target.elements} elements, x has {source.elements}; they must be equal")
         return source

@@ -84,8 +84,8 @@ NCCL_BFLOAT16: int = lib.hfreduceBfloat16
 NCCL_FLOAT8E4M3: int = lib.hfreduceFloat8e4m3
 NCCL_FLOAT8E5M2: int = lib.hfreduceFloat8e5m2
 
-# The NCCL whose functions of these names work here as there: 2.25.1, in NCCL's code of versions.
-_VERSION = 22501
+# The NCCL whose interface hfreduce stands in for (2.32.3): the same in Python as in C.
+_VERSION = 23203
 
 # A blocking call comes back to Python after so many seconds, to see whether a signal (Ctrl-C) waits to be handled.
 _PATIENCE = 0.25

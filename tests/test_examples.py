@@ -68,6 +68,18 @@ def test_hello_on_several_nodes() -> None:
     assert all(text.count(f"rank {r} of 3 on node {r // 2} of 2: the sum is 6") == 1 for r in range(3)), text
 
 
+# --- cupy_names ---
+
+
+@pytest.mark.parametrize("nranks", [1, 4])
+def test_cupy_names(nranks: int) -> None:
+    text = run_ranks(nranks, str(EXAMPLES / "cupy_names.py"))
+    for r in range(nranks):
+        assert f"rank {r} of {nranks}: the sum is {nranks * (nranks + 1) // 2}" in text, text
+        assert f"rank {r} of {nranks}: the first of its half is {r % 2}" in text, text
+    assert text.count("3 ranks in one thread: each has from its left [2, 0, 1]") == nranks, text
+
+
 # --- train_digits ---
 
 
