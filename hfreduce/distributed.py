@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import warnings
 from typing import Any
 
@@ -62,20 +61,28 @@ def init_process_group(
 
 # --- how ranks find each other ---
 
+# Groups that a rank has made at an address so far: the n-th of each rank belongs together. One that failed does not count, so that
+# it can be tried again.
 _made: dict[tuple[str, int, int], int] = {}
-_made_lock = threading.Lock()
 
 
-def _id_by_address(host: str, port: int, rank: int) -> UniqueId:
-    """The id that all ranks make by themselves; the n-th group of each rank at one address belongs together."""
-    with _made_lock:
-        tag = _made.get((host, port, rank), 0)
-        _made[host, port, rank] = tag + 1
-    where = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+def _join_by_address(n_devices: int, rank: int, host: str, port: int) -> nccl.NcclCommunicator:
+    """Join by an id that all ranks make by themselves."""
+    place = (host, port, rank)
+    tag = _made.get(place, 0)
+    address = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
     try:
-        return UniqueId.from_address(where, os.environ.get("HFREDUCE_SECRET", ""), tag)
+        unique_id = UniqueId.from_address(address, os.environ.get("HFREDUCE_SECRET", ""), tag)
     except HfreduceError as error:
         raise NcclError(lib.hfreduceInvalidArgument, str(error)) from None
+    comm = nccl.NcclCommunicator(n_devices, unique_id, rank)
+    _made[place] = tag + 1
+    return comm
+
+
+def _join_by_mpi(n_devices: int, rank: int, world: Any) -> nccl.NcclCommunicator:
+    unique_id = bytes(nccl.get_unique_id()) if world.Get_rank() == 0 else None
+    return nccl.NcclCommunicator(n_devices, world.bcast(unique_id, root=0), rank)
 
 
 def _mpi() -> Any:
@@ -188,10 +195,9 @@ class NCCLBackend:
         self._n_devices = n_devices
         self._mpi = _mpi() if use_mpi else None
         if self._mpi is None:
-            unique_id: Any = _id_by_address(host, port, rank)
+            self._comm = _join_by_address(n_devices, rank, host, port)
         else:
-            unique_id = self._mpi.bcast(bytes(nccl.get_unique_id()) if self._mpi.Get_rank() == 0 else None, root=0)
-        self._comm = nccl.NcclCommunicator(n_devices, unique_id, rank)
+            self._comm = _join_by_mpi(n_devices, rank, self._mpi)
 
     # --- reductions ---
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 import types
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from hfreduce import HfreduceError, InvalidArgumentError, device
 from hfreduce._ffi import ffi, lib
 from hfreduce.buffer import resolve
 from hfreduce.communicator import Communicator
+from hfreduce.work import Work
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -464,6 +466,56 @@ def test_torch_tensors_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(Tensor(np.zeros((2, 3)).T), "x", writable=True)
     with pytest.raises(InvalidArgumentError, match=r"x: the tensor is on device .*xpu.*; memory of the host and of CUDA devices"):
         resolve(Tensor(np.zeros(3), device=types.SimpleNamespace(type="xpu")), "x", writable=True)
+
+
+# --- work on a stream ---
+
+
+def ordered_work(comm: Communicator) -> None:
+    """A host operation in the place of one on a stream: the Work is the same, apart from what its wait() waits for."""
+    x = np.full(3, comm.rank + 1.0)
+    if comm.rank == 1:
+        comm.barrier()
+        time.sleep(0.5)
+        comm.all_reduce(x)
+        return
+    comm.barrier()
+    code = lib.hfreduceGroupStart() or lib.hfreduceAllReduce(
+        ffi.cast("void *", address(x)), ffi.cast("void *", address(x)), 3, 8, 0, comm._handle, ffi.NULL
+    )
+    handle = ffi.new("hfreduceWork_t *")
+    assert not code and not lib.hfreduceGroupEndAsync(handle)
+    kept = [x]
+    work = Work(handle[0], kept, x, comm._running, ordered=True)
+    start = time.monotonic()
+    assert work.wait() is x and time.monotonic() - start < 0.3 and not work.done()
+    with pytest.raises(hfreduce.InProgressError):
+        work.wait(timeout=0.05)
+    assert work._keep is kept  # the arrays are held until it has ended
+    assert work.wait(timeout=10) is x and work.done() and work._keep is None
+    assert (x == 3).all()
+
+
+def test_work_on_a_stream_is_not_waited_for(run_ranks: Any) -> None:
+    run_ranks(ordered_work, 2)
+
+
+def ordered_failure(comm: Communicator) -> None:
+    x = np.zeros(3)
+    code = lib.hfreduceGroupStart() or lib.hfreduceRecv(ffi.cast("void *", address(x)), 3, 8, 0, comm._handle, ffi.NULL)
+    handle = ffi.new("hfreduceWork_t *")
+    assert not code and not lib.hfreduceGroupEndAsync(handle)
+    work = Work(handle[0], [x], None, comm._running, ordered=True)
+    comm.abort()
+    end = time.monotonic() + 5
+    while not work.done() and time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(hfreduce.AbortedError):
+        work.wait()
+
+
+def test_work_on_a_stream_that_failed(run_ranks: Any) -> None:
+    run_ranks(ordered_failure, 1)
 
 
 # --- the core ---

@@ -20,7 +20,7 @@ from hfreduce._ffi import lib
 from hfreduce.distributed import NCCLBackend, init_process_group
 from hfreduce.nccl import NcclCommunicator, NcclError
 
-ARGUMENT, USAGE = 4, 5
+ARGUMENT, USAGE, TIMEOUT = 4, 5, 8
 
 
 def place() -> tuple[str, int]:
@@ -229,6 +229,27 @@ def one_after_the_other(rank: int) -> None:
 
 def test_groups_at_one_address_one_after_the_other(run_ranks: Any) -> None:
     run_ranks(one_after_the_other, 2, comm=False)
+
+
+def again_after_a_failure(rank: int) -> int:
+    """Rank 0 tries and gives up before rank 1 comes."""
+    if rank:
+        time.sleep(1.5)
+    for failures in range(20):
+        try:
+            group = join(2, rank)
+        except NcclError as error:
+            if error.status != TIMEOUT:
+                raise
+        else:
+            group.barrier()
+            return failures
+    raise AssertionError("never")
+
+
+def test_a_group_can_be_tried_again(run_ranks: Any) -> None:
+    failures = run_ranks(again_after_a_failure, 2, comm=False, env={"HFREDUCE_TIMEOUT": "1"})
+    assert failures[0] >= 1 and failures[1] <= failures[0]
 
 
 def late(rank: int) -> float:
