@@ -656,7 +656,7 @@ class Communicator:
         error = last_error(code, self._handle)
         if stream is not None and code == _INVALID_ARGUMENT:  # who gave an array on a device need not know of a stream
             handle = int(ffi.cast("uintptr_t", stream))
-            error.args = (f"{error} (arrays in device memory, and stream=, put a call on a stream: here {handle:#x})",)
+            error.args = (f"{error} (on stream {handle:#x}, as calls on device memory are)",)
         return error
 
     def _op(self, op: Any) -> int:

@@ -1,0 +1,229 @@
+"""The Python faces on device memory and streams: on CUDA's driver where there is one, else on the stand-in of tests/c/fake/cuda.
+
+The stand-in is a test double, no GPU: its device memory cannot be touched by the CPU, and its streams run on threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shlex
+import subprocess
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import programs
+import pytest
+
+import hfreduce
+from hfreduce import nccl
+from hfreduce.distributed import init_process_group
+
+STAND_IN = programs.SOURCES / "fake" / "cuda"
+
+
+def build_stand_in() -> Path:
+    with programs.building("cuda-stand-in") as out:
+        library = out / "libcuda.so.1"
+        sources = sorted(STAND_IN.glob("*.c"))
+        if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in STAND_IN.iterdir()):
+            flags = "-D_GNU_SOURCE -std=gnu11 -O1 -g -shared -fPIC -pthread -Wl,-soname,libcuda.so.1"
+            include = f"-I{programs.ROOT / 'csrc'} -I{programs.ROOT / 'csrc' / 'include'}"
+            command = [*shlex.split(f"gcc {flags}"), *shlex.split(include), "-o", str(library), *map(str, sources), "-ldl"]
+            subprocess.run(command, check=True, timeout=programs.BUILD_LIMIT)
+    return library
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[str]:
+    """What to load as CUDA's driver."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if not STAND_IN.is_dir():
+            pytest.skip("no CUDA driver, and no stand-in for it in this tree (tests/c/fake/cuda)")
+        programs.need_compiler("gcc")
+        yield str(build_stand_in())
+    else:
+        yield "libcuda.so.1"
+
+
+class Driver:
+    """What the tests need of the driver, on device 0."""
+
+    def __init__(self, path: str) -> None:
+        self.cuda = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # the core's dlopen finds it by its name
+        context = ctypes.c_void_p()
+        self("cuInit", 0)
+        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self("cuCtxSetCurrent", context)
+
+    def __call__(self, function: str, *arguments: Any) -> None:
+        code = getattr(self.cuda, function)(*arguments)
+        assert code == 0, f"{function}: {code}"
+
+    def stream(self) -> int:
+        handle = ctypes.c_void_p()
+        self("cuStreamCreate", ctypes.byref(handle), 1)  # non-blocking
+        assert handle.value
+        return handle.value
+
+    def wait(self, stream: int | None) -> None:
+        self("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+
+class Device:
+    """An array in device memory, used on one stream (None: the legacy default one)."""
+
+    def __init__(self, driver: Driver, x: np.ndarray[Any, Any], stream: int | None) -> None:
+        self.driver, self.shape, self.dtype, self.stream, self.size = driver, x.shape, x.dtype, stream, x.nbytes
+        place = ctypes.c_uint64()
+        driver("cuMemAlloc_v2", ctypes.byref(place), ctypes.c_size_t(self.size))
+        self.address = place.value
+        self._copy(self.address, x.ctypes.data)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        face = {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "version": 3,
+            "stream": self.stream,
+        }
+        return face
+
+    def _copy(self, target: int, source: int) -> None:
+        self.driver(
+            "cuMemcpyAsync",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(self.size),
+            ctypes.c_void_p(self.stream),
+        )
+        self.driver.wait(self.stream)
+
+    def get(self) -> np.ndarray[Any, Any]:
+        x = np.empty(self.shape, self.dtype)
+        self._copy(x.ctypes.data, self.address)
+        return x
+
+
+def every_call(rank: int, path: str, count: int, on_a_stream: bool) -> None:
+    driver = Driver(path)
+    stream = driver.stream() if on_a_stream else None
+    with hfreduce.init(10) as comm:
+        n = comm.nranks
+        base = (np.arange(count) % 7).astype(np.float32)
+
+        def put(x: np.ndarray[Any, Any]) -> Device:
+            return Device(driver, x, stream)
+
+        x, out, wide = put(base + rank), put(np.zeros_like(base)), put(np.zeros((n, count), np.float32))
+        total = base * n + n * (n - 1) / 2
+        each = np.stack([base + r for r in range(n)])
+        assert comm.all_reduce(x) is x
+        assert (x.get() == total).all()
+        comm.all_reduce(put(base + rank), out, "max")
+        assert (out.get() == base + n - 1).all()
+        work = comm.all_reduce(x, op="avg", async_op=True)
+        assert work.wait() is x
+        assert (x.get() == total).all()
+        comm.all_gather(put(base + rank), wide)
+        assert (wide.get() == each).all()
+        comm.reduce_scatter(wide, out)
+        assert (out.get() == (base + rank) * n).all()
+        comm.broadcast(out, n - 1)
+        assert (out.get() == (base + n - 1) * n).all()
+        comm.reduce(put(base), out, root=0)
+        assert rank or (out.get() == base * n).all()
+        comm.all_to_all(put(each), wide)
+        assert (wide.get() == base + rank).all()
+        with comm.group():
+            comm.send(put(base + rank), (rank + 1) % n)
+            comm.recv(out, (rank - 1) % n)
+        assert (out.get() == base + (rank - 1) % n).all()
+        if rank == 0:
+            comm.send(x, n - 1, tag=3)
+        if rank == n - 1:
+            assert comm.recv_any(out, tag=3) == 0
+            assert (out.get() == total).all()
+        comm.barrier(stream=stream)
+
+
+@pytest.mark.parametrize("on_a_stream", [False, True])
+@pytest.mark.parametrize("count", [5, 100_000, 1_500_000])
+def test_communicator(run_ranks: Any, driver: str, count: int, on_a_stream: bool) -> None:
+    run_ranks(every_call, 2, driver, count, on_a_stream, comm=False)
+
+
+def streams_and_errors(rank: int, path: str) -> None:
+    driver = Driver(path)
+    stream = driver.stream()
+    with hfreduce.init(10) as comm:
+        host = np.ones(1000, np.float32)
+        comm.all_reduce(host, stream=types.SimpleNamespace(ptr=stream))
+        driver.wait(stream)
+        assert (host == 2).all()
+        x = Device(driver, np.ones(1000, np.float32), stream)
+        comm.all_reduce(x, stream=types.SimpleNamespace(__cuda_stream__=lambda: (0, stream)))
+        assert (x.get() == 2).all()
+        said = x.__cuda_array_interface__
+        for data, shape in (((0x10, False), (3,)), (said["data"], (10_000_000,))):  # foreign, and too large for its allocation
+            bad = types.SimpleNamespace(__cuda_array_interface__={**said, "data": data, "shape": shape})
+            with pytest.raises(hfreduce.InvalidArgumentError, match=rf"hfreduceAllReduce: .*\(on stream {stream:#x}"):
+                comm.all_reduce(bad)
+        comm.all_reduce(x)
+        assert (x.get() == 4).all()
+
+
+def test_streams_and_errors(run_ranks: Any, driver: str) -> None:
+    run_ranks(streams_and_errors, 2, driver, comm=False)
+
+
+def nccl_face(rank: int, path: str, unique_id: bytes) -> None:
+    driver = Driver(path)
+    stream = driver.stream()
+    comm = nccl.NcclCommunicator(2, unique_id, rank)
+    a, b = (Device(driver, np.full(1000, value, np.float32), stream) for value in (rank + 1, 0))
+    comm.allReduce(a.address, b.address, 1000, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream)
+    assert (b.get() == 3).all() and comm.device_id() == 0
+    nccl.groupStart()
+    comm.send(a.address, 1000, nccl.NCCL_FLOAT32, 1 - rank, stream)
+    comm.recv(b.address, 1000, nccl.NCCL_FLOAT32, 1 - rank, stream)
+    nccl.groupEnd()
+    assert (b.get() == 2 - rank).all()
+    comm.check_async_error()
+    comm.destroy()
+
+
+def test_nccl_face(run_ranks: Any, driver: str) -> None:
+    run_ranks(nccl_face, 2, driver, bytes(nccl.get_unique_id()), comm=False)
+
+
+def distributed_face(rank: int, path: str, port: int) -> None:
+    driver = Driver(path)
+    stream = driver.stream()
+    group = init_process_group(2, rank, port=port)
+    x, out = (Device(driver, np.full((4, 3), value, np.complex64), stream) for value in (1 + 1j * rank, 0))
+    group.all_reduce(x, out)
+    assert (out.get() == 2 + 1j).all()
+    rows = Device(driver, np.zeros((2, 4, 3), np.complex64), stream)
+    group.all_gather(x, rows, 12)
+    assert (rows.get()[0] == 1).all() and (rows.get()[1] == 1 + 1j).all()
+    group.barrier()
+    group.close()
+
+
+def test_distributed_face(run_ranks: Any, driver: str, unused_tcp_port: int) -> None:
+    run_ranks(distributed_face, 2, driver, unused_tcp_port, comm=False)
+
+
+@pytest.fixture
+def unused_tcp_port() -> Iterator[int]:
+    from ranks import reserved_address
+
+    with reserved_address() as address:
+        yield int(address.rpartition(":")[2])
