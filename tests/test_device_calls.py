@@ -6,6 +6,7 @@ The stand-in is a test double, no GPU: its device memory cannot be touched by th
 from __future__ import annotations
 
 import ctypes
+import os
 import shlex
 import subprocess
 import types
@@ -54,6 +55,7 @@ class Driver:
     """What the tests need of the driver, on device 0."""
 
     def __init__(self, path: str) -> None:
+        os.environ.setdefault("FAKE_CUDA", "delay=300")  # the stand-in's copies take their time, so that a missing order shows
         self.cuda = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # the core's dlopen finds it by its name
         context = ctypes.c_void_p()
         self("cuInit", 0)
