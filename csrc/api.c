@@ -50,10 +50,12 @@ hfreduceResult_t hfreduceParamGet(int index, hfreduceParam_t *param) {
   if (index < 0 || index >= HFR_PARAM_COUNT)
     return hfr_fail(hfreduceInvalidArgument, "hfreduceParamGet: index %d; there are %d parameters", index, HFR_PARAM_COUNT);
   enum hfr_param id = (enum hfr_param)index;
-  *param =
-      (hfreduceParam_t){hfr_param_name(id), hfr_param_value(id), hfr_param_preset(id), hfr_param_help(id), hfr_param_is_set(id)};
+  *param = (hfreduceParam_t){hfr_param_name(id), hfr_param_value(id),  hfr_param_preset(id),
+                             hfr_param_help(id), hfr_param_is_set(id), hfr_param_alias(id)};
   return hfreduceSuccess;
 }
+
+void hfreduceLog(hfreduceLogLevel_t level, const char *text) { hfr_log_write((enum hfr_log_level)level, "%s", text); }
 
 size_t hfreduceDescribe(char *text, size_t size) {
   char host[64], nic[32], address[HFR_ADDR_TEXT], out[16384];
@@ -132,6 +134,11 @@ static hfreduceResult_t check_overlap(const char *f, const void *send, size_t se
   return hfr_fail(hfreduceInvalidArgument, "%s: sendbuff and recvbuff overlap, but not as in-place operation allows", f);
 }
 
+/* Of the factor that a premultiplied sum takes. */
+static size_t scalar_bytes(hfreduceDataType_t dtype) {
+  return dtype == hfreduceFloat8e4m3 || dtype == hfreduceFloat8e5m2 ? sizeof(float) : hfr_dtype_size(dtype);
+}
+
 /* The op as the engine wants it: premultiplied sums resolved. */
 static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedOp_t op, hfreduceDataType_t dtype,
                                    struct hfr_call *call) {
@@ -152,7 +159,8 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
   if (!r) {
     call->op = hfreduceSum;
     call->premul = 1;
-    memcpy(call->scalar, c->ops[i].scalar, sizeof call->scalar);
+    memset(call->scalar, 0, sizeof call->scalar);
+    memcpy(call->scalar, c->ops[i].at ? c->ops[i].at : c->ops[i].scalar, scalar_bytes(dtype));
   }
   pthread_mutex_unlock(&c->ops_lock);
   return r;
@@ -403,7 +411,7 @@ hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar,
   HFR_TRY(check_count(comm, f, 1, datatype, 1));
   if (residence != hfreduceScalarDevice && residence != hfreduceScalarHostImmediate)
     return hfr_fail(hfreduceInvalidArgument, "%s: residence is %d", f, (int)residence);
-  int fp8 = datatype == hfreduceFloat8e4m3 || datatype == hfreduceFloat8e5m2, slot = 0;
+  int slot = 0;
   hfreduceResult_t r = hfreduceSuccess;
   pthread_mutex_lock(&comm->ops_lock);
   while (slot < comm->nops && comm->ops[slot].used) slot++;
@@ -418,9 +426,8 @@ hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar,
     }
   }
   if (!r) {
-    comm->ops[slot].used = 1;
-    comm->ops[slot].dtype = datatype;
-    memcpy(comm->ops[slot].scalar, scalar, fp8 ? 4 : hfr_dtype_size(datatype));
+    comm->ops[slot] = (struct hfr_premul){.used = 1, .dtype = datatype, .at = residence == hfreduceScalarDevice ? scalar : NULL};
+    if (residence == hfreduceScalarHostImmediate) memcpy(comm->ops[slot].scalar, scalar, scalar_bytes(datatype));
     *op = (hfreduceRedOp_t)(hfreduceNumOps + slot);
   }
   pthread_mutex_unlock(&comm->ops_lock);

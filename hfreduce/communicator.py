@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -569,6 +569,26 @@ class Communicator:
         """Make a communicator of the same ranks, whose operations are independent of this one's. Collective."""
         comm = self.split(0, self._rank)
         assert comm is not None
+        return comm
+
+    def shrink(
+        self, exclude: Iterable[int], *, abort: bool = False, timeout: float | None = None, name: str | None = None
+    ) -> Communicator:
+        """Make a communicator of these ranks without those in `exclude`; they keep their order. Collective over those that stay.
+
+        All who stay give the same ranks; the others do not call. It needs nothing of this communicator but who its ranks are, so it
+        works after a rank has died. abort: first end what runs on this one, as `abort` does. timeout None: this one's. This
+        one stays; close it.
+        """
+        ranks = [_integer(rank, "exclude") for rank in exclude]
+        seconds = self._timeout if timeout is None else _seconds(timeout)
+        config, keep = _config(seconds, name)
+        handle = ffi.new("hfreduceComm_t *")
+        flags = lib.hfreduceShrinkAbort if abort else lib.hfreduceShrinkDefault
+        check(lib.hfreduceCommShrink(self._open(), ffi.new("int[]", ranks), len(ranks), handle, config, flags))
+        del keep
+        comm = Communicator.__new__(Communicator)
+        comm._adopt(handle[0], seconds)
         return comm
 
     def async_error(self) -> HfreduceError | None:

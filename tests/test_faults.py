@@ -961,3 +961,83 @@ def test_64_local_ranks(run_ranks: Any) -> None:
     print(
         f"64 local ranks: {last - first:.2f} s from the first call to the last return, slowest call {max(t for _, t in results):.2f} s"
     )
+
+
+# --- shrinking ---
+
+
+def shrink_after_death(rank: int, nranks: int, victims: list[int], abort: bool) -> tuple[int, float]:
+    comm = joined(rank, nranks, 1)
+    x = np.full(100_000, 2.0**rank, np.float32)
+    if rank in victims:
+        comm.all_reduce(x)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises((PeerLostError, AbortedError)):  # the latter from a survivor that is quicker to shrink
+        for _ in range(10_000):
+            comm.all_reduce(x)
+    start = time.monotonic()
+    rest = comm.shrink(victims, abort=abort)
+    seconds = time.monotonic() - start
+    y = np.full(50_000, 2.0**rank, np.float32)
+    rest.all_reduce(y)
+    assert (y == sum(2.0**r for r in range(nranks) if r not in victims)).all()
+    assert rest.rank == sum(r not in victims for r in range(rank))
+    if rest.nranks > 1:  # and that one's ranks can go on so
+        again = rest.shrink([rest.nranks - 1]) if rest.rank < rest.nranks - 1 else None
+        if again is not None:
+            again.barrier()
+            again.close()
+    size = rest.nranks
+    rest.close()
+    comm.close()
+    return size, seconds
+
+
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 0, 0), (0, 0, 1, 1), (0, 1, 2)])
+@pytest.mark.parametrize(("victims", "abort"), [([0], False), ([0], True), ([1], False), ([1], True)])
+def test_shrink(run_ranks: Any, nodes: tuple[int, ...], victims: list[int], abort: bool) -> None:
+    """Survivors go on together, whoever died: the rank that held all control connections, or the leader of a node."""
+    n = len(nodes)
+    outcomes = run_ranks(shrink_after_death, n, n, victims, abort, comm=False, check=False, env=Hosts(nodes))
+    for rank, outcome in enumerate(outcomes):
+        if rank in victims:
+            continue
+        assert outcome.ok, outcome
+        size, seconds = outcome.value
+        assert size == n - len(victims)
+        assert seconds < 2 + ENDED
+
+
+def shrink_differently(rank: int, nranks: int) -> str | None:
+    comm = joined(rank, nranks, 1, timeout=3)
+    if rank == nranks - 1:
+        time.sleep(1)
+        comm.close()
+        return None
+    with pytest.raises(InvalidUsageError) as caught:
+        comm.shrink([nranks - 1] if rank == 0 else [nranks - 2 if rank == 1 else 1])
+    comm.close()
+    return str(caught.value)
+
+
+def test_shrink_with_different_lists(run_ranks: Any) -> None:
+    """Ranks that leave out different ranks hear so, and do not wait for each other."""
+    told = run_ranks(shrink_differently, 4, 4, comm=False)
+    assert all("leave out different ranks" in text for text in told[:2]), told
+
+
+def shrink_wrongly(comm: Communicator) -> None:
+    for exclude, words in (([comm.nranks], "must be 0 to"), ([-1], "must be 0 to"), ([comm.rank], "this rank")):
+        with pytest.raises(hfreduce.InvalidArgumentError, match=words):
+            comm.shrink(exclude)
+    same = comm.shrink([])  # all stay: another communicator of the same ranks, and this one is as it was
+    assert (same.rank, same.nranks) == (comm.rank, comm.nranks)
+    for each in (same, comm):
+        x = np.ones(3)
+        each.all_reduce(x)
+        assert (x == comm.nranks).all()
+    same.close()
+
+
+def test_shrink_arguments(run_ranks: Any) -> None:
+    run_ranks(shrink_wrongly, 2)

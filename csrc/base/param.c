@@ -302,6 +302,7 @@ const char *hfr_param_name(enum hfr_param id) { return specs[id].name; }
 const char *hfr_param_preset(enum hfr_param id) { return specs[id].preset; }
 const char *hfr_param_help(enum hfr_param id) { return specs[id].help; }
 int hfr_param_is_set(enum hfr_param id) { return get(id)->is_set; }
+const char *hfr_param_alias(enum hfr_param id) { return nccl_names[id]; }
 
 /* What is listed may end in a log or a bug report: the secret stays out of it. */
 const char *hfr_param_value(enum hfr_param id) {

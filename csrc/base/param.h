@@ -61,6 +61,8 @@ const char *hfr_param_value(enum hfr_param id);
 const char *hfr_param_preset(enum hfr_param id);
 const char *hfr_param_help(enum hfr_param id);
 int hfr_param_is_set(enum hfr_param id);
+/* NCCL's name for it; NULL: none. */
+const char *hfr_param_alias(enum hfr_param id);
 /* Read the environment again (tests only; not thread-safe). */
 void hfr_param_reload(void);
 #endif

@@ -20,12 +20,25 @@
 #include <string.h>
 #include <sys/socket.h>
 
-static int wait_fd(int fd, int events, int64_t deadline_ns) {
+#define CANCEL_MS 100 /* how often somebody who waits looks whether he is still wanted */
+
+static int cancelled(const struct hfreduceComm *c) { return c->cancel && __atomic_load_n(c->cancel, __ATOMIC_ACQUIRE); }
+
+/* Wait until the descriptor is ready; a while at most, for callers look for more than that. 0: the deadline has passed. */
+static int wait_fd(const struct hfreduceComm *c, int fd, int events, int64_t deadline_ns) {
   int64_t left = deadline_ns - hfr_now_ns();
   if (left <= 0) return 0;
   struct pollfd p = {fd, (short)events, 0};
-  poll(&p, 1, (int)(left / 1000000 + 1));
+  int ms = left < 1000000000 ? (int)(left / 1000000 + 1) : 1000;
+  poll(&p, 1, c->cancel && ms > CANCEL_MS ? CANCEL_MS : ms);
   return 1;
+}
+
+static hfreduceResult_t fail_cancelled(const struct hfreduceComm *c) {
+  hfr_fail(hfreduceAborted, "rank %d gave up joining: its communicator was aborted before all ranks were there", c->rank);
+  hfr_last_error()->peer = c->rank;
+  snprintf(hfr_last_error()->op, sizeof hfr_last_error()->op, "init");
+  return hfreduceAborted;
 }
 
 static void nap_ms(int ms) { poll(NULL, 0, ms); }
@@ -44,9 +57,11 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
       error = ECONNREFUSED;
     } else {
       struct pollfd p = {fd, POLLOUT, 0};
-      int64_t left = deadline_ns - hfr_now_ns();
-      if (left > 2000000000) left = 2000000000; /* a lost SYN is better sent anew */
-      error = poll(&p, 1, left > 0 ? (int)(left / 1000000 + 1) : 0) > 0 ? hfr_socket_error(fd) : ETIMEDOUT;
+      int64_t again = hfr_now_ns() + 2000000000; /* a lost SYN is better sent anew */
+      if (again > deadline_ns) again = deadline_ns;
+      while (!cancelled(c) && wait_fd(c, fd, POLLOUT, again) && !poll(&p, 1, 0)) {
+      }
+      error = poll(&p, 1, 0) > 0 ? hfr_socket_error(fd) : ETIMEDOUT;
       if (!error) {
         struct hfr_auth auth;
         hfr_socket_tune(fd);
@@ -63,6 +78,7 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
       }
       close(fd);
     }
+    if (cancelled(c)) return fail_cancelled(c);
     if (hfr_now_ns() > deadline_ns) break;
     nap_ms(pause);
     if (pause < 100) pause *= 2;
@@ -81,6 +97,7 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   hfr_host_name(r->host);
   r->addr = *addr;
   r->pid = (uint32_t)getpid();
+  r->members = c->uid.members;
   memcpy(r->transports, c->offer.number, sizeof r->transports);
   r->slots = (uint32_t)((hfr_param_int(HFR_PARAM_SLOTS) + 1) / 2 * 2);
   r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
@@ -130,16 +147,18 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
     if (conn.dead)
       result = hfr_fail(hfreduceRemoteError,
                         "rank %d: the root closed the connection while ranks were joining (did its process end?)", c->rank);
-    else if (!wait_fd(fd, POLLIN, deadline_ns)) {
-      result = hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank, c->timeout, missing);
+    else if (cancelled(c) || !wait_fd(c, fd, POLLIN, deadline_ns)) {
+      result = cancelled(c)
+                   ? fail_cancelled(c)
+                   : hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank, c->timeout, missing);
       snprintf(hfr_last_error()->op, sizeof hfr_last_error()->op, "init");
       hfr_conn_send(&conn, HFR_FRAME_ERROR, hfr_last_error(),
                     sizeof(hfreduceErrorInfo_t)); /* the others need not find out by themselves */
     }
   }
-  if (result == hfreduceTimeout) { /* let the root take our word in before this process may end */
+  if (result == hfreduceTimeout || result == hfreduceAborted) { /* let the root take our word in before this process may end */
     int64_t limit = hfr_now_ns() + 500000000;
-    while (!hfr_conn_fill(&conn) && wait_fd(fd, POLLIN, limit)) {
+    while (!hfr_conn_fill(&conn) && wait_fd(c, fd, POLLIN, limit)) {
     }
   }
   hfr_conn_close(&conn);
@@ -274,6 +293,8 @@ static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t d
     }
     if (c->failed)
       *hfr_last_error() = c->early, result = (hfreduceResult_t)c->early.code;
+    else if (cancelled(c))
+      result = fail_cancelled(c);
     else if (served < n && hfr_now_ns() > deadline_ns)
       result = hfr_fail(hfreduceTimeout, "rank %d: %d of %d local ranks did not fetch the shared memory within %.3g s", c->rank,
                         n - served, n, c->timeout);
@@ -293,11 +314,12 @@ static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t 
       struct hfr_auth auth;
       hfr_auth_client(&auth, sock, HFR_AUTH_ARENA, c->uid.comm_id, c->uid.secret, c->rank, leader, 0, 0);
       if (!hfr_auth_client_wait(&auth, deadline_ns, "the local leader"))
-        while ((r = hfr_unix_recv_fd(sock, &fd)) == -EAGAIN && wait_fd(sock, POLLIN, deadline_ns)) {
+        while ((r = hfr_unix_recv_fd(sock, &fd)) == -EAGAIN && !cancelled(c) && wait_fd(c, sock, POLLIN, deadline_ns)) {
         }
       close(sock);
       if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots);
     }
+    if (cancelled(c)) return fail_cancelled(c);
     if (hfr_now_ns() > deadline_ns)
       return hfr_fail(hfreduceTimeout, "rank %d: rank %d on this host did not hand out the shared memory within %.3g s", c->rank,
                       leader, c->timeout);
@@ -380,6 +402,7 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
       hfr_runtime_flood(c, HFR_FRAME_GO, NULL, 0, -1);
     }
     if (c->went) return hfreduceSuccess;
+    if (cancelled(c)) return fail_cancelled(c);
     int64_t left = deadline_ns - hfr_now_ns();
     if (left <= 0)
       return hfr_fail(hfreduceTimeout, "rank %d: %d of %d ranks were ready within %.3g s", c->rank,

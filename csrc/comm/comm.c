@@ -17,7 +17,7 @@ _Static_assert(sizeof(struct hfr_uid) <= HFREDUCE_UNIQUE_ID_BYTES, "the unique i
 
 /* ---------------------------------------------------------------- unique ids */
 
-static void pack(const struct hfr_uid *uid, hfreduceUniqueId *id) {
+void hfr_uid_pack(const struct hfr_uid *uid, hfreduceUniqueId *id) {
   memset(id, 0, sizeof *id);
   memcpy(id->internal, uid, sizeof *uid);
 }
@@ -29,7 +29,7 @@ static hfreduceResult_t new_id(hfreduceUniqueId *id, int local) {
   hfr_random(uid.secret, sizeof uid.secret);
   HFR_TRY(hfr_runtime_listen(local, NULL, &uid.root));
   HFR_TRY(hfr_runtime_open_root(&uid));
-  pack(&uid, id);
+  hfr_uid_pack(&uid, id);
   return hfreduceSuccess;
 }
 
@@ -76,7 +76,7 @@ hfreduceResult_t hfreduceUniqueIdFromAddress(hfreduceUniqueId *id, const char *a
                     "(for example from: openssl rand -hex 16)",
                     address);
   HFR_TRY(derive(&uid, secret, tag));
-  pack(&uid, id);
+  hfr_uid_pack(&uid, id);
   return hfreduceSuccess;
 }
 
@@ -149,6 +149,7 @@ hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hf
     snprintf(c->name, sizeof c->name, "%s", config->name);
   else
     snprintf(c->name, sizeof c->name, "%016llx", (unsigned long long)uid.comm_id);
+  c->cancel = config ? config->cancel : NULL;
   pthread_mutex_init(&c->ops_lock, NULL);
   hfr_log_set_rank(rank);
   hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->timeout * 1e9));
@@ -160,6 +161,7 @@ hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hf
     *hfr_last_error() = why;
     return r;
   }
+  c->cancel = NULL;
   *comm = c;
   return hfreduceSuccess;
 }
@@ -170,7 +172,7 @@ hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduce
 
 /* ---------------------------------------------------------------- leaving */
 
-static hfreduceResult_t check(hfreduceComm_t c, const char *function) {
+hfreduceResult_t hfr_comm_check(hfreduceComm_t c, const char *function) {
   if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", function);
   if (c->magic != HFR_COMM_MAGIC)
     return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", function);
@@ -178,7 +180,7 @@ static hfreduceResult_t check(hfreduceComm_t c, const char *function) {
 }
 
 hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
-  HFR_TRY(check(comm, "hfreduceCommFinalize"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommFinalize"));
   if (comm->pid != getpid()) return hfreduceSuccess;
   /* every operation has its deadline, so this ends */
   while (atomic_load_explicit(&comm->engine.active, memory_order_acquire)) {
@@ -191,7 +193,7 @@ hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
 }
 
 hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
-  HFR_TRY(check(comm, "hfreduceCommDestroy"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommDestroy"));
   if (comm->pid != getpid()) return hfreduceSuccess; /* the parent's; a forked child only forgets it */
   hfreduceCommFinalize(comm);
   dispose(comm);
@@ -199,7 +201,7 @@ hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
 }
 
 hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
-  HFR_TRY(check(comm, "hfreduceCommAbort"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommAbort"));
   if (comm->pid != getpid())
     return hfr_fail(hfreduceInvalidUsage, "hfreduceCommAbort: the communicator belongs to process %d, this is its fork",
                     (int)comm->pid);
@@ -218,35 +220,42 @@ hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
 /* ---------------------------------------------------------------- asking */
 
 hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t *error) {
-  HFR_TRY(check(comm, "hfreduceCommGetAsyncError"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommGetAsyncError"));
   if (!error) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetAsyncError: error is NULL");
   *error = (hfreduceResult_t)atomic_load_explicit(&comm->engine.error, memory_order_acquire);
   return hfreduceSuccess;
 }
 
+hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count) {
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommPending"));
+  if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommPending: count is NULL");
+  *count = (int)atomic_load_explicit(&comm->engine.active, memory_order_acquire);
+  return hfreduceSuccess;
+}
+
 hfreduceResult_t hfreduceCommCount(hfreduceComm_t comm, int *count) {
-  HFR_TRY(check(comm, "hfreduceCommCount"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommCount"));
   if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommCount: count is NULL");
   *count = comm->nranks;
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank) {
-  HFR_TRY(check(comm, "hfreduceCommUserRank"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommUserRank"));
   if (!rank) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommUserRank: rank is NULL");
   *rank = comm->rank;
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device) {
-  HFR_TRY(check(comm, "hfreduceCommCuDevice"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommCuDevice"));
   if (!device) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommCuDevice: device is NULL");
   *device = -1; /* host memory */
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info) {
-  HFR_TRY(check(comm, "hfreduceCommGetInfo"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommGetInfo"));
   if (!info) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetInfo: info is NULL");
   const struct hfr_layout *l = &comm->layout;
   *info = (hfreduceCommInfo_t){.rank = l->rank,
@@ -254,7 +263,8 @@ hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *in
                                .local_rank = l->local,
                                .local_nranks = l->nlocal,
                                .node = l->node,
-                               .nnodes = l->nnodes};
+                               .nnodes = l->nnodes,
+                               .id = comm->uid.comm_id};
   snprintf(info->host, sizeof info->host, "%s", comm->hosts[comm->rank]);
   snprintf(info->transports, sizeof info->transports, "%s%s%s", l->max_local > 1 || l->nnodes == 1 ? "shm" : "",
            l->max_local > 1 && l->nnodes > 1 ? "," : "", l->nnodes > 1 ? comm->engine.remote->name : "");
@@ -262,7 +272,7 @@ hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *in
 }
 
 static hfreduceResult_t check_mine(hfreduceComm_t c, const char *function) {
-  HFR_TRY(check(c, function));
+  HFR_TRY(hfr_comm_check(c, function));
   if (!c->forked) return hfreduceSuccess;
   return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork", function, (int)c->pid);
 }
@@ -285,7 +295,7 @@ hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfred
 }
 
 hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
-  HFR_TRY(check(comm, "hfreduceCommSetTimeout"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommSetTimeout"));
   if (!(seconds > 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetTimeout: %g s; it must be positive", seconds);
   comm->timeout = seconds;
   comm->engine.timeout_ns = (int64_t)(seconds * 1e9);
@@ -293,7 +303,7 @@ hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
 }
 
 hfreduceResult_t hfreduceCommSetPatience(hfreduceComm_t comm, double seconds) {
-  HFR_TRY(check(comm, "hfreduceCommSetPatience"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommSetPatience"));
   if (!(seconds >= 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetPatience: %g s; it must be 0 or more", seconds);
   comm->engine.patience_ns = (int64_t)(seconds * 1e9);
   return hfreduceSuccess;
@@ -311,7 +321,7 @@ static int by_key(const void *a, const void *b) {
 }
 
 hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config) {
-  HFR_TRY(check(comm, "hfreduceCommSplit"));
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommSplit"));
   if (!newcomm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: newcomm is NULL");
   *newcomm = NULL;
   if (color < -1)

@@ -15,6 +15,7 @@ struct hfr_uid {
   uint8_t by_address; /* rank 0 opens the root itself (hfreduceUniqueIdFromAddress) */
   uint8_t local;      /* loopback: all ranks are on this machine */
   uint8_t pad[2];
+  uint64_t members; /* what all must agree on beside the number of ranks: of whom a shrunken communicator consists; else 0 */
 };
 #define HFR_UID_MAGIC 0x44557266u
 
@@ -25,6 +26,7 @@ struct hfr_record {
   char host[64];
   struct hfr_addr addr; /* of its process' listener */
   uint32_t pid;
+  uint64_t members;                       /* of its unique id */
   uint8_t transports[HFR_TRANSPORTS_MAX]; /* that it can use between nodes, best first; rank 0's order holds */
   /* rank 0's values hold for all */
   uint32_t slots, algo, streams, checksum;
@@ -48,6 +50,8 @@ struct hfreduceComm {
   struct hfr_addr *addrs;
   hfreduceConfig_t config;
   double timeout;
+  const int *cancel; /* the config's, while joining */
+  uint64_t shrinks;  /* how often this rank has made a smaller one of it */
   _Atomic int closing;
   /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */
   struct hfr_conn *control;
@@ -65,6 +69,7 @@ struct hfreduceComm {
   struct hfr_premul {
     int used;
     hfreduceDataType_t dtype;
+    const void *at; /* where each call reads the factor; NULL: it is `scalar` */
     uint8_t scalar[8];
   } * ops;
   int nops;
@@ -94,6 +99,11 @@ void hfr_runtime_flood(struct hfreduceComm *comm, enum hfr_frame type, const voi
 void hfr_runtime_stuck(struct hfreduceComm *comm, const struct hfr_fingerprint *fp);
 /* Strangers refused so far. */
 long hfr_runtime_refused(void);
+
+/* --- comm.c --- */
+void hfr_uid_pack(const struct hfr_uid *uid, hfreduceUniqueId *id);
+/* What every call on a communicator begins with: `comm` is one. */
+hfreduceResult_t hfr_comm_check(hfreduceComm_t comm, const char *function);
 
 /* --- bootstrap.c --- */
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);

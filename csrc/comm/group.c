@@ -215,6 +215,13 @@ hfreduceResult_t hfreduceGroupEnd(void) {
   return r;
 }
 
+hfreduceResult_t hfreduceGroupCancel(hfreduceResult_t result) {
+  if (!group.depth) return hfr_fail(hfreduceInvalidUsage, "hfreduceGroupCancel outside a group of this thread");
+  if (!result) return hfr_fail(hfreduceInvalidArgument, "hfreduceGroupCancel: result is hfreduceSuccess; give an error");
+  hfr_group_latch(result);
+  return hfreduceSuccess;
+}
+
 hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
   int n = 0;
   struct grouped *list = NULL;

@@ -34,6 +34,7 @@ struct root {
   uint64_t comm_id;
   uint8_t secret[16];
   int nranks, got;
+  uint64_t members;           /* what the records say */
   hfreduceErrorInfo_t failed; /* code != 0: joining failed; kept for a while, so that who comes late hears it too */
   int told;                   /* how many have heard it */
   int64_t failed_ns;
@@ -157,6 +158,14 @@ static void join(struct watch *w, const uint8_t *payload, size_t bytes) {
     fail_root(root, -1, text);
     return;
   }
+  if (root->got && r.members != root->members) {
+    snprintf(text, sizeof text,
+             "rank %d (process %u on %s) and those that joined before leave out different ranks; give the same list on all",
+             r.rank, r.pid, r.host);
+    fail_root(root, -1, text);
+    return;
+  }
+  root->members = r.members;
   if (root->record[r.rank].nranks) {
     w->rank = r.rank;
     snprintf(text, sizeof text,

@@ -3,8 +3,8 @@
  *
  * The names, enum values and rules are NCCL's with the prefix changed, so that code moves over by renaming. What differs is
  * said at each function. Every function may be called from any thread; one communicator is used by one thread at a time,
- * except that hfreduceCommAbort, hfreduceCommGetAsyncError, the functions that ask for connections and the work functions may be
- * called beside it.
+ * except that hfreduceCommAbort, hfreduceCommGetAsyncError, hfreduceCommPending, the functions that ask for connections and the
+ * work functions may be called beside it.
  *
  * Every function that waits ends by the communicator's deadline (default 30 s) with a result or with an error whose text
  * (hfreduceGetLastError) names rank, host, operation, sequence number and phase.
@@ -89,6 +89,12 @@ typedef enum {
 
 typedef enum { hfreduceScalarDevice = 0, hfreduceScalarHostImmediate = 1 } hfreduceScalarResidence_t;
 
+/* As HFREDUCE_DEBUG names them. */
+typedef enum { hfreduceLogWarn = 1, hfreduceLogInfo = 2, hfreduceLogTrace = 3 } hfreduceLogLevel_t;
+
+/* Flags of hfreduceCommShrink. */
+typedef enum { hfreduceShrinkDefault = 0, hfreduceShrinkAbort = 1 } hfreduceShrinkFlags_t;
+
 /* Fill with hfreduceConfigInit, then change what is wanted. */
 typedef struct {
   size_t size;
@@ -96,6 +102,9 @@ typedef struct {
   unsigned int version;
   double timeout;   /* seconds that any wait of this communicator may take; 0: HFREDUCE_TIMEOUT, else 30 */
   const char *name; /* appears in errors and logs; copied; may be NULL */
+  /* While the ranks join: when *cancel becomes other than 0 (by an atomic store of any thread), the call ends within a tenth of a
+     second with hfreduceAborted, and so do the others that have joined. NULL: no such word. */
+  const int *cancel;
 } hfreduceConfig_t;
 
 /* Where a rank stands. node numbers nodes in the order of their lowest rank. */
@@ -105,6 +114,7 @@ typedef struct {
   int node, nnodes;
   char host[64];
   char transports[64]; /* e.g. "shm", "shm,tcp" */
+  uint64_t id;         /* the same on all ranks of a communicator, another for every other one */
 } hfreduceCommInfo_t;
 
 /* What has gone between this rank and a peer since the communicator was made, over all channels. Bytes are payload, without the
@@ -140,7 +150,8 @@ typedef struct {
   const char *value;  /* in force, as text */
   const char *preset; /* the default, as text */
   const char *help;
-  int is_set; /* 1: the environment or a configuration file gave it */
+  int is_set;        /* 1: the environment or a configuration file gave it */
+  const char *alias; /* NCCL's name for it, understood where ours is not set; NULL: none */
 } hfreduceParam_t;
 
 /* --- library --- */
@@ -156,6 +167,9 @@ int hfreduceParamCount(void);
 hfreduceResult_t hfreduceParamGet(int index, hfreduceParam_t *param);
 /* What was built and what this machine has, one "key: value" a line; returns the length it needs, writes at most size bytes. */
 size_t hfreduceDescribe(char *text, size_t size);
+
+/* A line for the library's log (HFREDUCE_DEBUG, HFREDUCE_DEBUG_FILE). */
+void hfreduceLog(hfreduceLogLevel_t level, const char *text);
 
 /* --- communicators --- */
 /* Make a name for a new communicator and listen for its ranks in this process, until they have all come or the process ends. */
@@ -175,6 +189,14 @@ void hfreduceConfigInit(hfreduceConfig_t *config);
 /* Make new communicators, one a color, ranks ordered by (key, rank). color -1: take part in the call but in no group; *newcomm is
    then NULL. config NULL: inherit. Collective over comm. */
 hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config);
+/* Make a communicator of comm's ranks without the nexclude that exclude lists; they keep their order. Collective over those that
+   stay, who all give the same list; the others do not call. Needs nothing of comm but who its ranks are, so it works after a rank
+   has died or comm was aborted. flags: hfreduceShrinkAbort ends comm's operations first, as hfreduceCommAbort does. config NULL:
+   inherit. comm stays, to be destroyed. */
+hfreduceResult_t hfreduceCommShrink(hfreduceComm_t comm, const int *exclude, int nexclude, hfreduceComm_t *newcomm,
+                                    hfreduceConfig_t *config, int flags);
+/* Operations that were issued on comm and have not ended. May be called beside them. */
+hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count);
 /* Wait for what was issued. */
 hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm);
 /* Finalize, leave, free. Never fails on a broken communicator. Not collective, but peers that still wait for this rank get an
@@ -249,7 +271,8 @@ hfreduceResult_t hfreduceRecvAny(void *recvbuff, size_t count, hfreduceDataType_
 hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream);
 
 /* An op that multiplies this rank's input by *scalar (of the datatype; float32 for fp8) before summing. Local; each rank may have
- * its own factor. */
+   its own factor. hfreduceScalarHostImmediate: read now. hfreduceScalarDevice: read by each call that takes the op. An op may be
+   destroyed as soon as the calls that take it have returned. */
 hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
                                               hfreduceScalarResidence_t residence, hfreduceComm_t comm);
 hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm);
@@ -258,6 +281,9 @@ hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm);
 hfreduceResult_t hfreduceGroupStart(void);
 /* Launch and wait. */
 hfreduceResult_t hfreduceGroupEnd(void);
+/* The open group of this thread has come to nothing: its calls are forgotten, those that follow too, and the outermost End
+   returns `result` (not hfreduceSuccess). InvalidUsage outside a group. */
+hfreduceResult_t hfreduceGroupCancel(hfreduceResult_t result);
 /* Launch; *work stands for all calls of the group (also a group of one: that is how one call is made asynchronous). The buffers
    must live until the work is done. */
 hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work);
