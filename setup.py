@@ -1,4 +1,4 @@
-"""Build libhfreduce.so (through csrc/build.py) and the cffi module hfreduce._core linked to it; the rest is in pyproject.toml."""
+"""Build libhfreduce.so and libnccl.so.2 (through csrc/build.py) and the cffi module hfreduce._core linked to it; the rest is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class BuildCore(build_ext):
         cc = os.environ.get("CC", "gcc")
         werror = os.environ.get("HFREDUCE_WERROR", "") not in ("", "0")
         out = ROOT / "build" / "core" / (re.sub(r"\W+", "-", cc) + ("-werror" if werror else ""))
-        self.library = core_build().build_library(out, werror=werror, cc=cc)
+        build = core_build()
+        self.library = build.build_library(out, werror=werror, cc=cc)
+        self.nccl = build.build_nccl(out, werror=werror, cc=cc)
 
         generated = Path(self.build_temp) / "_core.c"
         generated.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ class BuildCore(build_ext):
     def companions(self, in_place: bool) -> list[tuple[Path, Path]]:
         """(from, to) of the files that go beside the module. In place header and shim stay where they are; the package knows."""
         package = ROOT / "hfreduce" if in_place else Path(self.build_lib) / "hfreduce"
-        files = [(self.library, package / "lib" / "libhfreduce.so")]
+        files = [(library, package / "lib" / library.name) for library in (self.library, self.nccl)]
         if not in_place:
             files.append((HEADER, package / "include" / "hfreduce.h"))
             files.append((SHIM, package / "torch" / "shim.cpp"))  # compiled by the user, against the torch that he has
@@ -77,7 +79,9 @@ class BuildCore(build_ext):
         outputs = super().get_outputs()
         if not self.inplace:
             package = Path(self.build_lib) / "hfreduce"
-            outputs += [str(package / path) for path in ("lib/libhfreduce.so", "include/hfreduce.h", "torch/shim.cpp")]
+            outputs += [
+                str(package / path) for path in ("lib/libhfreduce.so", "lib/libnccl.so.2", "include/hfreduce.h", "torch/shim.cpp")
+            ]
         return outputs
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CFLAGS = "-std=gnu11 -O3 -g -fPIC -ffp-contract=off -fvisibility=hidden -D_GNU_SOURCE -Wall -Wextra".split()
-LDFLAGS = "-shared -Wl,-soname,libhfreduce.so -Wl,-z,defs".split()
+LDFLAGS = "-shared -Wl,-z,defs".split()
+# Beside libhfreduce.so. Its calls of its own functions stay its own when another NCCL comes first in the process.
+NCCL_LDFLAGS = "-Wl,-Bsymbolic-functions -Wl,-rpath,$ORIGIN".split()
 LIBS = "-lpthread -ldl -lm".split()
 SANITIZERS = {
     "": [],
@@ -71,18 +73,30 @@ def compile_objects(
     return objects
 
 
-def build_library(out: Path, *, sanitize: str = "", werror: bool = False, cc: str | None = None) -> Path:
-    """Build libhfreduce.so in `out` and return its path."""
-    objects = compile_objects(out / "obj", sources(), sanitize=sanitize, werror=werror, cc=cc)
-    target = out / "libhfreduce.so"
+def link_shared(target: Path, objects: list[Path], flags: list[str], *, sanitize: str, cc: str | None) -> Path:
+    """Link a shared library, named as its file, if an object is newer than it."""
     if not target.exists() or any(o.stat().st_mtime >= target.stat().st_mtime for o in objects):
         link = shlex.split(cc or os.environ.get("CC", "gcc")) + LDFLAGS + SANITIZERS[sanitize]
         if sanitize:  # the runtime is not linked into shared objects: the program brings it
             link = [f for f in link if f != "-Wl,-z,defs"]
-        done = subprocess.run(link + ["-o", str(target)] + [str(o) for o in objects] + LIBS, capture_output=True, text=True)
+        command = link + [f"-Wl,-soname,{target.name}", "-o", str(target)] + [str(o) for o in objects] + flags + LIBS
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
     return target
+
+
+def build_library(out: Path, *, sanitize: str = "", werror: bool = False, cc: str | None = None) -> Path:
+    """Build libhfreduce.so in `out` and return its path."""
+    objects = compile_objects(out / "obj", sources(), sanitize=sanitize, werror=werror, cc=cc)
+    return link_shared(out / "libhfreduce.so", objects, [], sanitize=sanitize, cc=cc)
+
+
+def build_nccl(out: Path, *, sanitize: str = "", werror: bool = False, cc: str | None = None) -> Path:
+    """Build libnccl.so.2 in `out`, beside the libhfreduce.so that it needs, and return its path."""
+    core = build_library(out, sanitize=sanitize, werror=werror, cc=cc)
+    objects = compile_objects(out / "obj", sorted(HERE.glob("nccl/*.c")), sanitize=sanitize, werror=werror, cc=cc)
+    return link_shared(out / "libnccl.so.2", objects, [*NCCL_LDFLAGS, str(core)], sanitize=sanitize, cc=cc)
 
 
 def build_program(out: Path, source: Path, *, sanitize: str = "", werror: bool = False, cc: str | None = None) -> Path:
@@ -113,6 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out / (args.sanitize or "plain")
     print(build_library(out, sanitize=args.sanitize, werror=args.werror, cc=args.cc))
+    print(build_nccl(out, sanitize=args.sanitize, werror=args.werror, cc=args.cc))
     for source in args.programs:
         print(build_program(out, source.resolve(), sanitize=args.sanitize, werror=args.werror, cc=args.cc))
 

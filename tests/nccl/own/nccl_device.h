@@ -1,0 +1,2 @@
+/* As nccl.h beside it. */
+#include "nccl.h"

@@ -1,0 +1,180 @@
+"""NCCL's C interface (csrc/nccl): names and layouts beside NVIDIA's own, and programs that use it, as ranks on host memory.
+
+The programs in tests/nccl are compiled against NVIDIA's header where `tests/tools/nccl-fetch` has brought it, else against ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import BUILD_LIMIT, ROOT, build, building, environment, need_compiler, shorten
+
+PROGRAMS = ROOT / "tests" / "nccl"
+NVIDIA = ROOT / "build" / "nccl" / "nvidia" / "nccl"
+HEADERS = ["-I", str(PROGRAMS / "stub"), "-I", str(NVIDIA / "include" if NVIDIA.exists() else PROGRAMS / "own")]
+VERSION = 23203
+#: Seconds that the ranks of a program may run.
+RUN_LIMIT = 60
+OPTIONS = {
+    "address": {"ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    "thread": {"TSAN_OPTIONS": "second_deadlock_stack=1:history_size=4"},
+}
+
+
+def need_nvidia() -> Path:
+    """Skip unless NVIDIA's header and library are there to be compared with; the directory of both."""
+    if not NVIDIA.exists():
+        pytest.skip(f"no {NVIDIA.relative_to(ROOT)}: tests/tools/nccl-fetch brings NVIDIA's header and library")
+    return NVIDIA
+
+
+def library(variant: str = "plain") -> Path:
+    """Build libnccl.so.2 and return its path."""
+    need_compiler()
+    with building(variant) as out:
+        path: Path = build.build_nccl(out, sanitize="" if variant == "plain" else variant)
+    return path
+
+
+def program(name: str, variant: str = "plain") -> Path:
+    """Build tests/nccl/<name>.c, linked with libnccl.so.2, and return its path."""
+    ours = library(variant)
+    sanitize = "" if variant == "plain" else variant
+    with building(variant) as out:
+        source = PROGRAMS / f"{name}.c"
+        objects = build.compile_objects(out / "obj", [source], sanitize=sanitize, werror=True, extra=HEADERS)
+        target: Path = out / f"nccl_{name}"
+        command = [*shlex.split(os.environ.get("CC", "gcc")), *build.SANITIZERS[sanitize], "-o", str(target)]
+        command += [*map(str, objects), str(ours), f"-Wl,-rpath,{out}", *build.LIBS]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
+    return target
+
+
+def run(nranks: int, command: list[str], variant: str = "plain", expect: int = 0, **env: str) -> str:
+    """Run a program as ranks, or alone for 0 ranks, and return what it wrote."""
+    launch = [sys.executable, "-m", "hfreduce", "run", "-n", str(nranks), "--timeout", str(RUN_LIMIT)] if nranks else []
+    done = subprocess.run(
+        [*launch, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=RUN_LIMIT + 20,
+        env={k: v for k, v in environment().items() if not k.startswith("NCCL_")} | OPTIONS.get(variant, {}) | env,
+    )
+    if done.returncode != expect:
+        pytest.fail(
+            f"{shlex.join(command)} on {nranks} ranks ended with {done.returncode}\n{shorten(done.stdout)}", pytrace=False
+        )
+    return done.stdout
+
+
+# --- beside NVIDIA's own ---
+
+
+def exports(path: Path) -> dict[str, str]:
+    """Type ("W": weak, "T": strong) of every symbol that a library exports, by name."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm on PATH")
+    listed = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    return {name: kind for _, kind, name in (line.split() for line in listed.splitlines())}
+
+
+def declared() -> set[str]:
+    """The public calls, as csrc/nccl/calls.h has them."""
+    return set(re.findall(r"^HFR_NCCL_CALL\([^,]+, (nccl\w+),", (ROOT / "csrc/nccl/calls.h").read_text(), re.MULTILINE))
+
+
+@pytest.mark.limit(BUILD_LIMIT)
+def test_exports_are_the_public_calls_and_nothing_else() -> None:
+    names = declared()
+    assert len(names) == 96
+    assert exports(library()) == dict.fromkeys(names, "W") | {f"p{n}": "T" for n in names}
+
+
+@pytest.mark.limit(BUILD_LIMIT)
+def test_exports_are_nvidias() -> None:
+    theirs = exports(need_nvidia() / "lib" / "libnccl.so.2")
+    theirs = {n: kind for n, kind in theirs.items() if re.match("p?nccl", n) and not n.endswith("Internal")}
+    assert exports(library()) == theirs
+
+
+@pytest.mark.limit(BUILD_LIMIT)
+def test_library_is_named_and_finds_its_neighbour() -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf on PATH")
+    listed = subprocess.run(["readelf", "-dV", str(library())], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\(SONAME\).*\[libnccl\.so\.2\]", listed)
+    assert re.search(r"\(RUNPATH\).*\[\$ORIGIN\]", listed)
+    assert "(VERDEF)" not in listed  # no symbol versions of our own
+    needed = set(re.findall(r"\(NEEDED\).*\[([^]]+)\]", listed))
+    assert "libhfreduce.so" in needed
+    assert not any("cuda" in n for n in needed)
+
+
+def test_declarations_are_nvidias() -> None:
+    need_compiler()
+    need_nvidia()
+    command = [
+        *shlex.split(os.environ.get("CC", "gcc")),
+        "-std=gnu11",
+        *HEADERS,
+        "-fsyntax-only",
+        str(PROGRAMS / "declarations.c"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
+def test_layouts_are_nvidias(tmp_path: Path) -> None:
+    need_compiler()
+    need_nvidia()
+    outputs = []
+    for name, flags in (("theirs", HEADERS), ("ours", ["-DOWN"])):
+        target = tmp_path / name
+        command = [*shlex.split(os.environ.get("CC", "gcc")), "-std=gnu11", *flags, "-o", str(target), str(PROGRAMS / "layout.c")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        outputs.append(subprocess.run([str(target)], capture_output=True, text=True, check=True).stdout.splitlines())
+    assert len(outputs[0]) > 140
+    assert outputs[0] == outputs[1]
+
+
+#: What libtorch_cuda of torch 2.15 imports. It is loaded with RTLD_NOW: one that is missing breaks `import torch`.
+TORCH = """
+    AllGather AllReduce AlltoAll Bcast Broadcast Gather Reduce ReduceScatter Send Recv PutSignal Signal WaitSignal CommAbort CommCount
+    CommRegister CommDeregister CommDestroy CommFinalize CommGetAsyncError CommGetUniqueId CommGrow CommInitAll CommInitRank
+    CommInitRankConfig CommInitRankScalable CommMemStats CommResume CommRevoke CommShrink CommSplit CommSuspend CommUserRank
+    CommWindowRegister CommWindowDeregister DevCommCreate DevCommDestroy GetErrorString GetLastError GetLsaMultimemDevicePointer
+    GetPeerDevicePointer GetUniqueId GetVersion GroupStart GroupEnd GroupSimulateEnd MemAlloc MemFree RedOpCreatePreMulSum RedOpDestroy
+    WinGetUserPtr"""
+
+
+@pytest.mark.limit(BUILD_LIMIT)
+def test_exports_have_what_torch_imports() -> None:
+    assert {f"nccl{name}" for name in TORCH.split()} <= exports(library()).keys()
+
+
+# --- programs ---
+
+CASES = [
+    *[("plain", "collectives", n, mode) for n in (1, 2, 3, 4) for mode in ("blocking", "nonblocking")],
+    ("address", "collectives", 2, "blocking"),
+    ("thread", "collectives", 2, "nonblocking"),
+]
+
+
+@pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
+@pytest.mark.parametrize(("variant", "name", "nranks", "mode"), CASES, ids=lambda value: str(value))
+def test_program(variant: str, name: str, nranks: int, mode: str) -> None:
+    output = run(nranks, [str(program(name, variant)), mode], variant)
+    assert len(re.findall(r"^\d+ checks passed, 0 failed$", output, re.MULTILINE)) == max(nranks, 1), output
