@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,17 @@ def need_compiler(cc: str = "") -> None:
     cc = cc or shlex.split(os.environ.get("CC", "gcc"))[0]
     if not shutil.which(cc):
         pytest.skip(f"no {cc} on PATH")
+
+
+def need_sanitizer(variant: str, tmp_path: Path) -> None:
+    """Skip unless programs under the sanitizer can be linked and run here."""
+    source = tmp_path / "probe.c"
+    source.write_text("int main(void) { return 0; }\n")
+    command = [*shlex.split(os.environ.get("CC", "gcc")), *build.SANITIZERS[variant], "-o", str(tmp_path / "probe"), str(source)]
+    for step in (command, [str(tmp_path / "probe")]):
+        done = subprocess.run(step, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"the {variant} sanitizer does not work here: {done.stderr.strip()[-300:]}")
 
 
 def built(program: str, variant: str = "plain") -> Path:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, SOURCES, build, building, built, environment, need_compiler, shorten
+from programs import BUILD_LIMIT, SOURCES, build, building, built, environment, need_compiler, need_sanitizer, shorten
 
 #: Arguments by program and variant; a sanitized program costs 5 to 20 times as much.
 QUICK = {
@@ -36,17 +35,6 @@ OPTIONS = {
 
 PROGRAMS = sorted(p.stem for p in SOURCES.glob("test_*.c"))
 CASES = [("plain", p) for p in PROGRAMS] + [("address", p) for p in PROGRAMS] + [("thread", p) for p in PROGRAMS if p in THREADED]
-
-
-def need_sanitizer(variant: str, tmp_path: Path) -> None:
-    """Skip unless programs under the sanitizer can be linked and run here."""
-    source = tmp_path / "probe.c"
-    source.write_text("int main(void) { return 0; }\n")
-    command = [*shlex.split(os.environ.get("CC", "gcc")), *build.SANITIZERS[variant], "-o", str(tmp_path / "probe"), str(source)]
-    for step in (command, [str(tmp_path / "probe")]):
-        done = subprocess.run(step, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"the {variant} sanitizer does not work here: {done.stderr.strip()[-300:]}")
 
 
 @pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, ROOT, build, building, environment, need_compiler, shorten
+from programs import BUILD_LIMIT, ROOT, build, building, environment, need_compiler, need_sanitizer, shorten
 
 PROGRAMS = ROOT / "tests" / "nccl"
 NVIDIA = ROOT / "build" / "nccl" / "nvidia" / "nccl"
@@ -168,13 +168,28 @@ def test_exports_have_what_torch_imports() -> None:
 
 CASES = [
     *[("plain", "collectives", n, mode) for n in (1, 2, 3, 4) for mode in ("blocking", "nonblocking")],
+    *[("plain", "life", n, mode) for n in (2, 3, 4) for mode in ("blocking", "nonblocking")],
+    *[("plain", "groups", 0, mode) for mode in ("blocking", "nonblocking")],
+    *[("plain", "faults", 3, mode) for mode in ("kill", "kill-first", "abort", "flight", "leave")],
+    ("plain", "arguments", 0, ""),
+    ("address", "arguments", 0, ""),
     ("address", "collectives", 2, "blocking"),
+    *[("address", "groups", 0, mode) for mode in ("blocking", "nonblocking")],
+    ("address", "life", 3, "nonblocking"),
+    ("address", "faults", 3, "kill"),
     ("thread", "collectives", 2, "nonblocking"),
+    *[("thread", "groups", 0, mode) for mode in ("blocking", "nonblocking")],
+    ("thread", "faults", 3, "abort"),
 ]
+#: What tests/nccl/arguments.c expects to find.
+PARAMETERS = {"HFREDUCE_CHUNK": "64K", "NCCL_SOCKET_IFNAME": "lo0", "HFREDUCE_TIMEOUT": "12.5"}
 
 
 @pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
 @pytest.mark.parametrize(("variant", "name", "nranks", "mode"), CASES, ids=lambda value: str(value))
-def test_program(variant: str, name: str, nranks: int, mode: str) -> None:
-    output = run(nranks, [str(program(name, variant)), mode], variant)
-    assert len(re.findall(r"^\d+ checks passed, 0 failed$", output, re.MULTILINE)) == max(nranks, 1), output
+def test_program(variant: str, name: str, nranks: int, mode: str, tmp_path: Path) -> None:
+    if variant != "plain":
+        need_sanitizer(variant, tmp_path)
+    env = PARAMETERS if name == "arguments" else {}
+    output = run(nranks, [str(program(name, variant)), mode], variant, **env)
+    assert len(re.findall(r"^[1-9]\d* checks passed, 0 failed$", output, re.MULTILINE)) == max(nranks, 1), output

@@ -65,7 +65,8 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
       if (!error) {
         struct hfr_auth auth;
         hfr_socket_tune(fd);
-        hfr_auth_client(&auth, fd, kind, c->uid.comm_id, c->uid.secret, c->rank, target, 0, 0);
+        hfr_auth_client(&auth, fd, kind, kind == HFR_AUTH_ROOT ? hfr_uid_root(&c->uid) : c->uid.comm_id, c->uid.secret, c->rank,
+                        target, 0, 0);
         int64_t limit = hfr_now_ns() + 5000000000;
         hfreduceResult_t r = hfr_auth_client_wait(&auth, limit < deadline_ns ? limit : deadline_ns, whom);
         if (!r) {
@@ -424,7 +425,7 @@ hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   if (!table) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", c->nranks);
   hfreduceResult_t r = rendezvous(c, &mine, table, deadline_ns);
   if (r == hfreduceInvalidUsage)
-    hfr_runtime_linger(c->uid.comm_id, 1000000000); /* the ranks contradict each other: all should hear it */
+    hfr_runtime_linger(&c->uid, 1000000000); /* the ranks contradict each other: all should hear it */
   if (!r) r = adopt_table(c, table);
   free(table);
   HFR_TRY(r);

@@ -96,6 +96,7 @@ static void free_comm(struct hfreduceComm *c) {
   free(c->hosts);
   free(c->addrs);
   free(c->ops);
+  hfr_shrunk_free(c);
   pthread_mutex_destroy(&c->ops_lock);
   c->magic = 0;
   free(c);

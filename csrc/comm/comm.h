@@ -15,7 +15,9 @@ struct hfr_uid {
   uint8_t by_address; /* rank 0 opens the root itself (hfreduceUniqueIdFromAddress) */
   uint8_t local;      /* loopback: all ranks are on this machine */
   uint8_t pad[2];
-  uint64_t members; /* what all must agree on beside the number of ranks: of whom a shrunken communicator consists; else 0 */
+  /* of a shrunken communicator, else 0: the name of its rendezvous, if not comm_id; and of whom it consists, on which all must
+   * agree */
+  uint64_t root_id, members;
 };
 #define HFR_UID_MAGIC 0x44557266u
 
@@ -50,8 +52,8 @@ struct hfreduceComm {
   struct hfr_addr *addrs;
   hfreduceConfig_t config;
   double timeout;
-  const int *cancel; /* the config's, while joining */
-  uint64_t shrinks;  /* how often this rank has made a smaller one of it */
+  const int *cancel;         /* the config's, while joining */
+  struct hfr_shrunk *shrunk; /* what it was shrunk to (shrink.c) */
   _Atomic int closing;
   /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */
   struct hfr_conn *control;
@@ -83,11 +85,12 @@ struct hfreduceComm {
 hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, struct hfr_addr *addr);
 /* Also listen on exactly this address. */
 hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr);
+static inline uint64_t hfr_uid_root(const struct hfr_uid *uid) { return uid->root_id ? uid->root_id : uid->comm_id; }
 /* Serve the rendezvous of a communicator in this process. */
 hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid);
 /* Joining failed and its root is in this process: let the ranks that come late hear why before this process may end; at most
  * limit_ns. */
-void hfr_runtime_linger(uint64_t comm_id, int64_t limit_ns);
+void hfr_runtime_linger(const struct hfr_uid *uid, int64_t limit_ns);
 hfreduceResult_t hfr_runtime_add(struct hfreduceComm *comm);
 /* Leave: say BYE if the communicator stood, forget the connections. */
 void hfr_runtime_remove(struct hfreduceComm *comm);
@@ -104,6 +107,9 @@ long hfr_runtime_refused(void);
 void hfr_uid_pack(const struct hfr_uid *uid, hfreduceUniqueId *id);
 /* What every call on a communicator begins with: `comm` is one. */
 hfreduceResult_t hfr_comm_check(hfreduceComm_t comm, const char *function);
+
+/* --- shrink.c --- */
+void hfr_shrunk_free(struct hfreduceComm *comm);
 
 /* --- bootstrap.c --- */
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);

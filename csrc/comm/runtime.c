@@ -749,12 +749,12 @@ hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr) {
 hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid) {
   struct root *r = calloc(1, sizeof *r);
   if (!r) return hfr_fail(hfreduceSystemError, "out of memory");
-  r->comm_id = uid->comm_id;
+  r->comm_id = hfr_uid_root(uid);
   memcpy(r->secret, uid->secret, 16);
   pthread_mutex_lock(&rt.lock);
   for (struct root *old = rt.roots, *next; old; old = next) { /* a failed one of this name has served its turn */
     next = old->next;
-    if (old->comm_id == uid->comm_id && old->failed.code) drop_root(old);
+    if (old->comm_id == r->comm_id && old->failed.code) drop_root(old);
   }
   r->next = rt.roots;
   rt.roots = r;
@@ -763,13 +763,13 @@ hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid) {
   return hfreduceSuccess;
 }
 
-void hfr_runtime_linger(uint64_t comm_id, int64_t limit_ns) {
+void hfr_runtime_linger(const struct hfr_uid *uid, int64_t limit_ns) {
   int64_t end = hfr_now_ns() + limit_ns;
   for (int waiting = 1; waiting && hfr_now_ns() < end;) {
     waiting = 0;
     pthread_mutex_lock(&rt.lock);
     for (struct root *r = rt.roots; r; r = r->next)
-      if (r->comm_id == comm_id) waiting = r->failed.code && r->told < r->nranks;
+      if (r->comm_id == hfr_uid_root(uid)) waiting = r->failed.code && r->told < r->nranks;
     pthread_mutex_unlock(&rt.lock);
     if (waiting) poll(NULL, 0, 5);
   }

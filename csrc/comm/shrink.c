@@ -22,28 +22,57 @@ static int renumber(int nranks, const int *exclude, int nexclude, int *out) {
   return n;
 }
 
+/* How often this rank has called for a communicator of these ranks. Who is one of them has called as often, whatever other sets
+   he was in meanwhile. */
+struct hfr_shrunk {
+  struct hfr_shrunk *next;
+  uint64_t members, count;
+};
+
+void hfr_shrunk_free(struct hfreduceComm *c) {
+  for (struct hfr_shrunk *s = c->shrunk, *next; s; s = next) {
+    next = s->next;
+    free(s);
+  }
+}
+
+static struct hfr_shrunk *find_set(struct hfreduceComm *c, uint64_t members) {
+  for (struct hfr_shrunk *s = c->shrunk; s; s = s->next)
+    if (s->members == members) return s;
+  struct hfr_shrunk *s = calloc(1, sizeof *s);
+  if (!s) return NULL;
+  *s = (struct hfr_shrunk){.next = c->shrunk, .members = members};
+  return c->shrunk = s;
+}
+
 /* A tag over what all who stay know alike. */
-static void derive(struct hfreduceComm *c, const char *what, int first, uint8_t out[16]) {
+static void derive(const struct hfreduceComm *c, const char *what, uint64_t first, uint64_t count, uint8_t out[16]) {
   struct {
     char what[16];
-    uint64_t comm_id, count, first;
-  } text = {.comm_id = c->uid.comm_id, .count = c->shrinks, .first = (uint64_t)first};
+    uint64_t comm_id, first, count;
+  } text = {.comm_id = c->uid.comm_id, .first = first, .count = count};
   strncpy(text.what, what, sizeof text.what - 1);
   hfr_mac(c->uid.secret, &text, sizeof text, out);
 }
 
-static struct hfr_uid name_of_the_rest(struct hfreduceComm *c, const int *now) {
-  struct hfr_uid uid = {.magic = HFR_UID_MAGIC, .version = 1, .local = c->uid.local};
+/* The rendezvous has no name of the set, so that ranks with different lists meet there, and hear of it. */
+static hfreduceResult_t name_of_the_rest(struct hfreduceComm *c, const int *now, struct hfr_uid *uid) {
   uint8_t tag[16];
-  int first = 0;
+  uint64_t first = 0;
+  *uid = (struct hfr_uid){.magic = HFR_UID_MAGIC, .version = 1, .local = c->uid.local};
   while (now[first] < 0) first++;
-  derive(c, "shrink id", first, tag);
-  memcpy(&uid.comm_id, tag, sizeof uid.comm_id);
-  derive(c, "shrink secret", first, uid.secret);
-  hfr_mac(uid.secret, now, (size_t)c->nranks * sizeof *now, tag);
-  memcpy(&uid.members, tag, sizeof uid.members);
-  uid.root = c->addrs[first];
-  return uid;
+  hfr_mac(c->uid.secret, now, (size_t)c->nranks * sizeof *now, tag);
+  memcpy(&uid->members, tag, sizeof uid->members);
+  struct hfr_shrunk *set = find_set(c, uid->members);
+  if (!set) return hfr_fail(hfreduceSystemError, "out of memory for a list of %d ranks", c->nranks);
+  uint64_t count = set->count++;
+  derive(c, "meeting", first, count, tag);
+  memcpy(&uid->root_id, tag, sizeof uid->root_id);
+  derive(c, "secret", first, count, uid->secret);
+  derive(c, "comm", uid->members, count, tag);
+  memcpy(&uid->comm_id, tag, sizeof uid->comm_id);
+  uid->root = c->addrs[first];
+  return hfreduceSuccess;
 }
 
 static hfreduceResult_t check_arguments(hfreduceComm_t c, const int *exclude, int nexclude, hfreduceComm_t *newcomm, int flags) {
@@ -75,9 +104,10 @@ hfreduceResult_t hfreduceCommShrink(hfreduceComm_t comm, const int *exclude, int
   if (!now) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", comm->nranks);
   if (flags & hfreduceShrinkAbort) hfreduceCommAbort(comm);
   int n = renumber(comm->nranks, exclude, nexclude, now), rank = now[comm->rank];
-  struct hfr_uid uid = name_of_the_rest(comm, now);
+  struct hfr_uid uid;
+  hfreduceResult_t r = name_of_the_rest(comm, now, &uid);
   free(now);
-  comm->shrinks++;
+  HFR_TRY(r);
   hfreduceUniqueId id;
   hfreduceConfig_t inherited;
   hfreduceConfigInit(&inherited);

@@ -124,7 +124,7 @@ static ncclResult_t premul(ncclRedOp_t *op, void *scalar, ncclDataType_t datatyp
   }
   HFR_NCCL_TRY(hfr_nccl_enter(comm, f, HFR_NCCL_WORKING));
   ncclResult_t r = hfr_nccl_took(
-      hfreduceRedOpCreatePreMulSum(&made, scalar, TYPE, (hfreduceScalarResidence_t)residence, atomic_load(&comm->core)));
+      comm, hfreduceRedOpCreatePreMulSum(&made, scalar, TYPE, (hfreduceScalarResidence_t)residence, atomic_load(&comm->core)));
   if (!r) *op = (ncclRedOp_t)made;
   hfr_nccl_leave(comm);
   return r;
@@ -140,7 +140,7 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclRedOpDestroy, (ncclRedOp_t op, ncclComm_t comm
   static const char f[] = "ncclRedOpDestroy";
   HFR_NCCL_TRY(hfr_nccl_latch(hfr_nccl_enter(comm, f, HFR_NCCL_HANDLE)));
   hfreduceComm_t core = atomic_load(&comm->core);
-  ncclResult_t r = core ? hfr_nccl_took(hfreduceRedOpDestroy((hfreduceRedOp_t)op, core))
+  ncclResult_t r = core ? hfr_nccl_took(comm, hfreduceRedOpDestroy((hfreduceRedOp_t)op, core))
                         : hfr_nccl_fail(ncclInvalidArgument, "%s: the communicator is not made yet", f);
   hfr_nccl_leave(comm);
   return hfr_nccl_latch(r);

@@ -71,7 +71,7 @@ ncclResult_t hfr_nccl_code(int result, int own) {
   }
 }
 
-ncclResult_t hfr_nccl_took(hfreduceResult_t result) {
+ncclResult_t hfr_nccl_took(ncclComm_t comm, hfreduceResult_t result) {
   hfreduceErrorInfo_t info;
   char text[HFR_NCCL_TEXT];
   if (!result) return ncclSuccess;
@@ -79,7 +79,7 @@ ncclResult_t hfr_nccl_took(hfreduceResult_t result) {
   hfreduceGetErrorInfo(NULL, &info);
   rename_calls(info.text, text);
   record(text);
-  return hfr_nccl_code(result, info.peer == info.rank);
+  return hfr_nccl_code(result, info.peer == (comm ? comm->rank : info.rank));
 }
 
 HFR_NCCL_DEFINE(const char *, ncclGetErrorString, (ncclResult_t result)) {

@@ -89,7 +89,7 @@ int hfr_nccl_flying(ncclComm_t comm) {
   hfreduceResult_t r = hfreduceWorkTest(comm->flight->work, &done);
   if (!done) return 1;
   if (r) {
-    comm->failed = hfr_nccl_took(r);
+    comm->failed = hfr_nccl_took(comm, r);
     memcpy(comm->why, hfr_nccl_text(), sizeof comm->why);
   }
   share_out(comm->flight);
@@ -111,7 +111,7 @@ static ncclResult_t take_off(ncclComm_t *comms, int n) {
     return hfr_nccl_fail(ncclSystemError, "out of memory for a non-blocking call");
   }
   flight->work = NULL;
-  ncclResult_t r = hfr_nccl_took(hfreduceGroupEndAsync(&flight->work));
+  ncclResult_t r = hfr_nccl_took(comms[0], hfreduceGroupEndAsync(&flight->work));
   if (r) {
     free(flight);
     return r;
@@ -151,11 +151,11 @@ ncclResult_t hfr_nccl_begin(struct hfr_nccl_call *call, const char *f, ncclComm_
 ncclResult_t hfr_nccl_end(struct hfr_nccl_call *call, hfreduceResult_t result) {
   ncclResult_t r;
   if (!call->alone)
-    r = hfr_nccl_took(result);
+    r = hfr_nccl_took(call->comm, result);
   else if (!result)
     r = take_off(&call->comm, 1);
   else
-    r = hfr_nccl_took(hfreduceGroupEnd()); /* tells the call's error again */
+    r = hfr_nccl_took(call->comm, hfreduceGroupEnd()); /* tells the call's error again */
   if (!group.depth) atomic_fetch_sub_explicit(&call->comm->calling, 1, memory_order_relaxed);
   hfr_nccl_leave(call->comm);
   return hfr_nccl_latch(r);
@@ -206,7 +206,7 @@ static ncclResult_t launch_all(void) {
   if (background && group.waiting && group.ncomms)
     calls = take_off(group.comms, group.ncomms);
   else
-    calls = hfr_nccl_took(hfreduceGroupEnd());
+    calls = hfr_nccl_took(group.ncomms ? group.comms[0] : NULL, hfreduceGroupEnd());
   for (int i = 0; i < group.ncomms; i++) atomic_fetch_sub(&group.comms[i]->calling, 1);
   return calls ? calls : jobs;
 }

@@ -126,7 +126,7 @@ ncclResult_t hfr_nccl_retire(ncclComm_t comm, const char *f) {
   struct timespec now, end;
   if (atomic_fetch_or(&comm->uses, CLOSED) & CLOSED) {
     hfr_nccl_leave(comm);
-    return hfr_nccl_fail(ncclInvalidArgument, "%s: comm is being ended by another thread", f);
+    return f ? hfr_nccl_fail(ncclInvalidArgument, "%s: comm is being ended by another thread", f) : ncclInvalidArgument;
   }
   clock_gettime(CLOCK_MONOTONIC, &end);
   end.tv_sec += PATIENCE_S;
@@ -155,7 +155,7 @@ static ncclResult_t state_locked(ncclComm_t comm) {
   if (!error) return ncclSuccess;
   hfreduceErrorInfo_t info;
   hfreduceGetErrorInfo(core, &info);
-  return hfr_nccl_code(error, info.peer == info.rank);
+  return hfr_nccl_code(error, info.peer == comm->rank);
 }
 
 ncclResult_t hfr_nccl_state(ncclComm_t comm) {

@@ -31,8 +31,9 @@
 /* --- error.c: results and their texts. The last error's text is kept by thread, and once more for threads that had none. --- */
 /* Record what went wrong and return `code`. */
 ncclResult_t hfr_nccl_fail(ncclResult_t code, const char *format, ...) __attribute__((format(printf, 2, 3)));
-/* A result of hfreduce as NCCL's, its text recorded. Calls of hfreduce.h are called by NCCL's names in it. */
-ncclResult_t hfr_nccl_took(hfreduceResult_t result);
+/* A result of hfreduce, on this communicator if it was on one, as NCCL's; its text is recorded, with NCCL's names for the calls.
+ */
+ncclResult_t hfr_nccl_took(ncclComm_t comm, hfreduceResult_t result);
 /* The code alone; `own`: this rank itself brought it about. */
 ncclResult_t hfr_nccl_code(int result, int own);
 /* This thread's text. */
@@ -82,7 +83,7 @@ ncclResult_t hfr_nccl_state(ncclComm_t comm);
 /* A slot for a new communicator, which its maker has entered. NULL: out of memory. */
 ncclComm_t hfr_nccl_new(int rank, int nranks, const ncclConfig_t *config);
 /* Leave, and end the handle: nobody can enter it any more; it is freed, with hfreduce's communicator, when all have left, for
-   which this call waits a while. InvalidArgument when somebody else ends it. */
+   which this call waits a while. InvalidArgument when somebody else ends it; f NULL: that is no error. */
 ncclResult_t hfr_nccl_retire(ncclComm_t comm, const char *f);
 
 /* --- config.c --- */

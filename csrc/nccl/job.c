@@ -53,7 +53,7 @@ static void conclude(struct hfr_nccl_job *job) {
   if (job->child && !job->result) hfr_nccl_leave(job->child);
   if (job->child && job->result) {
     if (job->out) *job->out = NULL;
-    hfr_nccl_retire(job->child, "ncclCommInitRank");
+    hfr_nccl_retire(job->child, NULL);
   }
   if (job->parent) hfr_nccl_leave(job->parent);
   free(job->exclude);
@@ -199,6 +199,8 @@ ncclResult_t hfr_nccl_job_submit(const char *f, struct hfr_nccl_job *job) {
   if (!leading->config.blocking) return run_background(job);
   execute(job); /* here: no thread, and the caller's device */
   ncclResult_t result = job->result;
+  char text[HFR_NCCL_TEXT];
+  memcpy(text, job->text, sizeof text);
   conclude(job);
-  return result;
+  return result ? hfr_nccl_retell(result, text) : ncclSuccess;
 }

@@ -7,7 +7,7 @@
 
 static ncclResult_t run_finalize(struct hfr_nccl_job *job, hfreduceComm_t *made) {
   (void)made;
-  return hfr_nccl_took(hfreduceCommFinalize(atomic_load(&job->parent->core)));
+  return hfr_nccl_took(job->parent, hfreduceCommFinalize(atomic_load(&job->parent->core)));
 }
 
 static ncclResult_t finalize(ncclComm_t comm) {
@@ -76,7 +76,7 @@ static ncclResult_t revoke(ncclComm_t comm, int flags) {
   else if (atomic_exchange(&comm->revoked, 1))
     r = hfr_nccl_fail(ncclInvalidUsage, "%s: rank %d: the communicator was revoked already", f, comm->rank);
   else
-    r = hfr_nccl_took(hfreduceCommAbort(core));
+    r = hfr_nccl_took(comm, hfreduceCommAbort(core));
   hfr_nccl_leave(comm);
   return r;
 }
@@ -175,7 +175,7 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclCommQueryProperties, (ncclComm_t comm, ncclCom
   if (props->magic != NCCL_API_MAGIC || props->size < head)
     return hfr_nccl_fail(ncclInvalidArgument, "%s: props was not initialised; assign NCCL_COMM_PROPERTIES_INITIALIZER to it", f);
   HFR_NCCL_TRY(hfr_nccl_enter(comm, f, HFR_NCCL_SETTLED));
-  ncclResult_t r = hfr_nccl_took(hfreduceCommGetInfo(atomic_load(&comm->core), &info));
+  ncclResult_t r = hfr_nccl_took(comm, hfreduceCommGetInfo(atomic_load(&comm->core), &info));
   ncclCommProperties_t all = {.rank = comm->rank,
                               .nRanks = comm->nranks,
                               .cudaDev = device_of(comm),

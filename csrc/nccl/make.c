@@ -23,11 +23,11 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclGetUniqueId, (ncclUniqueId * uniqueId)) {
   hfr_nccl_look_around();
   hfreduceResult_t r = address && *address ? id_from_environment(&id, address) : hfreduceGetUniqueId(&id);
   if (r && !(address && *address)) {
-    hfr_nccl_took(r);
+    hfr_nccl_took(NULL, r);
     hfr_nccl_log(hfreduceLogInfo, "only ranks of this machine can join: %s", hfr_nccl_text());
     r = hfreduceGetUniqueIdLocal(&id);
   }
-  HFR_NCCL_TRY(hfr_nccl_took(r));
+  HFR_NCCL_TRY(hfr_nccl_took(NULL, r));
   memcpy(uniqueId, &id, sizeof id);
   return ncclSuccess;
 }
@@ -37,7 +37,7 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclGetUniqueId, (ncclUniqueId * uniqueId)) {
 static ncclResult_t run_init(struct hfr_nccl_job *job, hfreduceComm_t *made) {
   hfreduceConfig_t config;
   hfr_nccl_core_config(job->child, &config);
-  return hfr_nccl_took(hfreduceCommInitRankConfig(made, job->nranks, job->id, job->rank, &config));
+  return hfr_nccl_took(NULL, hfreduceCommInitRankConfig(made, job->nranks, job->id, job->rank, &config));
 }
 
 static ncclResult_t init_rank(const char *f, ncclComm_t *comm, int nranks, const ncclUniqueId *id, int rank, int device,
@@ -94,7 +94,7 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclCommInitAll, (ncclComm_t * comm, int ndev, con
   if (ndev < 1) return hfr_nccl_latch(hfr_nccl_fail(ncclInvalidArgument, "%s: ndev is %d; it must be at least 1", f, ndev));
   for (int i = 0; devlist && i < ndev; i++)
     if (devlist[i] < 0) return hfr_nccl_latch(hfr_nccl_fail(ncclInvalidArgument, "%s: devlist[%d] is %d", f, i, devlist[i]));
-  HFR_NCCL_TRY(hfr_nccl_latch(hfr_nccl_took(hfreduceGetUniqueIdLocal(&id))));
+  HFR_NCCL_TRY(hfr_nccl_latch(hfr_nccl_took(NULL, hfreduceGetUniqueIdLocal(&id))));
   memcpy(&same, &id, sizeof same);
   pncclGroupStart();
   for (int i = 0; i < ndev && !r; i++) r = hfr_nccl_latch(init_rank(f, &comm[i], ndev, &same, i, devlist ? devlist[i] : i, NULL));
@@ -127,11 +127,12 @@ static ncclResult_t run_split(struct hfr_nccl_job *job, hfreduceComm_t *made) {
   hfreduceConfig_t config, plain;
   hfreduceComm_t core = atomic_load(&job->parent->core), sound = NULL;
   hfr_nccl_core_config(job->child ? job->child : job->parent, &config);
-  if (!atomic_load(&job->parent->revoked)) return hfr_nccl_took(hfreduceCommSplit(core, job->color, job->key, made, &config));
+  if (!atomic_load(&job->parent->revoked))
+    return hfr_nccl_took(job->parent, hfreduceCommSplit(core, job->color, job->key, made, &config));
   plain = config;
   plain.name = NULL;
-  HFR_NCCL_TRY(hfr_nccl_took(hfreduceCommShrink(core, NULL, 0, &sound, &plain, hfreduceShrinkDefault)));
-  ncclResult_t r = hfr_nccl_took(hfreduceCommSplit(sound, job->color, job->key, made, &config));
+  HFR_NCCL_TRY(hfr_nccl_took(NULL, hfreduceCommShrink(core, NULL, 0, &sound, &plain, hfreduceShrinkDefault)));
+  ncclResult_t r = hfr_nccl_took(NULL, hfreduceCommSplit(sound, job->color, job->key, made, &config));
   hfreduceCommDestroy(sound);
   return r;
 }
@@ -172,7 +173,7 @@ static ncclResult_t run_shrink(struct hfr_nccl_job *job, hfreduceComm_t *made) {
   hfr_nccl_core_config(job->child, &config);
   int flags = job->flags & NCCL_SHRINK_ABORT ? hfreduceShrinkAbort : hfreduceShrinkDefault;
   hfreduceComm_t core = atomic_load(&job->parent->core);
-  return hfr_nccl_took(hfreduceCommShrink(core, job->exclude, job->nexclude, made, &config, flags));
+  return hfr_nccl_took(NULL, hfreduceCommShrink(core, job->exclude, job->nexclude, made, &config, flags));
 }
 
 /* The ranks of a list, kept until the job is done. */
@@ -181,6 +182,18 @@ static int *copy_ranks(const char *f, const int *list, int count) {
   if (!copy) hfr_nccl_fail(ncclSystemError, "%s: out of memory for a list of %d ranks", f, count);
   if (copy && count) memcpy(copy, list, (size_t)count * sizeof *copy);
   return copy;
+}
+
+static ncclResult_t check_excluded(const char *f, ncclComm_t comm, const int *list, int count) {
+  for (int i = 0; i < count && atomic_load(&comm->core); i++) {
+    if (list[i] < 0 || list[i] >= comm->nranks)
+      return hfr_nccl_fail(ncclInvalidArgument, "%s: excludeRanksList[%d] is %d; with %d ranks it must be 0 to %d", f, i, list[i],
+                           comm->nranks, comm->nranks - 1);
+    if (list[i] == comm->rank)
+      return hfr_nccl_fail(ncclInvalidArgument, "%s: excludeRanksList[%d] is this rank, %d, which would not call then", f, i,
+                           comm->rank);
+  }
+  return ncclSuccess;
 }
 
 /* What is under way on comm ends. A blocking call of another thread returns to it by itself. */
@@ -206,8 +219,10 @@ static ncclResult_t shrink(ncclComm_t comm, const int *list, int count, ncclComm
   if (count < 0 || (count && !list))
     return hfr_nccl_fail(ncclInvalidArgument, "%s: excludeRanksList is %p, excludeRanksCount %d", f, (const void *)list, count);
   HFR_NCCL_TRY(hfr_nccl_enter(comm, f, HFR_NCCL_HANDLE));
-  if (flags & NCCL_SHRINK_ABORT) end_operations(comm);
+  r = check_excluded(f, comm, list, count);
+  if (!r && flags & NCCL_SHRINK_ABORT) end_operations(comm);
   hfr_nccl_leave(comm);
+  HFR_NCCL_TRY(r);
   int *kept = copy_ranks(f, list, count);
   if (!kept) return ncclSystemError;
   struct hfr_nccl_job *job = NULL;
@@ -262,7 +277,8 @@ struct offer {
 static ncclResult_t find_id(struct hfr_nccl_job *job, struct offer *all) {
   struct offer mine = {.has = job->flags, .nranks = job->nranks, .id = job->id};
   int found = -1;
-  HFR_NCCL_TRY(hfr_nccl_took(hfreduceAllGather(&mine, all, sizeof mine, hfreduceUint8, atomic_load(&job->parent->core), NULL)));
+  HFR_NCCL_TRY(hfr_nccl_took(job->parent,
+                             hfreduceAllGather(&mine, all, sizeof mine, hfreduceUint8, atomic_load(&job->parent->core), NULL)));
   for (int i = 0; i < job->parent->nranks; i++) {
     if (all[i].nranks != job->nranks)
       return hfr_nccl_fail(ncclInvalidArgument,

@@ -17,10 +17,10 @@ struct hfr_nccl_region {
 
 HFR_NCCL_DEFINE(ncclResult_t, ncclMemAlloc, (void **ptr, size_t size)) {
   if (!ptr) return hfr_nccl_fail(ncclInvalidArgument, "ncclMemAlloc: ptr is NULL");
-  return hfr_nccl_took(hfreduceMemAlloc(ptr, size));
+  return hfr_nccl_took(NULL, hfreduceMemAlloc(ptr, size));
 }
 
-HFR_NCCL_DEFINE(ncclResult_t, ncclMemFree, (void *ptr)) { return hfr_nccl_took(hfreduceMemFree(ptr)); }
+HFR_NCCL_DEFINE(ncclResult_t, ncclMemFree, (void *ptr)) { return hfr_nccl_took(NULL, hfreduceMemFree(ptr)); }
 
 void hfr_nccl_forget_regions(ncclComm_t comm) {
   for (struct hfr_nccl_region *r = comm->regions, *next; r; r = next) {
