@@ -193,3 +193,99 @@ def test_program(variant: str, name: str, nranks: int, mode: str, tmp_path: Path
     env = PARAMETERS if name == "arguments" else {}
     output = run(nranks, [str(program(name, variant)), mode], variant, **env)
     assert len(re.findall(r"^[1-9]\d* checks passed, 0 failed$", output, re.MULTILINE)) == max(nranks, 1), output
+
+
+# --- in the place of NCCL ---
+
+HFREDUCE = [sys.executable, "-m", "hfreduce"]
+
+
+def test_exec_runs_a_python_program() -> None:
+    """As vLLM binds it: by name, from whatever `libnccl.so.2` the process has."""
+    output = run(0, [*HFREDUCE, "exec", *HFREDUCE, "run", "-n", "2", "--timeout", "30", str(PROGRAMS / "pynccl.py")])
+    assert sorted(output.splitlines()) == [f"rank {r} of 2, version {VERSION}, sum 3" for r in range(2)]
+
+
+@pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
+def test_exec_runs_a_program_that_was_linked_with_nccl(tmp_path: Path) -> None:
+    """Linked with a libnccl.so.2 that is nowhere on its path: what is preloaded has the name that it asks for."""
+    ours = library()
+    target = tmp_path / "linked"
+    command = [
+        *shlex.split(os.environ.get("CC", "gcc")),
+        "-std=gnu11",
+        *HEADERS,
+        "-o",
+        str(target),
+        str(PROGRAMS / "collectives.c"),
+    ]
+    done = subprocess.run(
+        [*command, "-Wl,--allow-shlib-undefined", str(ours), *build.LIBS], capture_output=True, text=True
+    )  # no rpath
+    assert not done.returncode, done.stderr
+    alone = subprocess.run([str(target)], capture_output=True, text=True, env=environment(LD_LIBRARY_PATH=""))
+    assert alone.returncode, "it must not find a library by itself"
+    output = run(2, [*HFREDUCE, "exec", str(target)])
+    assert len(re.findall(r"^\d+ checks passed, 0 failed$", output, re.MULTILINE)) == 2
+
+
+def test_exec_keeps_other_preloads_and_refuses_what_is_not_there(tmp_path: Path) -> None:
+    from hfreduce.cli.exec import nccl_library, preloaded
+
+    ours = nccl_library()
+    assert preloaded({}, ours)["LD_PRELOAD"] == ours
+    assert preloaded({"LD_PRELOAD": "/a.so /b.so"}, ours)["LD_PRELOAD"] == f"{ours}:/a.so:/b.so"
+    assert preloaded({"LD_PRELOAD": f"/a.so:{ours}"}, ours)["LD_PRELOAD"] == f"{ours}:/a.so"
+    assert "not found" in run(0, [*HFREDUCE, "exec", str(tmp_path / "nothing")], expect=127)
+    assert run(0, [*HFREDUCE, "exec", "sh", "-c", "exit 5"], expect=5) == ""
+
+
+def test_config_and_info_name_the_library() -> None:
+    path = run(0, [*HFREDUCE, "config", "--nccl"]).strip()
+    assert Path(path).exists()
+    assert run(0, [*HFREDUCE, "info"]).count(f"2.32.3 in {path}") == 1
+
+
+#: Makes a communicator twice in a process that has another NCCL beside ours.
+BESIDE = """
+import ctypes, sys
+class Id(ctypes.Structure):
+    _fields_ = [("internal", ctypes.c_byte * 128)]
+ours, other = ctypes.CDLL(sys.argv[1]), ctypes.CDLL(sys.argv[2])
+for _ in range(2):
+    unique_id, comm = Id(), ctypes.c_void_p()
+    assert ours.ncclGetUniqueId(ctypes.byref(unique_id)) == 0
+    ours.ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, Id, ctypes.c_int]
+    assert ours.ncclCommInitRank(ctypes.byref(comm), 1, unique_id, 0) == 0
+    assert ours.ncclCommDestroy(comm) == 0
+"""
+
+
+@pytest.mark.parametrize("whose", ["a stand-in's", "nvidia's"])
+def test_another_nccl_is_named_once(tmp_path: Path, whose: str) -> None:
+    if whose == "nvidia's":
+        other, version = need_nvidia() / "lib" / "libnccl.so.2", "2.32.3"
+    else:
+        need_compiler()
+        source, other, version = tmp_path / "other.c", tmp_path / "libother.so", "2.21.5"
+        source.write_text("int ncclGetVersion(int *version) { return *version = 22105, 0; }\n")
+        subprocess.run(
+            [*shlex.split(os.environ.get("CC", "gcc")), "-shared", "-fPIC", "-o", str(other), str(source)], check=True, timeout=60
+        )
+    ours = run(0, [*HFREDUCE, "config", "--nccl"]).strip()
+    output = run(0, [sys.executable, "-c", BESIDE, ours, str(other)])
+    assert output.count("another NCCL is in this process") == 1
+    assert f"{other} (version {version})" in output
+    assert run(0, [sys.executable, "-c", BESIDE, ours, ours]) == ""  # ours twice is no other
+
+
+def test_variables_without_a_meaning_are_named(tmp_path: Path) -> None:
+    ours = run(0, [*HFREDUCE, "config", "--nccl"]).strip()
+    command = [sys.executable, "-c", BESIDE, ours, ours]
+    output = run(0, command, NCCL_DEBUG="INFO", NCCL_ALGO="Ring", NCCL_NTHREADS="64", NCCL_SOCKET_FAMILY="AF_INET")
+    (line,) = (line for line in output.splitlines() if "without a meaning" in line)
+    assert "NCCL_ALGO" in line and "NCCL_NTHREADS" in line and "NCCL_SOCKET" not in line and "NCCL_DEBUG" not in line
+    log = tmp_path / "log"
+    assert run(0, command, NCCL_DEBUG="INFO", NCCL_DEBUG_FILE=str(log)) == ""
+    assert "communicator" in log.read_text()
+    assert "in the place of NCCL 2.32.3" in run(0, command, NCCL_DEBUG="VERSION")

@@ -1,8 +1,9 @@
 /*
  * The parameters' values: from the environment, else from configuration files, else their presets.
  *
- * Sources, first hit wins: the environment; $HFREDUCE_CONF_FILE if set, else ~/.hfreduce.conf; /etc/hfreduce.conf. Within one
- * source our name beats NCCL's. Files hold NAME=value lines; '#' at the start of a word begins a comment.
+ * Sources, first hit wins: the environment; $HFREDUCE_CONF_FILE if set, else ~/.hfreduce.conf; $NCCL_CONF_FILE if set, else
+ * ~/.nccl.conf; /etc/hfreduce.conf; /etc/nccl.conf. Within one source our name beats NCCL's. Files hold NAME=value lines; '#' at
+ * the start of a word begins a comment.
  */
 #include "param.h"
 
@@ -17,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -26,7 +28,7 @@
 /* clang-format off */
 #define HFR_PARAM_NCCL_ALIASES(X)                                                                                        \
   X(SOCKET_IFNAME) X(SOCKET_FAMILY) X(DEBUG) X(DEBUG_FILE) X(IB_HCA) X(IB_GID_INDEX) X(IB_SL) X(IB_TC) X(IB_TIMEOUT)     \
-  X(IB_RETRY_CNT) X(IB_QPS_PER_CONNECTION) X(IB_PCI_RELAXED_ORDERING) X(IB_PKEY)
+  X(IB_RETRY_CNT) X(IB_QPS_PER_CONNECTION) X(IB_PCI_RELAXED_ORDERING) X(IB_PKEY) X(HOSTID)
 /* clang-format on */
 
 #define PREFIX "HFREDUCE_"
@@ -276,16 +278,35 @@ static void load_file(const char *path, int wanted, char done[HFR_PARAM_COUNT]) 
   }
 }
 
-static void load(void) {
-  char done[HFR_PARAM_COUNT] = {0}, path[4096];
-  const char *named = getenv("HFREDUCE_CONF_FILE"), *home = getenv("HOME");
-  for (int id = 0; id < HFR_PARAM_COUNT; id++) set_preset(id);
-  load_environment(done);
+/* The file that `variable` names, else the one called `hidden` at home. */
+static void load_user_file(const char *variable, const char *hidden, char done[HFR_PARAM_COUNT]) {
+  char path[4096];
+  const char *named = getenv(variable), *home = getenv("HOME");
   if (named && *named)
     load_file(named, 1, done);
-  else if (home && *home && snprintf(path, sizeof path, "%s/.hfreduce.conf", home) < (int)sizeof path)
+  else if (home && *home && snprintf(path, sizeof path, "%s/%s", home, hidden) < (int)sizeof path)
     load_file(path, 0, done);
+}
+
+/* Two of NCCL's variables say otherwise what HFREDUCE_TRANSPORT says. */
+static void translate_transport(const char done[HFR_PARAM_COUNT]) {
+  const char *disabled = getenv("NCCL_IB_DISABLE"), *net = getenv("NCCL_NET"), *transport = NULL;
+  if (done[HFR_PARAM_TRANSPORT]) return;
+  if (net && !strcasecmp(net, "IB")) transport = "verbs";
+  if (net && !strcasecmp(net, "Socket")) transport = "tcp";
+  if (disabled && atoi(disabled)) transport = "tcp";
+  if (transport) set_value(HFR_PARAM_TRANSPORT, "HFREDUCE_TRANSPORT", transport, "NCCL_NET or NCCL_IB_DISABLE");
+}
+
+static void load(void) {
+  char done[HFR_PARAM_COUNT] = {0};
+  for (int id = 0; id < HFR_PARAM_COUNT; id++) set_preset(id);
+  load_environment(done);
+  load_user_file("HFREDUCE_CONF_FILE", ".hfreduce.conf", done);
+  load_user_file("NCCL_CONF_FILE", ".nccl.conf", done);
   load_file("/etc/hfreduce.conf", 0, done);
+  load_file("/etc/nccl.conf", 0, done);
+  translate_transport(done);
 }
 
 static const struct value *get(enum hfr_param id) {

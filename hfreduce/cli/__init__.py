@@ -11,6 +11,7 @@ from collections.abc import Sequence
 _COMMANDS = {
     "perf": "measure a collective: nccl-tests' table, checked values",
     "run": "start local ranks of a program, without MPI",
+    "exec": "run a program with hfreduce in the place of NCCL",
     "info": "what was built, what this machine has, every parameter",
     "config": "compiler and linker flags for C programs",
 }

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--cflags", action="store_true", help="flags for the compiler")
     parser.add_argument("--libs", action="store_true", help="flags for the linker, with an rpath to this installation")
+    parser.add_argument("--nccl", action="store_true", help="path of the libnccl.so.2 that stands in for NCCL's")
     parser.add_argument("--includedir", action="store_true", help="directory of hfreduce.h")
     parser.add_argument("--libdir", action="store_true", help="directory of libhfreduce.so")
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     values = {
         "cflags": shlex.quote(f"-I{include}"),
         "libs": f"{shlex.quote(f'-L{library}')} -lhfreduce {shlex.quote(f'-Wl,-rpath,{library}')}",
+        "nccl": str(library / "libnccl.so.2"),
         "includedir": str(include),
         "libdir": str(library),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     python = {
         "hfreduce": __version__,
         "library": f"{version()} in {library_directory()}",
+        "in place of NCCL": _nccl(),
         "header": str(include_directory() / "hfreduce.h"),
         "python": f"{platform.python_version()}, numpy {np.__version__}",
         "CPUs for this process": str(len(os.sched_getaffinity(0))),
@@ -55,6 +57,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {param.name:<{width}}  {value}")
         print(textwrap.fill(param.help, 120, initial_indent=" " * (width + 4), subsequent_indent=" " * (width + 4)))
     return 0
+
+
+def _nccl() -> str:
+    """The level of NCCL that our libnccl.so.2 speaks, and where it is."""
+    path = library_directory() / "libnccl.so.2"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"cannot be loaded: {error}"
+    code = ctypes.c_int()
+    library.ncclGetVersion(ctypes.byref(code))
+    return f"{code.value // 10000}.{code.value // 100 % 100}.{code.value % 100} in {path}"
 
 
 def _print_ports(devices: rdma.Ports) -> None:

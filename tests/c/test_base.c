@@ -296,6 +296,43 @@ static void test_param_file(void) {
   read_log();
 }
 
+/* NCCL's own file counts after ours, under all the names that are understood. */
+static void test_param_nccl_file(void) {
+  write_file("ours", "HFREDUCE_SLOTS=8\n");
+  write_file("nccl.conf", "NCCL_SOCKET_IFNAME=nccl0\nHFREDUCE_SLOTS=6\nHFREDUCE_CHUNK=64K\nNCCL_HOSTID=box\nNCCL_ALGO=Ring\n");
+  setenv("HFREDUCE_CONF_FILE", scratch_path("ours"), 1);
+  setenv("NCCL_CONF_FILE", scratch_path("nccl.conf"), 1);
+  hfr_param_reload();
+  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 8, "ours wins");
+  CHECK(hfr_param_int(HFR_PARAM_CHUNK) == 65536);
+  CHECK(!strcmp(hfr_param_text(HFR_PARAM_SOCKET_IFNAME), "nccl0"), "%s", hfr_param_text(HFR_PARAM_SOCKET_IFNAME));
+  CHECK(!strcmp(hfr_param_text(HFR_PARAM_HOSTID), "box"), "%s", hfr_param_text(HFR_PARAM_HOSTID));
+  CHECK(!strstr(read_log(), "NCCL_ALGO"), "NCCL's other parameters may stand there");
+  unsetenv("NCCL_CONF_FILE");
+  unsetenv("HFREDUCE_CONF_FILE");
+  unlink(scratch_path("ours"));
+  unlink(scratch_path("nccl.conf"));
+}
+
+/* NCCL_NET and NCCL_IB_DISABLE say which transport. */
+static void test_param_nccl_net(void) {
+  static const struct {
+    const char *net, *disable, *ours, *expected;
+  } cases[] = {{"IB", NULL, NULL, "verbs"}, {"Socket", NULL, NULL, "tcp"},     {NULL, "1", NULL, "tcp"},  {NULL, "0", NULL, ""},
+               {"IB", "1", NULL, "tcp"},    {"Socket", "1", "verbs", "verbs"}, {"plugin", NULL, NULL, ""}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    if (cases[i].net) setenv("NCCL_NET", cases[i].net, 1);
+    if (cases[i].disable) setenv("NCCL_IB_DISABLE", cases[i].disable, 1);
+    if (cases[i].ours) setenv("HFREDUCE_TRANSPORT", cases[i].ours, 1);
+    hfr_param_reload();
+    CHECK(!strcmp(hfr_param_text(HFR_PARAM_TRANSPORT), cases[i].expected), "case %zu: \"%s\"", i,
+          hfr_param_text(HFR_PARAM_TRANSPORT));
+    unsetenv("NCCL_NET");
+    unsetenv("NCCL_IB_DISABLE");
+    unsetenv("HFREDUCE_TRANSPORT");
+  }
+}
+
 /* No file, a directory, a FIFO (must not block), one that is too long; then the one in the home directory. */
 static void test_param_odd_files(void) {
   setenv("HFREDUCE_CONF_FILE", scratch_path("absent"), 1);
@@ -731,6 +768,8 @@ static void run_all(void) {
   test_param_text();
   test_param_aliases();
   test_param_file();
+  test_param_nccl_file();
+  test_param_nccl_net();
   test_param_odd_files();
   test_log();
   test_log_name();
