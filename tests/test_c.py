@@ -78,7 +78,7 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.limit(BUILD_LIMIT)
 @pytest.mark.parametrize("cc", ["gcc", "clang"])
-def test_library_builds_without_warnings(cc: str) -> None:
+def test_libraries_build_without_warnings(cc: str) -> None:
     need_compiler(cc)
     with building(f"strict-{cc}") as out:
-        assert build.build_library(out, werror=True, cc=cc).exists()
+        assert build.build_nccl(out, werror=True, cc=cc).exists()

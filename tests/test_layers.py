@@ -43,6 +43,13 @@ def test_includes_run_downward(source: Path) -> None:
         assert here == there or FLOOR[there] < FLOOR[here], f"{here} must not include {there} ({included})"
 
 
+@pytest.mark.parametrize("source", [p for p in SOURCES if room(p) == "nccl"], ids=lambda p: str(p.relative_to(CSRC)))
+def test_nccl_is_built_on_the_public_header_alone(source: Path) -> None:
+    """libnccl.so.2 is a library of its own: it can reach nothing else of hfreduce."""
+    included = re.findall(r'^\s*#\s*include "([^"]+)"', source.read_text(), re.MULTILINE)
+    assert {name for name in included if "/" in name} <= {"../include/hfreduce.h"}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_hardware_stays_on_its_floor(source: Path) -> None:
     text = source.read_text()

@@ -179,7 +179,7 @@ CASES = [
     ("address", "faults", 3, "kill"),
     ("thread", "collectives", 2, "nonblocking"),
     *[("thread", "groups", 0, mode) for mode in ("blocking", "nonblocking")],
-    ("thread", "faults", 3, "abort"),
+    *[("thread", "faults", 3, mode) for mode in ("abort", "flight", "kill-first")],
 ]
 #: What tests/nccl/arguments.c expects to find.
 PARAMETERS = {"HFREDUCE_CHUNK": "64K", "NCCL_SOCKET_IFNAME": "lo0", "HFREDUCE_TIMEOUT": "12.5"}

@@ -141,6 +141,11 @@ static void values(void) {
   VALUE(ncclMaxRedOp);
   VALUE(ncclInt8);
   VALUE(ncclUint8);
+  VALUE(ncclChar);
+  VALUE(ncclInt);
+  VALUE(ncclHalf);
+  VALUE(ncclFloat);
+  VALUE(ncclDouble);
   VALUE(ncclInt32);
   VALUE(ncclUint32);
   VALUE(ncclInt64);

@@ -2,6 +2,8 @@
  * argv[1] "nonblocking": all of it polled. */
 #include "rank.h"
 
+#include <nccl_device.h>
+
 #include <pthread.h>
 
 static int blocking = 1;
@@ -50,19 +52,18 @@ static void splits(ncclComm_t comm) {
   end(reversed);
 }
 
+static uint64_t hash_of(ncclComm_t comm, int expected_rank) {
+  ncclCommProperties_t props = {.size = sizeof props, .magic = NCCL_API_MAGIC, .version = NCCL_VERSION_CODE};
+  OK(ncclCommQueryProperties(comm, &props));
+  CHECK(props.commHash && props.rank == expected_rank, "properties: rank %d, hash %llx", props.rank,
+        (unsigned long long)props.commHash);
+  return props.commHash;
+}
+
 static void properties(ncclComm_t comm) {
   ncclResult_t r;
   uint64_t hash[8], suspended = 7;
-  struct {
-    size_t size;
-    unsigned magic, version;
-    char rest[160];
-  } props = {.size = sizeof props, .magic = NCCL_API_MAGIC};
-  /* ncclCommProperties_t, whose header may not be there: rank at 16, commHash at 56 */
-  ncclResult_t ncclCommQueryProperties(ncclComm_t, void *);
-  OK(ncclCommQueryProperties(comm, &props));
-  memcpy(&hash[7], (char *)&props + 56, 8);
-  CHECK(hash[7] && *(int *)(void *)((char *)&props + 16) == rank, "properties");
+  hash[7] = hash_of(comm, rank);
   done(comm, "all_gather", ncclAllGather(&hash[7], hash, 1, ncclUint64, comm, NULL));
   for (int i = 0; i < nranks && i < 7; i++) CHECK(hash[i] == hash[0], "one hash on all ranks");
   FAILS(ncclInvalidArgument, "flags", ncclCommSuspend(comm, 0));
@@ -79,7 +80,7 @@ static void properties(ncclComm_t comm) {
 
 static void shrinks(ncclComm_t comm) {
   int last = nranks - 1, me;
-  ncclComm_t rest = NULL, all = NULL;
+  ncclComm_t rest = NULL, all = NULL, again = NULL;
   FAILS(ncclInvalidArgument, "this rank", ncclCommShrink(comm, &rank, 1, &rest, NULL, 0));
   FAILS(ncclInvalidArgument, "must be 0 to", ncclCommShrink(comm, &nranks, 1, &rest, NULL, 0));
   FAILS(ncclInvalidArgument, "shrinkFlags", ncclCommShrink(comm, &last, 1, &rest, NULL, 4));
@@ -95,7 +96,13 @@ static void shrinks(ncclComm_t comm) {
   sum_over(comm, "the parent, as before");
   done(comm, "shrink", ncclCommShrink(comm, NULL, 0, &all, NULL, NCCL_SHRINK_DEFAULT));
   sum_over(all, "none left out");
+  done(comm, "shrink", ncclCommShrink(comm, NULL, 0, &again, NULL, NCCL_SHRINK_DEFAULT)); /* another one of the same ranks */
+  sum_over(again, "none left out, again");
+  CHECK(hash_of(all, rank) != hash_of(again, rank), "two communicators of the same ranks have names of their own");
+  sum_over(all, "the first of the two");
   end(all);
+  sum_over(again, "the second of the two");
+  end(again);
 }
 
 static void grows(ncclComm_t comm) {
