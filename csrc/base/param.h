@@ -35,6 +35,11 @@
   X(IB_CACHE, "HFREDUCE_IB_CACHE", SIZE, "1G", 0, 1099511627776,                                                                 \
     "bytes of buffers that stay registered for RDMA between operations (0: always copied)")                                      \
   X(IB_FAILOVER, "HFREDUCE_IB_FAILOVER", INT, "1", 0, 1, "1: an RDMA connection whose port fails goes on over another port")     \
+  X(CUDA, "HFREDUCE_CUDA", INT, "1", 0, 1, "0: leave CUDA alone; device memory and streams are then refused")                    \
+  X(CUDA_MEMOPS, "HFREDUCE_CUDA_MEMOPS", INT, "1", 0, 1, "0: host functions instead of stream memory operations")                \
+  X(CUDA_SEGMENT, "HFREDUCE_CUDA_SEGMENT", SIZE, "2M", 65536, 1073741824, "most bytes that a device copies at once")             \
+  X(CUDA_SEGMENTS, "HFREDUCE_CUDA_SEGMENTS", INT, "4", 2, 64,                                                                    \
+    "segments of pinned memory each way, a communicator with a device")                                                          \
   X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)") \
   X(SLOTS, "HFREDUCE_SLOTS", INT, "4", 2, 16, "staging slots a rank (rank 0's holds)")                                           \
   X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0, "network algorithm: tree or direct (empty: by size and node count; rank 0's holds)")  \

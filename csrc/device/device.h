@@ -1,10 +1,15 @@
 /*
  * Where buffers can live: a table of devices. Host memory is always the last entry and owns what no other device claims. Device
  * code is found at run time, so every build has every entry; `why_absent` tells what is missing.
+ *
+ * Below it: what the floors above need of an accelerator to move data between its memory and the CPUs in the order of its
+ * streams.
  */
 #ifndef HFR_DEVICE_DEVICE_H_
 #define HFR_DEVICE_DEVICE_H_
 #include "../base/status.h"
+
+#include <stdatomic.h>
 
 struct hfr_device {
   const char *name;
@@ -17,10 +22,106 @@ struct hfr_device {
   hfreduceResult_t (*release)(void *ptr);
 };
 
-extern const struct hfr_device hfr_device_host;
+extern const struct hfr_device hfr_device_host, hfr_device_cuda;
 
 /* The i-th device, NULL past the end. */
 const struct hfr_device *hfr_device_at(int i);
 /* The device that a pointer belongs to; never NULL. */
 const struct hfr_device *hfr_device_of(const void *ptr);
+/* What accelerators there are, one "key: value" a line. Writes at most size bytes, the NUL included; returns how many without it.
+   Initialises the driver, but makes no context. */
+size_t hfr_device_describe(char *text, size_t size);
+
+/* ---------------------------------------------------------------- pointers and streams */
+
+/* 1: there is a driver, so a pointer or a stream may be a device's. Costs one load after the first call. */
+int hfr_device_present(void);
+
+enum hfr_memory_kind {
+  HFR_MEMORY_HOST,    /* the driver does not know it */
+  HFR_MEMORY_PINNED,  /* host memory that the driver gave or registered: CPUs and devices reach it */
+  HFR_MEMORY_MANAGED, /* moves between them: CPUs leave it alone while streams run */
+  HFR_MEMORY_DEVICE,
+};
+struct hfr_memory {
+  enum hfr_memory_kind kind;
+  int device;    /* its ordinal; -1: none, or not known */
+  void *context; /* NULL: not known */
+  uintptr_t start;
+  size_t bytes; /* of the allocation from start on; 0: not known */
+};
+/* What a pointer is. Any thread; changes nothing in the driver, and gives HOST while the program has not initialised it. */
+void hfr_memory_of(const void *pointer, struct hfr_memory *memory);
+
+struct hfr_stream {
+  void *handle; /* CUstream; NULL and 1 are the legacy default stream, 2 the thread's own */
+  void *context;
+  int device;
+  uint64_t capture; /* id of the capture that it is in; 0: none */
+  void *graph;      /* being captured */
+};
+/* Look at a stream. A default stream is the one of `context`, or of the thread's current context where that is NULL.
+   InvalidArgument for a stream that is none, InvalidUsage for one whose capture has failed; `who` begins the message. */
+hfreduceResult_t hfr_stream_look(const char *who, void *handle, void *context, struct hfr_stream *stream);
+
+/* The context that programs use by default on a device; it stays until the process ends. NULL: hfr_last_error(). */
+void *hfr_device_context(int device);
+/* Copy now, waiting for it; for single values. */
+hfreduceResult_t hfr_device_read(void *to, const void *from, size_t bytes);
+
+/* ---------------------------------------------------------------- copiers */
+
+/* Host memory that a device reads and writes by itself. */
+struct hfr_pinned {
+  uint8_t *host; /* NULL: none */
+  uintptr_t device;
+  size_t bytes;
+};
+
+/*
+ * Two queues of a device, one a direction, so that copies out and in overlap. What is put into them runs in order, later; the
+ * call returns at once. Between enter and leave, which the same thread calls; one thread at a time. Errors are UnhandledCudaError
+ * and leave what was put in before in the queues.
+ *
+ * A word that the device writes is released: who reads it with acquire sees the copies before it. A queue that waits for a word
+ * goes on once (int32)(*word - value) >= 0.
+ */
+struct hfr_copier;
+enum hfr_queue { HFR_TO_HOST, HFR_TO_DEVICE };
+
+hfreduceResult_t hfr_copier_create(int device, void *context, struct hfr_copier **copier);
+/* Give all back once the queues have run dry, and 1. What still runs after limit_ns is left to the process, with a warning: 0. */
+int hfr_copier_destroy(struct hfr_copier *copier, int64_t limit_ns);
+int hfr_copier_device(const struct hfr_copier *copier);
+void *hfr_copier_context(const struct hfr_copier *copier);
+/* 1: words are waited for by host functions, which somebody has to wake (hfr_futex_wake). */
+int hfr_copier_by_host(const struct hfr_copier *copier);
+
+/* capturing: what follows goes into the graph that the user's stream captures. */
+hfreduceResult_t hfr_copier_enter(struct hfr_copier *copier, int capturing);
+void hfr_copier_leave(struct hfr_copier *copier);
+/* Zeroed pages near the device. Within enter and leave; free also outside. */
+hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *copier, size_t bytes, struct hfr_pinned *memory);
+void hfr_pinned_free(struct hfr_pinned *memory);
+
+/* Both queues go on after what is in the stream now; what is put into the stream from now on after both queues. */
+hfreduceResult_t hfr_copier_after(struct hfr_copier *copier, void *stream);
+hfreduceResult_t hfr_copier_join(struct hfr_copier *copier);
+hfreduceResult_t hfr_copier_before(struct hfr_copier *copier, void *stream);
+/* Copy `rows` rows of `width` bytes between device (or managed) memory and pinned memory. */
+hfreduceResult_t hfr_copier_copy(struct hfr_copier *copier, enum hfr_queue queue, void *host, size_t host_pitch, uintptr_t device,
+                                 size_t device_pitch, size_t width, size_t rows);
+/* The word lies in `memory`. */
+hfreduceResult_t hfr_copier_write(struct hfr_copier *copier, enum hfr_queue queue, const struct hfr_pinned *memory,
+                                  _Atomic uint32_t *word, uint32_t value);
+hfreduceResult_t hfr_copier_wait(struct hfr_copier *copier, enum hfr_queue queue, const struct hfr_pinned *memory,
+                                 _Atomic uint32_t *word, uint32_t value);
+/* Set words to 0. */
+hfreduceResult_t hfr_copier_clear(struct hfr_copier *copier, enum hfr_queue queue, const struct hfr_pinned *memory,
+                                  _Atomic uint32_t *first, size_t count);
+/* Copy within the device's memory, in a stream. */
+hfreduceResult_t hfr_copier_move(struct hfr_copier *copier, void *stream, uintptr_t to, uintptr_t from, size_t bytes);
+/* Call release(arg) when neither the graph nor anything made of it exists any more; it must not call the driver, and may run in
+   any thread. On failure it has been called. */
+hfreduceResult_t hfr_copier_keep(struct hfr_copier *copier, void *graph, void (*release)(void *arg), void *arg);
 #endif

@@ -57,7 +57,7 @@ static int host_owns(const void *ptr) { return (void)ptr, 1; }
 
 const struct hfr_device hfr_device_host = {"host", host_why_absent, host_owns, host_alloc, host_release};
 
-static const struct hfr_device *const devices[] = {&hfr_device_host};
+static const struct hfr_device *const devices[] = {&hfr_device_cuda, &hfr_device_host};
 
 const struct hfr_device *hfr_device_at(int i) {
   return i >= 0 && (size_t)i < sizeof devices / sizeof *devices ? devices[i] : NULL;

@@ -1,0 +1,318 @@
+/*
+ * Copiers: two streams of a CUDA device beside the user's, and the pinned memory at their other end.
+ *
+ *   user's stream ──event──► [to host:   wait for room, copy, write "ready"] ─┐
+ *                  └─event─► [to device: wait for "done", copy, write "taken"]◄┘ event ──► user's stream
+ *
+ * Captured calls have a pair of streams of their own, so that an ordinary call beside a capture does not end up in the graph.
+ * Where streams cannot wait for memory, host functions do. A driver may run those of all streams one after the other, so a
+ * function that waits must never stand before the one that it waits for: then both directions share one stream.
+ */
+#include "cuda.h"
+
+#include "../base/log.h"
+#include "../base/thread.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+struct hfr_copier {
+  const struct hfr_cu *cu;
+  int device, by_host;
+  hfr_cu_context context;
+  hfr_cu_stream stream[2][2]; /* [capturing][queue]; the captured pair is made with the first capture */
+  hfr_cu_event begun[2], joined[2], ended[2];
+  int capturing;        /* between enter and leave */
+  int mode;             /* the thread's capture mode, to be put back */
+  struct host_op *kept; /* what host functions in graphs read */
+};
+
+#define TRY_CU(copier, member, call, ...)       \
+  do {                                          \
+    int r_ = (copier)->cu->member(__VA_ARGS__); \
+    if (r_) return hfr_cuda_fail(call, r_);     \
+  } while (0)
+
+/* ---------------------------------------------------------------- birth and death */
+
+static hfreduceResult_t open_pair(struct hfr_copier *c, int capturing) {
+  for (int q = 0; q < 2; q++)
+    if (!c->stream[capturing][q] && (q == 0 || !c->by_host))
+      TRY_CU(c, stream_create, "cuStreamCreateWithPriority", &c->stream[capturing][q], HFR_CU_STREAM_NON_BLOCKING, 0);
+  if (c->by_host) c->stream[capturing][1] = c->stream[capturing][0];
+  hfr_cu_event *event[3] = {&c->begun[capturing], &c->joined[capturing], &c->ended[capturing]};
+  for (int i = 0; i < 3; i++)
+    if (!*event[i]) TRY_CU(c, event_create, "cuEventCreate", event[i], HFR_CU_EVENT_DISABLE_TIMING);
+  return hfreduceSuccess;
+}
+
+/* Once a process: what its user should know. */
+static void warn_once(const struct hfr_copier *c) {
+  static atomic_flag queues = ATOMIC_FLAG_INIT, host = ATOMIC_FLAG_INIT;
+  if (hfr_cuda_one_queue() && !atomic_flag_test_and_set(&queues))
+    HFR_WARN(
+        "CUDA_DEVICE_MAX_CONNECTIONS=1: while a collective waits for other ranks, other streams of this process wait with it");
+  if (c->by_host && !atomic_flag_test_and_set(&host))
+    HFR_WARN(
+        "CUDA device %d: no stream memory operations (%s); host functions do their work, which is slower, and keeps other host "
+        "functions of the process waiting",
+        c->device, hfr_cuda_mem_ops_wanted() ? "the driver has none" : "HFREDUCE_CUDA_MEMOPS=0");
+}
+
+hfreduceResult_t hfr_copier_create(int device, void *context, struct hfr_copier **out) {
+  struct hfr_copier *c = calloc(1, sizeof *c);
+  if (!c) return hfr_fail(hfreduceSystemError, "out of memory");
+  c->cu = hfr_cuda();
+  c->device = device;
+  c->context = context;
+  c->by_host = !hfr_cuda_mem_ops_wanted() || !hfr_cuda_mem_ops(c->cu, device);
+  hfreduceResult_t r = hfr_copier_enter(c, 0);
+  if (r) return free(c), r;
+  r = open_pair(c, 0);
+  hfr_copier_leave(c);
+  if (r) return hfr_copier_destroy(c, 0), r;
+  warn_once(c);
+  *out = c;
+  return hfreduceSuccess;
+}
+
+struct host_op {
+  struct host_op *next; /* in a graph: kept until the copier goes */
+  _Atomic uint32_t *word;
+  uint32_t value;
+  size_t count;
+  int in_graph;
+};
+
+/* Have both streams run dry? A context that is gone has nothing running in it; nothing ever runs in the captured pair. */
+static int drain(struct hfr_copier *c, int64_t limit_ns) {
+  int64_t end = hfr_now_ns() + limit_ns;
+  for (int q = 0; q < 2; q++)
+    while (c->stream[0][q] && c->cu->stream_query(c->stream[0][q]) == HFR_CU_NOT_READY) {
+      struct timespec t = {0, 100000};
+      if (hfr_now_ns() > end) return 0;
+      nanosleep(&t, NULL);
+    }
+  return 1;
+}
+
+int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
+  int drained = 1;
+  if (!hfr_copier_enter(c, 0)) {
+    drained = drain(c, limit_ns);
+    if (!drained)
+      HFR_WARN(
+          "CUDA device %d: copies of a communicator still wait for the user's stream after %.3g s; their memory is left to the "
+          "process",
+          c->device, (double)limit_ns * 1e-9);
+    for (int pair = 0; pair < 2; pair++) { /* destroying a stream that still has work lets it end first */
+      for (int q = 0; q < (c->by_host ? 1 : 2); q++)
+        if (c->stream[pair][q]) c->cu->stream_destroy(c->stream[pair][q]);
+      if (c->begun[pair]) c->cu->event_destroy(c->begun[pair]);
+      if (c->joined[pair]) c->cu->event_destroy(c->joined[pair]);
+      if (c->ended[pair]) c->cu->event_destroy(c->ended[pair]);
+    }
+    hfr_copier_leave(c);
+  }
+  free(c); /* `kept` stays: a graph may be launched once more */
+  return drained;
+}
+
+int hfr_copier_device(const struct hfr_copier *c) { return c->device; }
+void *hfr_copier_context(const struct hfr_copier *c) { return c->context; }
+int hfr_copier_by_host(const struct hfr_copier *c) { return c->by_host; }
+
+hfreduceResult_t hfr_copier_enter(struct hfr_copier *c, int capturing) {
+  TRY_CU(c, context_push, "cuCtxPushCurrent", c->context);
+  c->capturing = capturing;
+  c->mode = HFR_CU_MODE_RELAXED; /* what a capture elsewhere forbids by default is safe here: nothing waits */
+  if (c->cu->capture_mode) c->cu->capture_mode(&c->mode);
+  hfreduceResult_t r = capturing ? open_pair(c, 1) : hfreduceSuccess;
+  if (r) hfr_copier_leave(c);
+  return r;
+}
+
+void hfr_copier_leave(struct hfr_copier *c) {
+  hfr_cu_context popped;
+  if (c->cu->capture_mode) c->cu->capture_mode(&c->mode);
+  c->cu->context_pop(&popped);
+}
+
+/* ---------------------------------------------------------------- pinned memory */
+
+#define MPOL_PREFERRED_NODE 1
+
+hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *c, size_t bytes, struct hfr_pinned *m) {
+  size_t size = (bytes + 4095) / 4096 * 4096;
+  int node = hfr_cuda_numa(c->cu, c->device);
+  uint8_t *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) return hfr_fail(hfreduceSystemError, "cannot get %zu bytes of pinned memory: %s", size, strerror(errno));
+  madvise(p, size, MADV_DONTFORK); /* a child's copy-on-write would move the pages under the device */
+  if (node >= 0 && node < 64) {
+    unsigned long mask = 1ul << node;
+    syscall(SYS_mbind, p, size, MPOL_PREFERRED_NODE, &mask, sizeof mask * 8, 0); /* better there, but anywhere will do */
+  }
+  uintptr_t device = 0;
+  int r = c->cu->host_register(p, size, HFR_CU_HOST_PORTABLE | HFR_CU_HOST_DEVICEMAP);
+  if (!r && (r = c->cu->host_device_pointer(&device, p, 0))) c->cu->host_unregister(p);
+  if (r) {
+    munmap(p, size);
+    hfr_cuda_fail("cuMemHostRegister", r);
+    char text[200];
+    snprintf(text, sizeof text, "%.199s", hfr_last_error()->text);
+    return hfr_fail(hfreduceUnhandledCudaError,
+                    "cannot pin %zu bytes for device %d: %s; lower HFREDUCE_CUDA_SEGMENT or raise ulimit -l", size, c->device,
+                    text);
+  }
+  *m = (struct hfr_pinned){p, device, size};
+  return hfreduceSuccess;
+}
+
+void hfr_pinned_free(struct hfr_pinned *m) {
+  const struct hfr_cu *cu = hfr_cuda();
+  int mode = HFR_CU_MODE_RELAXED;
+  if (!m->host) return;
+  if (cu->capture_mode) cu->capture_mode(&mode);
+  /* A driver that is going down has let go of it already. */
+  cu->host_unregister(m->host);
+  if (cu->capture_mode) cu->capture_mode(&mode);
+  munmap(m->host, m->bytes);
+  *m = (struct hfr_pinned){0};
+}
+
+static uintptr_t device_address(const struct hfr_pinned *m, const void *at) {
+  return m->device + (uintptr_t)((const uint8_t *)at - m->host);
+}
+
+/* ---------------------------------------------------------------- order */
+
+static hfr_cu_stream stream_of(const struct hfr_copier *c, enum hfr_queue queue) { return c->stream[c->capturing][queue]; }
+
+hfreduceResult_t hfr_copier_after(struct hfr_copier *c, void *stream) {
+  TRY_CU(c, event_record, "cuEventRecord", c->begun[c->capturing], stream);
+  for (int q = 0; q < (c->by_host ? 1 : 2); q++)
+    TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", c->stream[c->capturing][q], c->begun[c->capturing], 0);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_join(struct hfr_copier *c) {
+  if (c->by_host) return hfreduceSuccess;
+  TRY_CU(c, event_record, "cuEventRecord", c->joined[c->capturing], stream_of(c, HFR_TO_HOST));
+  TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->joined[c->capturing], 0);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_before(struct hfr_copier *c, void *stream) {
+  TRY_CU(c, event_record, "cuEventRecord", c->ended[c->capturing], stream_of(c, HFR_TO_DEVICE));
+  TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream, c->ended[c->capturing], 0);
+  /* In a graph the next call's segments lie where this one's did. */
+  if (c->capturing && !c->by_host) TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_HOST), c->ended[1], 0);
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- copies */
+
+#define PITCH_MAX ((size_t)1 << 31) /* what a device takes as a pitch is a little less than this */
+
+hfreduceResult_t hfr_copier_copy(struct hfr_copier *c, enum hfr_queue queue, void *host, size_t host_pitch, uintptr_t device,
+                                 size_t device_pitch, size_t width, size_t rows) {
+  hfr_cu_stream stream = stream_of(c, queue);
+  if (!width || !rows) return hfreduceSuccess;
+  if (rows > 1 && host_pitch == width && device_pitch == width) width *= rows, rows = 1;
+  if (rows > 1 && device_pitch < PITCH_MAX / 2) {
+    struct hfr_cu_copy2d copy = {.width = width, .height = rows};
+    if (queue == HFR_TO_HOST) {
+      copy.src_type = HFR_CU_MEMORY_UNIFIED, copy.src_device = device, copy.src_pitch = device_pitch;
+      copy.dst_type = HFR_CU_MEMORY_HOST, copy.dst_host = host, copy.dst_pitch = host_pitch;
+    } else {
+      copy.src_type = HFR_CU_MEMORY_HOST, copy.src_host = host, copy.src_pitch = host_pitch;
+      copy.dst_type = HFR_CU_MEMORY_UNIFIED, copy.dst_device = device, copy.dst_pitch = device_pitch;
+    }
+    TRY_CU(c, copy_2d_async, "cuMemcpy2DAsync", &copy, stream);
+    return hfreduceSuccess;
+  }
+  for (size_t i = 0; i < rows; i++) {
+    uintptr_t h = (uintptr_t)host + i * host_pitch, d = device + i * device_pitch;
+    TRY_CU(c, copy_async, "cuMemcpyAsync", queue == HFR_TO_HOST ? h : d, queue == HFR_TO_HOST ? d : h, width, stream);
+  }
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_move(struct hfr_copier *c, void *stream, uintptr_t to, uintptr_t from, size_t bytes) {
+  if (bytes && to != from) TRY_CU(c, copy_async, "cuMemcpyAsync", to, from, bytes, stream);
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- words */
+
+/* Host functions: they call nothing of the driver. */
+static void write_word(void *arg) {
+  struct host_op *op = arg;
+  for (size_t i = 0; i < (op->count ? op->count : 1); i++) atomic_store_explicit(&op->word[i], op->value, memory_order_release);
+  if (!op->in_graph) free(op);
+}
+
+static void wait_word(void *arg) {
+  struct host_op *op = arg;
+  uint32_t now;
+  while ((int32_t)((now = atomic_load_explicit(op->word, memory_order_acquire)) - op->value) < 0)
+    hfr_futex_wait(op->word, now, 50000000);
+  if (!op->in_graph) free(op);
+}
+
+static hfreduceResult_t by_host_function(struct hfr_copier *c, enum hfr_queue queue, void (*function)(void *),
+                                         struct host_op op) {
+  struct host_op *mine = malloc(sizeof *mine);
+  if (!mine) return hfr_fail(hfreduceSystemError, "out of memory");
+  *mine = op;
+  mine->in_graph = c->capturing;
+  if (c->capturing) mine->next = c->kept, c->kept = mine;
+  int r = c->cu->launch_host_fn(stream_of(c, queue), function, mine);
+  if (!r) return hfreduceSuccess;
+  if (!c->capturing) free(mine);
+  return hfr_cuda_fail("cuLaunchHostFunc", r);
+}
+
+hfreduceResult_t hfr_copier_write(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *word,
+                                  uint32_t value) {
+  if (c->by_host) return by_host_function(c, queue, write_word, (struct host_op){.word = word, .value = value});
+  TRY_CU(c, stream_write_value, "cuStreamWriteValue32", stream_of(c, queue), device_address(m, word), value,
+         HFR_CU_WRITE_DEFAULT);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_wait(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *word,
+                                 uint32_t value) {
+  if (c->by_host) return by_host_function(c, queue, wait_word, (struct host_op){.word = word, .value = value});
+  TRY_CU(c, stream_wait_value, "cuStreamWaitValue32", stream_of(c, queue), device_address(m, word), value, HFR_CU_WAIT_GEQ);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_clear(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *first,
+                                  size_t count) {
+  if (c->by_host) return by_host_function(c, queue, write_word, (struct host_op){.word = first, .count = count});
+  TRY_CU(c, set_async, "cuMemsetD32Async", device_address(m, first), 0, count, stream_of(c, queue));
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- graphs */
+
+hfreduceResult_t hfr_copier_keep(struct hfr_copier *c, void *graph, void (*release)(void *), void *arg) {
+  hfr_cu_object object;
+  int r = 0, able = c->cu->object_create && c->cu->graph_retain && c->cu->object_release;
+  if (!able || (r = c->cu->object_create(&object, arg, release, 1, HFR_CU_OBJECT_NO_SYNC))) {
+    release(arg);
+    if (able) return hfr_cuda_fail("cuUserObjectCreate", r);
+    return hfr_fail(hfreduceInvalidUsage, "CUDA driver %d.%d cannot tell when a graph is destroyed: calls cannot be captured",
+                    c->cu->version / 1000, c->cu->version % 1000 / 10);
+  }
+  r = c->cu->graph_retain(graph, object, 1, HFR_CU_OBJECT_MOVE);
+  if (!r) return hfreduceSuccess;
+  c->cu->object_release(object, 1); /* calls release(arg) */
+  return hfr_cuda_fail("cuGraphRetainUserObject", r);
+}
