@@ -80,15 +80,13 @@ static void step_agree_only(const struct hfr_plan *p, int stage, int64_t i, stru
 /* ---------------------------------------------------------------- one rank */
 
 static void step_alone(const struct hfr_plan *p, int stage, int64_t i, struct hfr_step *s) {
-  (void)i, (void)stage;
+  (void)p, (void)i, (void)stage;
   s->nparts = 1;
-  s->bytes = p->call.count * p->esize;
-  s->dst = hfr_user(HFR_RECV, 0);
 }
 
 static void part_alone(const struct hfr_plan *p, int stage, int64_t i, int j, struct hfr_part *part) {
-  (void)stage, (void)i, (void)j;
-  *part = (struct hfr_part){hfr_user(HFR_SEND, 0), hfr_user(HFR_RECV, 0), p->call.count * p->esize};
+  (void)stage, (void)j;
+  *part = hfr_copy_part(p, hfr_user(HFR_SEND, 0), hfr_user(HFR_RECV, 0), p->call.count * p->esize, p->geometry.chunk, i);
 }
 
 static hfreduceResult_t plan_alone(struct hfr_plan *p) {
@@ -96,7 +94,7 @@ static hfreduceResult_t plan_alone(struct hfr_plan *p) {
   p->step = step_alone;
   p->part = part_alone;
   if (!p->call.count) return hfreduceSuccess;
-  HFR_ADD(s, p, ROLE_COPY, HFR_STAGE_COPY, 1, "copy");
+  HFR_ADD(s, p, ROLE_COPY, HFR_STAGE_COPY, hfr_copy_iters(p, p->call.count * p->esize, p->geometry.chunk), "copy");
   s->premul = (uint8_t)p->call.premul;
   return hfreduceSuccess;
 }

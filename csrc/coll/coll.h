@@ -70,6 +70,19 @@ static inline void hfr_cut(struct hfr_plan *p, size_t elems) {
   p->elems = elems ? elems : 1;
   p->nchunks = (int64_t)((p->call.count + p->elems - 1) / p->elems);
 }
+/* Iterations of a copy that needs no others, of `bytes` bytes: one, unless the buffers are reached in segments. */
+static inline int64_t hfr_copy_iters(const struct hfr_plan *p, size_t bytes, size_t unit) {
+  return p->call.windowed && bytes ? (int64_t)((bytes + unit - 1) / unit) : 1;
+}
+/* Its i-th part. */
+static inline struct hfr_part hfr_copy_part(const struct hfr_plan *p, struct hfr_loc src, struct hfr_loc dst, size_t bytes,
+                                            size_t unit, int64_t i) {
+  if (!p->call.windowed) return (struct hfr_part){src, dst, bytes};
+  size_t at = (size_t)i * unit;
+  src.off += at;
+  dst.off += at;
+  return (struct hfr_part){src, dst, bytes - at < unit ? bytes - at : unit};
+}
 /* Stages that hand a tree's result to the children, but for the node `skip` (-1: none). */
 hfreduceResult_t hfr_add_dsends(struct hfr_plan *plan, int t, int arrival, int skip);
 #endif

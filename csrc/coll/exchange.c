@@ -31,9 +31,9 @@ static void step_exchange(const struct hfr_plan *p, int stage, int64_t i, struct
 
 static void part_exchange(const struct hfr_plan *p, int stage, int64_t i, int j, struct hfr_part *part) {
   size_t from, to, bytes = extent(p, 1, p->layout->rank, &from);
-  (void)stage, (void)i, (void)j;
+  (void)stage, (void)j;
   extent(p, 0, p->layout->rank, &to);
-  *part = (struct hfr_part){hfr_user(HFR_SEND, from), hfr_user(HFR_RECV, to), bytes};
+  *part = hfr_copy_part(p, hfr_user(HFR_SEND, from), hfr_user(HFR_RECV, to), bytes, p->geometry.chunk, i);
 }
 
 /* An empty message is sent too: that is how the other side knows. */
@@ -47,7 +47,8 @@ static hfreduceResult_t add_message_stage(struct hfr_plan *p, int sending, int p
 }
 
 static hfreduceResult_t add_self_copy(struct hfr_plan *p) {
-  HFR_ADD(copy, p, ROLE_COPY, HFR_STAGE_COPY, 1, "copy-out");
+  size_t from, bytes = extent(p, 1, p->layout->rank, &from);
+  HFR_ADD(copy, p, ROLE_COPY, HFR_STAGE_COPY, hfr_copy_iters(p, bytes, p->geometry.chunk), "copy-out");
   (void)copy;
   return hfreduceSuccess;
 }

@@ -229,7 +229,10 @@ static void part_broadcast(const struct hfr_plan *p, int stage, int64_t i, int j
     case ROLE_IN:
       *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), hfr_slot(HFR_IN, p->layout->local, i, 0), chunk_bytes(p, i)};
       break;
-    case ROLE_COPY: *part = (struct hfr_part){hfr_user(HFR_SEND, 0), hfr_user(HFR_RECV, 0), bytes_of(p, p->call.count)}; break;
+    case ROLE_COPY:
+      *part =
+          hfr_copy_part(p, hfr_user(HFR_SEND, 0), hfr_user(HFR_RECV, 0), bytes_of(p, p->call.count), bytes_of(p, p->elems), i);
+      break;
     default:
       if (at_root(p)) {
         *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), user_chunk(p, HFR_RECV, i, 0), chunk_bytes(p, i)};
@@ -269,7 +272,7 @@ hfreduceResult_t hfr_plan_broadcast(struct hfr_plan *p) {
   if (!p->direct) {
     HFR_TRY(add_published(p, ROLE_OUT, HFR_STAGE_COPY, HFR_CTR_OUT, "copy-out"));
   } else if (at_root(p)) {
-    HFR_ADD(copy, p, ROLE_COPY, HFR_STAGE_COPY, 1, "copy-out");
+    HFR_ADD(copy, p, ROLE_COPY, HFR_STAGE_COPY, hfr_copy_iters(p, bytes_of(p, p->call.count), bytes_of(p, p->elems)), "copy-out");
     (void)copy;
   }
   return hfr_plan_agree(p);

@@ -34,8 +34,10 @@ static void want_request(struct hfr_engine *e, struct hfr_request *r, struct hfr
     struct hfr_stage *st = &r->plan.stage[s];
     struct hfr_cursor *c = &r->cursor[s];
     if (c->done == st->niter) continue;
+    int posted = st->kind == HFR_STAGE_SEND && c->done < c->posted;
+    if (r->window && c->have_step && !posted && !hfr_window_reach(r->window, c->need)) continue; /* it would not be taken */
     struct hfr_link *l;
-    if (st->kind == HFR_STAGE_SEND && (c->done < c->posted || (c->have_step && hfr_guards_open(e, r, &c->step))) &&
+    if (st->kind == HFR_STAGE_SEND && (posted || (c->have_step && hfr_guards_open(e, r, &c->step))) &&
         (l = hfr_engine_link(e, st->peer, st->vc)))
       l->transport->want(l, 0, set);
     if (st->kind == HFR_STAGE_RECV && c->have_step && hfr_guards_open(e, r, &c->step) &&
@@ -117,6 +119,12 @@ static void name_stage(struct culprits *c, struct hfr_request *r, int s) {
   struct hfr_stage *st = &r->plan.stage[s];
   struct hfr_cursor *cur = &r->cursor[s];
   if (cur->done == st->niter) return;
+  if (r->window && cur->have_step && !hfr_window_reach(r->window, cur->need)) {
+    snprintf(c->text, sizeof c->text, "waiting for the copies of its own device (segment %d of %d)", cur->need + 1,
+             r->window->nsegs);
+    c->phase = "device copy";
+    return;
+  }
   if (st->kind == HFR_STAGE_SEND && cur->done < cur->posted) name_rank(c, st->name, st->peer);
   if (!cur->have_step) return;
   int own = 0;

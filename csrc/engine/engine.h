@@ -8,6 +8,7 @@
 #ifndef HFR_ENGINE_ENGINE_H_
 #define HFR_ENGINE_ENGINE_H_
 #include "plan.h"
+#include "window.h"
 
 #include <pthread.h>
 
@@ -42,7 +43,26 @@ struct hfr_request {
   struct hfr_cursor *cursor; /* one a stage */
   int cursors_cap, left;     /* left: stages not yet finished */
   void *temp;                /* copy of the send buffer (in-place all_to_all) */
+  const void *temp_from;     /* what is copied there when the request starts; NULL: it has been */
+  size_t temp_bytes;
+  struct hfr_window *window; /* how it reaches memory of a device, or waits for a stream; NULL: host memory, at once */
+  struct hfr_replay *replay; /* in a graph: whose request it is, and it is used again and again */
+  int running;               /* in a graph: in the queue */
+  void *kept;                /* a receive: its message, which came before its window was open */
+  size_t kept_bytes;         /* of it taken out */
   size_t *counts;            /* copy of the uneven counts */
+};
+
+/* Calls that a graph holds, in the order in which they were captured: each is a request that runs anew when the graph is
+   launched and its first segment is ready. Their order is that of the graph, on all ranks. */
+struct hfr_replay {
+  struct hfr_replay *next;
+  struct hfr_request **request; /* the driver's */
+  int n, cap, cursor;           /* cursor: which comes next */
+  int listed;
+  _Atomic int dead;         /* no graph will launch them any more */
+  void (*ended)(void *arg); /* the engine has let go of them: their memory may go. The driver's thread, or destroy's */
+  void *arg;
 };
 
 /* Messages that a stage holds in the transport's memory while they are passed on; more than a link has at once. */
@@ -58,6 +78,8 @@ struct hfr_cursor {
   uint64_t tx_base; /* SEND: link->posted when the stage began */
   int have_step;
   struct hfr_step step; /* of iteration `done` (SEND: `posted`) */
+  int need;             /* with a window: the segment that the step works on */
+  int at;               /* ... and that iteration `done` works on */
   int64_t passed;       /* RECV: iterations that have been passed on to all */
   struct hfr_kept kept[HFR_KEPT];
 };
@@ -79,8 +101,11 @@ struct hfr_engine {
   struct hfr_request *inbox, **inbox_tail; /* submitted, not yet seen by a driver */
   _Atomic int inbox_full;
   struct hfr_request *free;
-  _Atomic uint32_t active; /* requests submitted and not ended */
-  _Atomic uint32_t guests; /* threads that wait for a work of this engine, and may drive it */
+  _Atomic uint32_t active;    /* requests submitted and not ended */
+  _Atomic uint32_t windows;   /* of these, so many work on a device's memory: its words must be looked at */
+  _Atomic uint32_t armed;     /* replays whose graph may be launched: the same */
+  struct hfr_replay *replays; /* the driver's */
+  _Atomic uint32_t guests;    /* threads that wait for a work of this engine, and may drive it */
   /* the driver's: */
   struct hfr_request *queue, **queue_tail; /* collectives, in order */
   struct hfr_request *p2p, **p2p_tail;     /* running sends and receives, in order of issue */
@@ -120,6 +145,13 @@ struct hfr_request *hfr_request_get(struct hfr_engine *engine);
 void hfr_request_put(struct hfr_engine *engine, struct hfr_request *request);
 /* Hand a planned request over. Its work's `remaining` counts it already. Order of calls is order of issue. */
 void hfr_engine_submit(struct hfr_engine *engine, struct hfr_request *request);
+/* Have `request`, which was captured and belongs to a replay, run with each launch. Order of calls is order of capture. */
+void hfr_engine_arm(struct hfr_engine *engine, struct hfr_request *request);
+/* Does the engine wait for words that a device writes? Then sleeps are short. */
+static inline int hfr_engine_looks(const struct hfr_engine *engine) {
+  return atomic_load_explicit(&engine->windows, memory_order_relaxed) ||
+         atomic_load_explicit(&engine->armed, memory_order_relaxed);
+}
 /* Go on with what hfr_oneshot_all_reduce began and lost patience with, as a request; copied: its data lies in the arena. The
  * caller drives the engine, and still does afterwards. */
 void hfr_engine_adopt(struct hfr_engine *engine, struct hfr_request *request, int copied);

@@ -28,6 +28,17 @@ int hfr_p2p_receive(struct hfr_engine *engine, struct hfr_request *request);
 void hfr_p2p_want(struct hfr_engine *engine, const struct hfr_request *request, struct hfr_waitset *set);
 void hfr_p2p_fini(struct hfr_engine *engine);
 
+/* --- replay.c: driver only --- */
+/* A captured request came: it joins the others of its graph. */
+void hfr_replay_add(struct hfr_engine *engine, struct hfr_request *request);
+/* Start what graphs have launched. 1: something moved. */
+int hfr_replay_poll(struct hfr_engine *engine);
+void hfr_replay_fini(struct hfr_engine *engine);
+
+/* May it start: has its first segment come? */
+static inline int hfr_request_ready(struct hfr_request *request) {
+  return !request->window || hfr_window_reach(request->window, 0);
+}
 /* The clock of a request starts. */
 void hfr_request_start(struct hfr_request *request);
 /* The error as this request tells it: one that came from outside gets the operation that it interrupted. */

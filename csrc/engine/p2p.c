@@ -33,8 +33,7 @@ struct hfr_mailbox {
   struct hfr_fingerprint fp;        /* what it is */
   size_t bytes, have, unit;         /* of payload: in all, come, in a part */
   int64_t part;                     /* parts come */
-  uint8_t *place;                   /* where it goes: */
-  struct hfr_request *taker;        /* to a receive, */
+  struct hfr_request *taker;        /* where it goes: to a receive, */
   struct unexpected *kept;          /* or aside */
 };
 
@@ -62,7 +61,7 @@ static int take(struct hfr_engine *e, struct hfr_request *r, int peer, const str
     return 0;
   }
   r->source = peer;
-  if (!r->started) hfr_request_start(r);
+  if (!r->started && hfr_request_ready(r)) hfr_request_start(r);
   if (r->plan.call.root == HFR_ANY_SOURCE) e->any_next = (peer + 1) % e->layout->nranks; /* no rank starves the others */
   return 1;
 }
@@ -74,12 +73,41 @@ static void end_receive(struct hfr_request *r) {
 
 /* ---------------------------------------------------------------- kept aside */
 
+/* Put as much of a kept message as there is room for where it belongs. 1: something moved. */
+static int take_out(struct hfr_request *r) {
+  struct unexpected *u = r->kept;
+  struct hfr_window *w = r->window;
+  int moved = 0;
+  while (hfr_window_reach(w, hfr_window_segment(r, 1, r->kept_bytes))) {
+    size_t left = u->bytes - r->kept_bytes, take = w->bytes - r->kept_bytes % w->bytes;
+    if (take > left) take = left;
+    if (!r->started) hfr_request_start(r);
+    if (take) memcpy(hfr_window_place(r, 1, r->kept_bytes), u->data + r->kept_bytes, take);
+    r->kept_bytes += take;
+    moved = 1;
+    if (r->kept_bytes == u->bytes) {
+      r->kept = NULL;
+      free(u);
+      end_receive(r);
+      break;
+    }
+    hfr_window_pass(w, (int)(r->kept_bytes / w->bytes));
+  }
+  return moved;
+}
+
 static void hand_over(struct hfr_mailbox *b, struct unexpected *u, struct hfr_request *r) {
-  if (u->bytes) memcpy(r->plan.call.recv, u->data, u->bytes);
   struct unexpected **at = &b->aside;
   while (*at != u) at = &(*at)->next;
   *at = u->next;
   if (!*at) b->tail = at;
+  if (r->window) {
+    r->kept = u;
+    r->kept_bytes = 0;
+    take_out(r);
+    return;
+  }
+  if (u->bytes) memcpy(r->plan.call.recv, u->data, u->bytes);
   free(u);
   end_receive(r);
 }
@@ -148,10 +176,8 @@ static int begin_message(struct hfr_engine *e, struct hfr_request *r, int peer, 
   b->part = 0;
   b->taker = r; /* the oldest that may want it, since receives are asked in order */
   while (b->taker && !fits(b->taker, peer, fp->root)) b->taker = b->taker->next;
-  if (b->taker) {
-    if (!take(e, b->taker, peer, fp)) return 0;
-    b->place = b->taker->plan.call.recv;
-  } else {
+  if (b->taker && !take(e, b->taker, peer, fp)) return 0;
+  if (!b->taker || !hfr_request_ready(b->taker)) {
     struct unexpected *u = malloc(sizeof *u + b->bytes);
     if (!u) {
       char text[200];
@@ -160,10 +186,9 @@ static int begin_message(struct hfr_engine *e, struct hfr_request *r, int peer, 
       hfr_fail_request(e, r, "recv", peer, hfreduceSystemError, text);
       return 0;
     }
-    *u = (struct unexpected){.fp = *fp, .bytes = b->bytes};
+    *u = (struct unexpected){.fp = *fp, .taker = b->taker, .bytes = b->bytes};
     *b->tail = b->kept = u;
     b->tail = &u->next;
-    b->place = u->data;
   }
   b->messages++;
   b->arriving = 1;
@@ -178,6 +203,14 @@ static void end_message(struct hfr_mailbox *b) {
     end_receive(b->taker);
   else if (u->taker)
     hand_over(b, u, u->taker);
+}
+
+/* Where the next part goes; NULL: there is no room yet. */
+static uint8_t *next_place(const struct hfr_mailbox *b) {
+  if (b->kept) return b->kept->data + b->have;
+  struct hfr_request *r = b->taker;
+  if (!r->window) return (uint8_t *)r->plan.call.recv + b->have;
+  return hfr_window_reach(r->window, hfr_window_segment(r, 1, b->have)) ? hfr_window_place(r, 1, b->have) : NULL;
 }
 
 static size_t next_part(const struct hfr_mailbox *b) {
@@ -206,18 +239,19 @@ static int receive_part(struct hfr_engine *e, struct hfr_request *r, int peer) {
   size_t bytes = 0;
   int began = 0;
   if (b->arriving) {
-    place = b->place + b->have;
+    place = next_place(b);
     bytes = next_part(b);
+    if (!place && bytes) return 0;
   } else if (call->root != HFR_ANY_SOURCE) { /* most likely it is r's, so the transport may put it there; else it is moved */
     size_t whole = call->count * r->plan.esize, unit = hfr_message_bytes(e->layout, &e->geometry, peer, r->plan.esize);
-    place = call->recv;
+    place = r->window ? hfr_window_place(r, 1, 0) : call->recv;
     bytes = whole < unit ? whole : unit;
   }
   int got = b->link->transport->recv(b->link, place, bytes, &h, &data);
   if (got == HFR_LINK_OK) {
     if (!b->arriving && (began = 1) && !begin_message(e, r, peer, &h->fp)) return 1;
     if (!part_ok(e, r, peer, h)) return 1;
-    place = b->place + b->have;
+    place = next_place(b);
     bytes = next_part(b);
     if (!data) got = b->link->transport->recv(b->link, place, bytes, &h, &data);
   }
@@ -233,7 +267,10 @@ static int receive_part(struct hfr_engine *e, struct hfr_request *r, int peer) {
   b->link->transport->release(b->link);
   b->have += bytes;
   b->part++;
-  if (b->have == b->bytes) end_message(b);
+  if (b->have == b->bytes)
+    end_message(b);
+  else if (!b->kept && b->taker->window)
+    hfr_window_pass(b->taker->window, (int)(b->have / b->taker->window->bytes));
   return 1;
 }
 
@@ -246,6 +283,8 @@ static int first_visit(struct hfr_engine *e, struct hfr_mailbox *b) {
 
 int hfr_p2p_receive(struct hfr_engine *e, struct hfr_request *r) {
   int moved = 0, n = e->layout->nranks, any = r->source < 0 && r->plan.call.root == HFR_ANY_SOURCE;
+  if (r->kept) return take_out(r);
+  if (!hfr_request_ready(r)) return 0;
   for (int k = 0, first = e->any_next; k < (any ? n : 1) && r->left; k++) {
     int peer = any ? (first + k) % n : r->source >= 0 ? r->source : r->plan.call.root;
     if ((any && e->mailbox[peer].gone) || !first_visit(e, &e->mailbox[peer])) continue;
@@ -258,6 +297,7 @@ int hfr_p2p_receive(struct hfr_engine *e, struct hfr_request *r) {
 
 void hfr_p2p_want(struct hfr_engine *e, const struct hfr_request *r, struct hfr_waitset *set) {
   int from = r->source >= 0 ? r->source : r->plan.call.root, any = from == HFR_ANY_SOURCE;
+  if (r->kept || (r->window && !hfr_window_reach(r->window, r->window->passed))) return; /* a message would not be taken */
   for (int peer = any ? 0 : from; peer < (any ? e->layout->nranks : from + 1); peer++) {
     struct hfr_mailbox *b = &e->mailbox[peer];
     if (first_visit(e, b)) b->link->transport->want(b->link, 1, set);

@@ -45,6 +45,9 @@ struct hfr_call {
   int root;           /* or peer (HFR_ANY_SOURCE: whoever sends); -1 */
   int premul;
   uint8_t scalar[8];
+  const void *scalar_from; /* the factor lies there, and is read when the operation starts; NULL: it is in `scalar` */
+  uint8_t scalar_bytes;
+  int windowed; /* the buffers are reached in segments: no copy covers all of them at once */
   const size_t *sendcounts, *senddispls, *recvcounts, *recvdispls; /* uneven all_to_all, else NULL; owned by the request */
 };
 

@@ -9,9 +9,12 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 
 #define NAP_NS 50000000ll /* longest sleep: deadlines and departures are looked at this often */
-#define CHECK_EVERY 4096  /* idle polls between looks at the clock while spinning */
+/* A device rings no bell. So sleeps that wait for its words are short, and grow to this, at which a core is idle to 98 %. */
+#define LOOK_NS 1000000ll
+#define CHECK_EVERY 4096 /* idle polls between looks at the clock while spinning */
 
 static struct {
   pthread_mutex_t lock; /* list, started */
@@ -28,19 +31,31 @@ static int try_drive(struct hfr_engine *e) {
 }
 static void stop_driving(struct hfr_engine *e) { atomic_store_explicit(&e->driver, 0, memory_order_release); }
 
-static void nap(struct hfr_engine *e, int (*look)(struct hfr_engine *, void *), void *arg) {
+/* How long to sleep the n-th time in a row. */
+static int64_t nap_ns(int looks, int n) {
+  int64_t ns = 20000 + 5000ll * n;
+  return !looks ? NAP_NS : ns < LOOK_NS ? ns : LOOK_NS;
+}
+
+static void sleep_in(struct hfr_waitset *set, int64_t ns) {
+  struct timespec t = {ns / 1000000000, ns % 1000000000};
+  ppoll(set->fd, (nfds_t)set->n, ns < 0 ? NULL : &t, NULL);
+}
+
+static void nap(struct hfr_engine *e, int nth, int (*look)(struct hfr_engine *, void *), void *arg) {
+  int64_t ns = nap_ns(hfr_engine_looks(e), nth);
   struct hfr_waitset set;
   set.n = set.ready = 0;
   enum hfr_sleep how = e->layout->nnodes == 1 ? HFR_SLEEP_FUTEX : HFR_SLEEP_POLL;
   uint32_t bell = hfr_arena_sleep_begin(e->arena, how);
   if (!look(e, arg)) {
     if (how == HFR_SLEEP_FUTEX) {
-      hfr_arena_sleep_futex(e->arena, bell, NAP_NS);
+      hfr_arena_sleep_futex(e->arena, bell, ns);
     } else {
       hfr_engine_want(e, &set);
       if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
       set.fd[set.n++] = (struct pollfd){e->arena->bell_fd, POLLIN, 0};
-      poll(set.fd, (nfds_t)set.n, set.ready ? 0 : (int)(NAP_NS / 1000000));
+      sleep_in(&set, set.ready ? 0 : ns);
     }
   }
   hfr_arena_sleep_end(e->arena);
@@ -55,7 +70,7 @@ void hfr_backoff_wait(struct hfr_engine *e, struct hfr_backoff *b, int (*look)(s
     sched_yield();
     return;
   } else {
-    nap(e, look, arg);
+    nap(e, idle - e->spins - e->yields, look, arg);
   }
   hfr_engine_check(e, hfr_now_ns());
 }
@@ -159,12 +174,15 @@ static int pass(struct hfr_engine **engine, int n, const char *held) {
   return moved;
 }
 
-static void sleep_in_poll(struct hfr_engine **engine, int n) {
+/* 1: some of them wait for a device, so that this sleep was a short one. */
+static int sleep_in_poll(struct hfr_engine **engine, int n, int nth) {
   char held[MAX_ENGINES];
+  int looks = 0;
   static _Thread_local struct hfr_waitset set;
   int64_t now = hfr_now_ns();
   for (int i = 0; i < n; i++) {
     held[i] = (char)try_drive(engine[i]);
+    looks |= hfr_engine_looks(engine[i]);
     if (!held[i]) continue;
     hfr_engine_check(engine[i], now);
     hfr_arena_sleep_begin(engine[i]->arena, HFR_SLEEP_POLL);
@@ -189,7 +207,7 @@ static void sleep_in_poll(struct hfr_engine **engine, int n) {
     if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
     set.fd[set.n++] = (struct pollfd){pool.kick_fd, POLLIN, 0};
     if (!n) pthread_mutex_unlock(&pool.busy);
-    poll(set.fd, (nfds_t)set.n, set.ready ? 0 : n ? (int)(NAP_NS / 1000000) : -1);
+    sleep_in(&set, set.ready ? 0 : n ? nap_ns(looks, nth) : -1);
     if (!n) pthread_mutex_lock(&pool.busy);
   }
   atomic_store_explicit(&pool.asleep, 0, memory_order_seq_cst);
@@ -200,6 +218,7 @@ static void sleep_in_poll(struct hfr_engine **engine, int n) {
     hfr_arena_sleep_end(engine[i]->arena);
     stop_driving(engine[i]);
   }
+  return looks;
 }
 
 /* Engines that have work; those that ran dry leave the list. */
@@ -208,7 +227,8 @@ static int snapshot(struct hfr_engine **engine) {
   pthread_mutex_lock(&pool.lock);
   for (struct hfr_engine **at = &pool.list; *at;) {
     struct hfr_engine *e = *at;
-    if (!atomic_load_explicit(&e->active, memory_order_acquire)) {
+    if (!atomic_load_explicit(&e->active, memory_order_acquire) && !atomic_load_explicit(&e->armed, memory_order_acquire) &&
+        !atomic_load_explicit(&e->inbox_full, memory_order_acquire)) {
       *at = e->next_active;
       e->listed = 0;
       continue;
@@ -222,8 +242,9 @@ static int snapshot(struct hfr_engine **engine) {
 
 static void *progress_main(void *arg) {
   struct hfr_engine *engine[MAX_ENGINES];
-  int idle = 0;
+  int idle = 0, naps = 0;
   (void)arg;
+  prctl(PR_SET_NAME, "hfr-progress");
   sigset_t all;
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, NULL);
@@ -237,13 +258,13 @@ static void *progress_main(void *arg) {
     }
     patience /= 8; /* the caller computes meanwhile: leave it the core soon */
     if (n && pass(engine, n, NULL))
-      idle = 0;
+      idle = naps = 0;
     else if (n && ++idle < patience)
       hfr_cpu_relax();
     else if (n && idle < patience + yields)
       sched_yield();
     else
-      sleep_in_poll(engine, n), idle = 0;
+      idle = sleep_in_poll(engine, n, naps < 1000 ? naps++ : naps) ? patience + yields : 0; /* a short sleep: no spinning again */
     pthread_mutex_unlock(&pool.busy);
   }
   return NULL;

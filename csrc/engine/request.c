@@ -110,8 +110,12 @@ struct hfr_request *hfr_request_get(struct hfr_engine *e) {
 void hfr_request_put(struct hfr_engine *e, struct hfr_request *r) {
   free(r->temp);
   free(r->counts);
+  free(r->window);
+  free(r->kept);
+  r->kept = NULL;
   r->temp = NULL;
   r->counts = NULL;
+  r->window = NULL;
   pthread_mutex_lock(&e->lock);
   r->next = e->free;
   e->free = r;
@@ -121,8 +125,14 @@ void hfr_request_put(struct hfr_engine *e, struct hfr_request *r) {
 /* The request is over: tell its work, recycle it. */
 static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
   struct hfreduceWork *w = r->work;
-  hfr_request_put(e, r);
-  atomic_fetch_sub_explicit(&e->active, 1, memory_order_relaxed);
+  if (r->window) {
+    hfr_window_release(r->window);
+    atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
+  }
+  r->running = 0;
+  if (!r->replay) hfr_request_put(e, r);
+  atomic_fetch_sub_explicit(&e->active, 1, memory_order_release); /* pairs with hfreduceCommFinalize */
+  if (!w) return;
   if (error && !atomic_load_explicit(&w->code, memory_order_relaxed)) {
     w->info = *error;
     atomic_store_explicit(&w->code, error->code, memory_order_relaxed);
@@ -141,7 +151,8 @@ void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
   pthread_mutex_lock(&e->lock);
   *e->inbox_tail = r;
   e->inbox_tail = &r->next;
-  atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
+  if (!r->replay) atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
+  if (!r->replay && r->window) atomic_fetch_add_explicit(&e->windows, 1, memory_order_relaxed);
   atomic_store_explicit(&e->inbox_full, 1, memory_order_release);
   pthread_mutex_unlock(&e->lock);
 }
@@ -149,6 +160,12 @@ void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
 void hfr_request_start(struct hfr_request *r) {
   r->started = 1;
   r->deadline_ns = r->timeout_ns > 0 ? hfr_now_ns() + r->timeout_ns : INT64_MAX;
+}
+
+/* What the device or the stream had to bring first has come: the factor, and what an operation in place would overwrite. */
+static void take_late_input(struct hfr_request *r) {
+  if (r->window && r->window->scalar) memcpy(r->plan.call.scalar, r->window->scalar, sizeof r->plan.call.scalar);
+  if (r->temp_from) memcpy(r->temp, r->temp_from, r->temp_bytes);
 }
 
 static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
@@ -163,6 +180,7 @@ static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
 /* Set the cursors of a request to its beginning. 0: a link cannot be made. */
 static int rewind_stages(struct hfr_engine *e, struct hfr_request *r) {
   hfr_request_start(r);
+  take_late_input(r);
   if (r->cursors_cap < r->plan.nstages) {
     free(r->cursor);
     r->cursor = malloc((size_t)r->plan.nstages * sizeof *r->cursor);
@@ -187,6 +205,7 @@ static int rewind_stages(struct hfr_engine *e, struct hfr_request *r) {
     }
     c->tx_base = l->posted;
   }
+  if (r->window) hfr_window_begin(r);
   return 1;
 }
 
@@ -258,6 +277,7 @@ int hfr_guards_open(struct hfr_engine *e, struct hfr_request *r, const struct hf
 }
 
 uint8_t *hfr_place(const struct hfr_engine *e, const struct hfr_request *r, const struct hfr_loc *l) {
+  if (r->window && (l->space == HFR_SEND || l->space == HFR_RECV)) return hfr_window_place(r, l->space == HFR_RECV, l->off);
   switch (l->space) {
     case HFR_SEND: return (uint8_t *)(uintptr_t)r->plan.call.send + l->off;
     case HFR_RECV: return (uint8_t *)r->plan.call.recv + l->off;
@@ -366,6 +386,7 @@ void hfr_load_step(struct hfr_request *r, int s, int64_t i) {
   c->step.bytes = 0;
   r->plan.step(&r->plan, s, i, &c->step);
   c->have_step = 1;
+  if (r->window) c->need = hfr_window_of_step(r, s, i, &c->step);
 }
 
 /* Try to move stage s by an iteration. 1: it moved. */
@@ -378,6 +399,7 @@ static int advance(struct hfr_engine *e, struct hfr_request *r, int s) {
     moved = hfr_advance_send(e, r, s);
   } else {
     hfr_load_step(r, s, c->done);
+    if (r->window && !hfr_window_reach(r->window, c->need)) return 0;
     moved = hfr_guards_open(e, r, &c->step) && (st->kind == HFR_STAGE_COPY     ? do_copy(e, r, s, c->done, &c->step)
                                                 : st->kind == HFR_STAGE_REDUCE ? do_reduce(e, r, s, c->done, &c->step)
                                                 : st->kind == HFR_STAGE_RECV   ? do_recv(e, r, s, c->done, &c->step)
@@ -390,6 +412,7 @@ static int advance(struct hfr_engine *e, struct hfr_request *r, int s) {
                           memory_order_release); /* pairs with hfr_counter_reached() */
     hfr_arena_notify(e->arena);
   }
+  if (moved && r->window) hfr_window_move(r, s);
   if (moved && c->done == st->niter) r->left--;
   return moved;
 }
@@ -432,7 +455,9 @@ static void take_inbox(struct hfr_engine *e) {
   while (r) {
     struct hfr_request *next = r->next;
     r->next = NULL;
-    if (r->plan.call.coll == HFR_P2P) {
+    if (r->replay) {
+      hfr_replay_add(e, r);
+    } else if (r->plan.call.coll == HFR_P2P) {
       hfr_p2p_post(e, r);
     } else {
       *e->queue_tail = r;
@@ -486,8 +511,8 @@ static int progress_p2p(struct hfr_engine *e) {
     if (r->plan.call.receiving) {
       moved |= hfr_p2p_receive(e, r);
     } else if (hfr_my_turn(e, r)) {
-      if (!r->started && !begin(e, r)) return 1;
-      moved |= progress_request(e, r);
+      if (!r->started && hfr_request_ready(r) && !begin(e, r)) return 1;
+      if (r->started) moved |= progress_request(e, r);
     }
     if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
     if (over(r)) {
@@ -506,10 +531,11 @@ static int progress_p2p(struct hfr_engine *e) {
 int hfr_engine_progress(struct hfr_engine *e) {
   int moved = 0;
   if (atomic_load_explicit(&e->inbox_full, memory_order_acquire)) take_inbox(e), moved = 1;
+  if (e->replays) moved |= hfr_replay_poll(e);
   if (!atomic_load_explicit(&e->error, memory_order_acquire)) {
     if (e->queue) {
       struct hfr_request *r = e->queue;
-      if (r->started || begin(e, r)) moved |= progress_request(e, r);
+      if (r->started || (hfr_request_ready(r) && begin(e, r))) moved |= progress_request(e, r);
       if (!atomic_load_explicit(&e->error, memory_order_relaxed) && over(r)) {
         end_collective(e, r);
         e->queue = r->next;
@@ -555,6 +581,7 @@ void hfr_engine_fini(struct hfr_engine *e) {
     struct hfr_link *link = e->link[i];
     if (link) link->transport->close(link);
   }
+  hfr_replay_fini(e);
   while (e->free) {
     struct hfr_request *r = e->free;
     e->free = r->next;

@@ -29,6 +29,10 @@ static void lend(struct hfr_engine *e, struct hfr_request *r, const struct hfr_l
   int from_recv = src->space == HFR_RECV, ranks = 1;
   if ((src->space != HFR_SEND && !from_recv) || r->lent >> from_recv & 1 || !l->transport->lend) return;
   r->lent |= 1 << from_recv;
+  if (r->window && (from_recv ? r->window->segment[0].out : r->window->segment[0].in)) {
+    l->transport->lend(e->net, r->window->memory, r->window->memory_bytes);
+    return;
+  }
   if (call->coll == (from_recv ? HFR_ALL_GATHER : HFR_REDUCE_SCATTER) || call->coll == HFR_ALL_TO_ALL ||
       call->coll == (from_recv ? HFR_GATHER : HFR_SCATTER))
     ranks = e->layout->nranks;
@@ -43,7 +47,8 @@ int hfr_advance_send(struct hfr_engine *e, struct hfr_request *r, int s) {
   int moved = 0;
   if (c->posted < st->niter) {
     hfr_load_step(r, s, c->posted);
-    if (hfr_guards_open(e, r, &c->step)) {
+    int reached = !r->window || hfr_window_reach(r->window, c->need);
+    if (reached && hfr_guards_open(e, r, &c->step)) {
       struct hfr_msg_header h = {.magic = HFR_MSG_MAGIC, .bytes = c->step.bytes, .offset = (uint64_t)c->posted, .fp = r->fp};
       lend(e, r, l, &c->step.src);
       int sent = l->transport->post_send(l, &h, source(e, r, st, c->posted, &c->step));

@@ -1,0 +1,62 @@
+/*
+ * Windows: how a request works on buffers that no CPU may touch.
+ *
+ * The buffers are cut along the elements of each rank's block into segments. A device copies segment after segment into pinned
+ * memory and says "ready"; the request works on it there and says "done"; the device copies the result away and says "taken".
+ * Segments lie in a ring: several are in flight, and memory is bounded.
+ *
+ *   user's send buffer   │ block of rank 0      │ block of rank 1      │ ...         (one row a block; one row where there is
+ *                        └seg 0─┘└seg 1─┘└s 2─┘ └seg 0─┘└seg 1─┘└s 2─┘               but one)
+ *   pinned, segment 0    [seg 0 of row 0][seg 0 of row 1] ...
+ *
+ * The plan knows nothing of it: it is the plan of host memory, and ranks of both kinds work together. A step waits until its
+ * segment is open; a segment is passed when no stage will come back to it. The words are the device's to write and nobody rings a
+ * bell when it does: who drives such a request looks now and then.
+ */
+#ifndef HFR_ENGINE_WINDOW_H_
+#define HFR_ENGINE_WINDOW_H_
+#include "plan.h"
+
+struct hfr_segment {
+  uint8_t *in, *out;             /* rows of the send and the receive buffer; NULL: that buffer is reached by itself */
+  const _Atomic uint32_t *taken; /* NULL: `out` is free from the beginning */
+  _Atomic uint32_t *ready, *done;
+  uint32_t value, taken_value; /* what the words have reached then, cyclic */
+};
+
+struct hfr_window {
+  size_t bytes;  /* of a row in a segment */
+  size_t row[2]; /* of a row in the user's send and receive buffer; SIZE_MAX: one row; 0: uneven, the call's counts tell */
+  int nsegs;
+  int opened, passed; /* segments; the driver's */
+  int again;          /* in a graph: opened anew with each replay, and `ready` is taken back */
+  int wake;           /* host functions sleep on `done` */
+  const void *scalar; /* where the device puts the call's factor; NULL: the call has it */
+  const void *memory; /* all of the ring, for transports that register what they send from */
+  size_t memory_bytes;
+  struct hfr_segment segment[];
+};
+
+/* Bytes that the segments of a planned call are a multiple of: no step may reach into two of them. */
+size_t hfr_window_unit(const struct hfr_plan *plan);
+/* Rows of a buffer of the call (recv: the receive buffer) that its plan works on here; 0: it leaves that buffer alone. */
+int hfr_window_rows(const struct hfr_plan *plan, int recv);
+
+struct hfr_request;
+/* May segment s be worked on? */
+int hfr_window_reach(struct hfr_window *window, int s);
+/* Where offset `off` of the send or receive buffer lies now. */
+uint8_t *hfr_window_place(const struct hfr_request *request, int recv, size_t off);
+/* The segment of an offset. */
+int hfr_window_segment(const struct hfr_request *request, int recv, size_t off);
+/* The stages stand at their beginning. */
+void hfr_window_begin(struct hfr_request *request);
+/* The segment that a step works on; -1: none. */
+int hfr_window_of_step(const struct hfr_request *request, int stage, int64_t i, const struct hfr_step *step);
+/* A stage has moved: hand over the segments that all have passed. */
+void hfr_window_move(struct hfr_request *request, int stage);
+/* Segments below `low` are done. */
+void hfr_window_pass(struct hfr_window *window, int low);
+/* The request has ended, well or badly: every wait of the device ends. */
+void hfr_window_release(struct hfr_window *window);
+#endif
