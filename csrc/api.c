@@ -72,11 +72,9 @@ size_t hfreduceDescribe(char *text, size_t size) {
   else
     n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: loopback only: %.300s\n", hfr_last_error()->text);
   n += (int)hfr_transport_describe(out + n, sizeof out - 1024 - (size_t)n);
-  for (int i = 0; hfr_device_at(i); i++)
-    n += snprintf(out + n, sizeof out - (size_t)n, "device %s: %s\n", hfr_device_at(i)->name,
-                  hfr_device_at(i)->why_absent() ? hfr_device_at(i)->why_absent() : "in use");
-  n += snprintf(out + n, sizeof out - (size_t)n, "device cuda: not in this version; pass host memory\nstrangers refused: %ld\n",
-                hfr_runtime_refused());
+  n += snprintf(out + n, sizeof out - (size_t)n, "device host: in use\n");
+  n += (int)hfr_device_describe(out + n, sizeof out - 256 - (size_t)n);
+  n += snprintf(out + n, sizeof out - (size_t)n, "strangers refused: %ld\n", hfr_runtime_refused());
   if (size) {
     size_t take = (size_t)n < size - 1 ? (size_t)n : size - 1;
     memcpy(text, out, take);
@@ -89,15 +87,12 @@ size_t hfreduceDescribe(char *text, size_t size) {
 
 hfreduceResult_t hfr_group_latch(hfreduceResult_t result);
 
-static hfreduceResult_t check_comm(hfreduceComm_t c, const char *f, hfreduceStream_t stream) {
+static hfreduceResult_t check_comm(hfreduceComm_t c, const char *f) {
   if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", f);
   if (!usable(c)) return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", f);
   if (c->forked)
     return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork; make a new one here", f,
                     (int)c->pid);
-  if (stream)
-    return hfr_fail(hfreduceInvalidArgument,
-                    "%s: a stream was given, but this build has no device layer; pass NULL with host memory", f);
   if (atomic_load_explicit(&c->engine.error, memory_order_acquire))
     return (hfreduceResult_t)hfr_engine_error(&c->engine, hfr_last_error());
   return hfreduceSuccess;
@@ -134,9 +129,9 @@ static hfreduceResult_t check_overlap(const char *f, const void *send, size_t se
   return hfr_fail(hfreduceInvalidArgument, "%s: sendbuff and recvbuff overlap, but not as in-place operation allows", f);
 }
 
-/* Of the factor that a premultiplied sum takes. */
-static size_t scalar_bytes(hfreduceDataType_t dtype) {
-  return dtype == hfreduceFloat8e4m3 || dtype == hfreduceFloat8e5m2 ? sizeof(float) : hfr_dtype_size(dtype);
+static uint8_t scalar_bytes(hfreduceDataType_t dtype) {
+  int fp8 = dtype == hfreduceFloat8e4m3 || dtype == hfreduceFloat8e5m2;
+  return fp8 ? 4 : (uint8_t)hfr_dtype_size(dtype);
 }
 
 /* The op as the engine wants it: premultiplied sums resolved. */
@@ -159,8 +154,9 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
   if (!r) {
     call->op = hfreduceSum;
     call->premul = 1;
-    memset(call->scalar, 0, sizeof call->scalar);
     memcpy(call->scalar, c->ops[i].at ? c->ops[i].at : c->ops[i].scalar, scalar_bytes(dtype));
+    call->scalar_from = c->ops[i].from;
+    call->scalar_bytes = scalar_bytes(dtype);
   }
   pthread_mutex_unlock(&c->ops_lock);
   return r;
@@ -175,13 +171,13 @@ static hfreduceResult_t all_reduce(const void *send, void *recv, size_t count, h
                                    hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceAllReduce";
   struct hfr_call call = {.coll = HFR_ALL_REDUCE, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, count, dtype, 1));
   HFR_TRY(check_pointer(f, "sendbuff", send, count));
   HFR_TRY(check_pointer(f, "recvbuff", recv, count));
   HFR_TRY(check_overlap(f, send, count * hfr_dtype_size(dtype), recv, count * hfr_dtype_size(dtype), recv));
   HFR_TRY(resolve_op(c, f, op, dtype, &call));
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceAllReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                    hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
@@ -192,7 +188,7 @@ static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfred
                                hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceReduce";
   struct hfr_call call = {.coll = HFR_REDUCE, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, count, dtype, 1));
   HFR_TRY(check_root(c, f, "root", root));
   HFR_TRY(check_pointer(f, "sendbuff", send, count));
@@ -201,7 +197,7 @@ static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfred
     HFR_TRY(check_overlap(f, send, count * hfr_dtype_size(dtype), recv, count * hfr_dtype_size(dtype), recv));
   }
   HFR_TRY(resolve_op(c, f, op, dtype, &call));
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                 hfreduceRedOp_t op, int root, hfreduceComm_t comm, hfreduceStream_t stream) {
@@ -212,7 +208,7 @@ static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hf
                                   hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceBroadcast";
   struct hfr_call call = {.coll = HFR_BROADCAST, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, count, dtype, 1));
   HFR_TRY(check_root(c, f, "root", root));
   HFR_TRY(check_pointer(f, "recvbuff", recv, count));
@@ -220,7 +216,7 @@ static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hf
     HFR_TRY(check_pointer(f, "sendbuff", send, count));
     HFR_TRY(check_overlap(f, send, count * hfr_dtype_size(dtype), recv, count * hfr_dtype_size(dtype), recv));
   }
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceBroadcast(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
@@ -235,13 +231,13 @@ static hfreduceResult_t all_gather(const void *send, void *recv, size_t count, h
                                    hfreduceStream_t stream) {
   static const char f[] = "hfreduceAllGather";
   struct hfr_call call = {.coll = HFR_ALL_GATHER, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, count, dtype, c->nranks));
   HFR_TRY(check_pointer(f, "sendbuff", send, count));
   HFR_TRY(check_pointer(f, "recvbuff", recv, count));
   size_t bytes = count * hfr_dtype_size(dtype);
   HFR_TRY(check_overlap(f, send, bytes, recv, bytes * (size_t)c->nranks, (char *)recv + (size_t)c->rank * bytes));
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceAllGather(const void *sendbuff, void *recvbuff, size_t sendcount, hfreduceDataType_t datatype,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
@@ -252,7 +248,7 @@ static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t coun
                                        hfreduceComm_t c, hfreduceStream_t stream) {
   static const char f[] = "hfreduceReduceScatter";
   struct hfr_call call = {.coll = HFR_REDUCE_SCATTER, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, count, dtype, c->nranks));
   HFR_TRY(check_pointer(f, "sendbuff", send, count));
   HFR_TRY(check_pointer(f, "recvbuff", recv, count));
@@ -260,7 +256,7 @@ static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t coun
   if (recv != (const char *)send + (size_t)c->rank * bytes)
     HFR_TRY(check_overlap(f, send, bytes * (size_t)c->nranks, recv, bytes, NULL));
   HFR_TRY(resolve_op(c, f, op, dtype, &call));
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceReduceScatter(const void *sendbuff, void *recvbuff, size_t recvcount, hfreduceDataType_t datatype,
                                        hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
@@ -271,13 +267,13 @@ static hfreduceResult_t all_to_all(const void *send, void *recv, size_t count, h
                                    hfreduceStream_t stream) {
   static const char f[] = "hfreduceAlltoAll";
   struct hfr_call call = {.coll = HFR_ALL_TO_ALL, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, count, dtype, c->nranks));
   HFR_TRY(check_pointer(f, "sendbuff", send, count));
   HFR_TRY(check_pointer(f, "recvbuff", recv, count));
   size_t bytes = count * hfr_dtype_size(dtype) * (size_t)c->nranks;
   HFR_TRY(check_overlap(f, send, bytes, recv, bytes, recv));
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceAlltoAll(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                   hfreduceComm_t comm, hfreduceStream_t stream) {
@@ -312,7 +308,7 @@ static hfreduceResult_t all_to_allv(const void *send, const size_t *sendcounts, 
                           .recvcounts = recvcounts,
                           .recvdispls = recvdispls};
   size_t send_bytes, recv_bytes;
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, 0, dtype, 1));
   if (!sendcounts || !senddispls || !recvcounts || !recvdispls)
     return hfr_fail(hfreduceInvalidArgument, "%s: an array of counts or displacements is NULL", f);
@@ -324,7 +320,7 @@ static hfreduceResult_t all_to_allv(const void *send, const size_t *sendcounts, 
   if (sendcounts[c->rank] != recvcounts[c->rank])
     return hfr_fail(hfreduceInvalidArgument, "%s: rank %d sends %zu elements to itself but expects %zu", f, c->rank,
                     sendcounts[c->rank], recvcounts[c->rank]);
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceAlltoAllv(const void *sendbuff, const size_t *sendcounts, const size_t *senddispls, void *recvbuff,
                                    const size_t *recvcounts, const size_t *recvdispls, hfreduceDataType_t datatype,
@@ -336,7 +332,7 @@ hfreduceResult_t hfreduceAlltoAllv(const void *sendbuff, const size_t *sendcount
 static hfreduceResult_t rooted(enum hfr_coll coll, const char *f, const void *send, void *recv, size_t count,
                                hfreduceDataType_t dtype, int root, hfreduceComm_t c, hfreduceStream_t stream) {
   struct hfr_call call = {.coll = coll, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, count, dtype, c->nranks));
   HFR_TRY(check_root(c, f, "root", root));
   int gather = coll == HFR_GATHER, at_root = c->rank == root;
@@ -346,7 +342,7 @@ static hfreduceResult_t rooted(enum hfr_coll coll, const char *f, const void *se
   if (at_root && gather) HFR_TRY(check_overlap(f, send, bytes, recv, all, (char *)recv + (size_t)root * bytes));
   if (at_root && !gather && recv != (const char *)send + (size_t)root * bytes)
     HFR_TRY(check_overlap(f, send, all, recv, bytes, NULL));
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
                                 hfreduceComm_t comm, hfreduceStream_t stream) {
@@ -360,12 +356,12 @@ hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t co
 /* Sends and receives. `call` has the buffer, count, datatype, peer (root) and tag. */
 static hfreduceResult_t p2p(struct hfr_call call, const char *f, int any, hfreduceComm_t c, hfreduceStream_t stream) {
   call.coll = HFR_P2P;
-  HFR_TRY(check_comm(c, f, stream));
+  HFR_TRY(check_comm(c, f));
   HFR_TRY(check_count(c, f, call.count, call.dtype, 1));
   if (!any) HFR_TRY(check_root(c, f, "peer", call.root));
   if (call.tag < 0) return hfr_fail(hfreduceInvalidArgument, "%s: tag is %d; it must not be negative", f, call.tag);
   HFR_TRY(check_pointer(f, call.receiving ? "recvbuff" : "sendbuff", call.receiving ? call.recv : call.send, call.count));
-  return hfr_issue(c, &call);
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceSend(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
                               hfreduceStream_t stream) {
@@ -396,8 +392,8 @@ hfreduceResult_t hfreduceRecvAny(void *recvbuff, size_t count, hfreduceDataType_
 
 static hfreduceResult_t barrier(hfreduceComm_t c, hfreduceStream_t stream) {
   struct hfr_call call = {.coll = HFR_BARRIER, .dtype = hfreduceUint8, .root = -1};
-  HFR_TRY(check_comm(c, "hfreduceBarrier", stream));
-  return hfr_issue(c, &call);
+  HFR_TRY(check_comm(c, "hfreduceBarrier"));
+  return hfr_issue(c, &call, stream);
 }
 hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream) { CALL(barrier(comm, stream)); }
 
@@ -406,11 +402,13 @@ hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream) {
 hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
                                               hfreduceScalarResidence_t residence, hfreduceComm_t comm) {
   static const char f[] = "hfreduceRedOpCreatePreMulSum";
-  HFR_TRY(check_comm(comm, f, NULL));
+  HFR_TRY(check_comm(comm, f));
   if (!op || !scalar) return hfr_fail(hfreduceInvalidArgument, "%s: %s is NULL", f, op ? "scalar" : "op");
   HFR_TRY(check_count(comm, f, 1, datatype, 1));
   if (residence != hfreduceScalarDevice && residence != hfreduceScalarHostImmediate)
     return hfr_fail(hfreduceInvalidArgument, "%s: residence is %d", f, (int)residence);
+  struct hfr_memory memory = {.kind = HFR_MEMORY_HOST};
+  if (residence == hfreduceScalarDevice) hfr_memory_of(scalar, &memory);
   int slot = 0;
   hfreduceResult_t r = hfreduceSuccess;
   pthread_mutex_lock(&comm->ops_lock);
@@ -426,8 +424,10 @@ hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar,
     }
   }
   if (!r) {
-    comm->ops[slot] = (struct hfr_premul){.used = 1, .dtype = datatype, .at = residence == hfreduceScalarDevice ? scalar : NULL};
-    if (residence == hfreduceScalarHostImmediate) memcpy(comm->ops[slot].scalar, scalar, scalar_bytes(datatype));
+    int there = residence == hfreduceScalarDevice, by_device = memory.kind != HFR_MEMORY_HOST;
+    comm->ops[slot] = (struct hfr_premul){
+        .used = 1, .dtype = datatype, .at = there && !by_device ? scalar : NULL, .from = by_device ? scalar : NULL};
+    if (!there) memcpy(comm->ops[slot].scalar, scalar, scalar_bytes(datatype));
     *op = (hfreduceRedOp_t)(hfreduceNumOps + slot);
   }
   pthread_mutex_unlock(&comm->ops_lock);

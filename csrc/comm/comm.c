@@ -1,5 +1,5 @@
 /* Communicators: made, split, left, broken off. */
-#include "comm.h"
+#include "stream.h"
 
 #include "../base/log.h"
 #include "../base/mac.h"
@@ -88,6 +88,7 @@ void hfreduceConfigInit(hfreduceConfig_t *config) {
 
 static void free_comm(struct hfreduceComm *c) {
   if (c->engine_up) hfr_engine_fini(&c->engine);
+  hfr_staging_destroy(c->staging, c->timeout);
   for (size_t i = 0; c->net.arrived && i < (size_t)c->nranks * HFR_NVC * (size_t)c->net.streams; i++)
     if (c->net.arrived[i]) close(c->net.arrived[i] - 1);
   free((void *)c->net.arrived);
@@ -151,6 +152,7 @@ hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hf
   else
     snprintf(c->name, sizeof c->name, "%016llx", (unsigned long long)uid.comm_id);
   c->cancel = config ? config->cancel : NULL;
+  c->devices = hfr_device_present();
   pthread_mutex_init(&c->ops_lock, NULL);
   hfr_log_set_rank(rank);
   hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->timeout * 1e9));
@@ -180,12 +182,31 @@ hfreduceResult_t hfr_comm_check(hfreduceComm_t c, const char *function) {
   return hfreduceSuccess;
 }
 
+/* So many operations never started: their streams do not get to them. */
+static void give_up(hfreduceComm_t c, uint32_t active) {
+  hfreduceErrorInfo_t info;
+  hfr_error_clear(&info);
+  info.code = hfreduceTimeout;
+  info.rank = c->rank;
+  snprintf(info.op, sizeof info.op, "finalize");
+  snprintf(info.phase, sizeof info.phase, "stream");
+  snprintf(info.text, sizeof info.text,
+           "rank %d on %s: %u operations still waited for their streams %.3g s after the communicator was to be finalized",
+           c->rank, c->hosts[c->rank], active, c->timeout);
+  hfr_engine_fail(&c->engine, &info);
+}
+
 hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommFinalize"));
   if (comm->pid != getpid()) return hfreduceSuccess;
-  /* every operation has its deadline, so this ends */
-  while (atomic_load_explicit(&comm->engine.active, memory_order_acquire)) {
+  /* Every operation has its deadline once it has started. What waits for a stream has not: it gets as long as one here. */
+  uint32_t active, before = 0;
+  int64_t limit = 0;
+  while ((active = atomic_load_explicit(&comm->engine.active, memory_order_acquire))) {
     struct timespec t = {0, 200000};
+    if (active != before) limit = hfr_now_ns() + comm->engine.timeout_ns + 2000000000;
+    if (hfr_now_ns() > limit) give_up(comm, active);
+    before = active;
     hfr_drive_async(&comm->engine);
     nanosleep(&t, NULL);
   }
@@ -251,7 +272,7 @@ hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank) {
 hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommCuDevice"));
   if (!device) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommCuDevice: device is NULL");
-  *device = -1; /* host memory */
+  *device = hfr_staging_device(comm->staging);
   return hfreduceSuccess;
 }
 

@@ -35,6 +35,7 @@ struct hfr_record {
   uint64_t chunk;
 };
 
+struct hfr_staging;
 struct hfreduceComm {
   uint32_t magic;
   pid_t pid;
@@ -66,13 +67,16 @@ struct hfreduceComm {
   /* the watcher's: collectives begun when it last looked, and for how many looks */
   uint64_t seen;
   int idle;
-  struct hfreduceComm *next; /* registered */
+  struct hfr_staging *staging; /* its device side; NULL before the first call with a stream or device memory (stream.h) */
+  int devices;                 /* this process has a driver: pointers may be a device's */
+  struct hfreduceComm *next;   /* registered */
   /* user-made ops: values from hfreduceNumOps */
   struct hfr_premul {
     int used;
     hfreduceDataType_t dtype;
     const void *at; /* where each call reads the factor; NULL: it is `scalar` */
     uint8_t scalar[8];
+    const void *from; /* device-visible: read by each operation; NULL: `scalar` has it */
   } * ops;
   int nops;
   pthread_mutex_t ops_lock;
@@ -115,6 +119,6 @@ void hfr_shrunk_free(struct hfreduceComm *comm);
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);
 
 /* --- group.c --- */
-/* Take a checked call: into the thread's open group, or launch it and wait. */
-hfreduceResult_t hfr_issue(struct hfreduceComm *comm, const struct hfr_call *call);
+/* Take a checked call: into the thread's open group, or launch it and wait; or put it into its stream's order. */
+hfreduceResult_t hfr_issue(struct hfreduceComm *comm, const struct hfr_call *call, hfreduceStream_t stream);
 #endif

@@ -1,5 +1,5 @@
 /* Issuing: single calls, and groups of calls that launch together. Groups are a thread's own. */
-#include "comm.h"
+#include "stream.h"
 
 #include "../base/thread.h"
 
@@ -10,6 +10,7 @@
 struct grouped {
   struct hfreduceComm *comm;
   struct hfr_call call;
+  struct hfr_ordered ordered; /* by a stream */
 };
 
 static _Thread_local struct {
@@ -30,23 +31,36 @@ static size_t *copy_counts(struct hfr_call *call, int nranks) {
   return block;
 }
 
-static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_call *call, struct hfr_request **out) {
+/* all_to_all in place sends from a copy. One that a stream orders is made when its turn comes; in segments none is needed. */
+static hfreduceResult_t copy_in_place(struct hfr_request *r, struct hfr_call *call, const struct hfr_ordered *o, int nranks) {
+  size_t bytes = call->count * (size_t)nranks * hfr_dtype_size(call->dtype);
+  if (o && o->staged[0]) return hfreduceSuccess;
+  r->temp = malloc(bytes);
+  if (!r->temp)
+    return hfr_fail(hfreduceSystemError, "out of memory for %zu bytes: all_to_all in place needs a copy of its buffer", bytes);
+  if (o && o->on) {
+    r->temp_from = call->send;
+    r->temp_bytes = bytes;
+  } else {
+    memcpy(r->temp, call->send, bytes);
+  }
+  call->send = r->temp;
+  return hfreduceSuccess;
+}
+
+/* o: NULL or how a stream orders it. */
+static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_call *call, const struct hfr_ordered *o,
+                                     struct hfr_request **out) {
   struct hfr_engine *e = &c->engine;
   struct hfr_request *r = hfr_request_get(e);
   if (!r) return hfr_fail(hfreduceSystemError, "out of memory for a request");
   struct hfr_call mine = *call;
   hfreduceResult_t result = hfreduceSuccess;
+  mine.windowed = o && (o->staged[0] || o->staged[1]);
   if (mine.sendcounts && !(r->counts = copy_counts(&mine, c->nranks)))
     result = hfr_fail(hfreduceSystemError, "out of memory for counts");
-  if (!result && mine.coll == HFR_ALL_TO_ALL && mine.send == mine.recv && mine.count && !mine.sendcounts) {
-    size_t bytes = mine.count * (size_t)c->nranks * hfr_dtype_size(mine.dtype);
-    r->temp = malloc(bytes);
-    if (r->temp)
-      mine.send = memcpy(r->temp, mine.send, bytes);
-    else
-      result =
-          hfr_fail(hfreduceSystemError, "out of memory for %zu bytes: all_to_all in place needs a copy of its buffer", bytes);
-  }
+  if (!result && mine.coll == HFR_ALL_TO_ALL && mine.send == mine.recv && mine.count && !mine.sendcounts)
+    result = copy_in_place(r, &mine, o, c->nranks);
   if (!result) result = hfr_plan_build(&r->plan, &c->layout, &e->geometry, &mine);
   if (result) {
     hfr_request_put(e, r);
@@ -62,13 +76,13 @@ static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_ca
   return hfreduceSuccess;
 }
 
-/* Launch n calls as one work. */
-static hfreduceResult_t launch(struct grouped *g, int n, struct hfreduceWork **out) {
+/* Launch n calls on host memory, which no stream orders, as one work. */
+static hfreduceResult_t launch_host(struct grouped *g, int n, struct hfreduceWork **out) {
   struct hfreduceWork *w = hfr_work_new((uint32_t)n);
   struct hfr_request *first = NULL, **tail = &first;
   hfreduceResult_t result = w ? hfreduceSuccess : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
   for (int i = 0; !result && i < n; i++, tail = *tail ? &(*tail)->next : tail) {
-    result = plan_request(g[i].comm, &g[i].call, tail);
+    result = plan_request(g[i].comm, &g[i].call, NULL, tail);
     if (!result) (*tail)->next = NULL, (*tail)->work = w;
   }
   if (result) { /* nothing has started: all or none */
@@ -90,6 +104,96 @@ static hfreduceResult_t launch(struct grouped *g, int n, struct hfreduceWork **o
   return hfreduceSuccess;
 }
 
+/* ---------------------------------------------------------------- launching */
+
+/* Plan the calls; those that a stream orders get their windows. On failure nothing is left of it. */
+static hfreduceResult_t prepare(struct grouped *g, int n, struct hfr_request **r, struct hfr_ordered_call *ordered,
+                                struct hfr_streams **streams) {
+  hfreduceResult_t result = hfreduceSuccess;
+  int by_stream = 0;
+  for (int i = 0; !result && i < n; i++) {
+    int copy = hfr_stream_is_copy(g[i].comm, &g[i].call, &g[i].ordered);
+    if (!copy) result = plan_request(g[i].comm, &g[i].call, g[i].ordered.on ? &g[i].ordered : NULL, &r[i]);
+    if (g[i].ordered.on) ordered[by_stream++] = (struct hfr_ordered_call){g[i].comm, &g[i].call, &g[i].ordered, r[i]};
+    if (!result && i && g[i].ordered.on != g[0].ordered.on && (g[i].ordered.stream.capture || g[0].ordered.stream.capture))
+      result =
+          hfr_fail(hfreduceInvalidUsage,
+                   "hfreduceGroupEnd: a stream of the group is captured, but another call is on host memory without a stream, "
+                   "which would run at once; take it out of the group");
+  }
+  if (!result && by_stream) result = hfr_streams_prepare(ordered, by_stream, streams);
+  for (int i = 0; result && i < n; i++)
+    if (r[i]) hfr_request_put(&g[i].comm->engine, r[i]);
+  return result;
+}
+
+/* A work for `n` requests, and for the caller if he wants it. engine: of all of them; NULL: several. */
+static struct hfreduceWork *new_work(int n, int caller, struct hfr_engine *engine) {
+  struct hfreduceWork *w = hfr_work_new((uint32_t)n);
+  if (!w) return NULL;
+  w->engine = engine;
+  if (!caller) hfr_work_put(w);
+  return w;
+}
+
+/* Is this call's request part of the work of a launch? host: of those that somebody waits for only. Captured ones have none. */
+static int counted(const struct grouped *g, const struct hfr_request *r, int host) {
+  return r && !g->ordered.stream.capture && (!host || !g->ordered.on);
+}
+
+static struct hfr_engine *common_engine(const struct grouped *g, struct hfr_request **r, int n, int host, int *count) {
+  struct hfr_engine *engine = NULL;
+  int several = 0;
+  *count = 0;
+  for (int i = 0; i < n; i++) {
+    if (!counted(&g[i], r[i], host)) continue;
+    several |= *count && engine != &g[i].comm->engine;
+    engine = &g[i].comm->engine;
+    ++*count;
+  }
+  return several ? NULL : engine;
+}
+
+/* Launch n calls. *out stands for those that are done at once, on host memory (all: and for those that streams order). */
+static hfreduceResult_t launch(struct grouped *g, int n, int all, struct hfreduceWork **out) {
+  int ordered_calls = 0;
+  for (int i = 0; i < n; i++) ordered_calls += g[i].ordered.on;
+  if (!ordered_calls) return launch_host(g, n, out);
+  struct hfr_request **r = calloc((size_t)n + 1, sizeof *r);
+  struct hfr_ordered_call *ordered = calloc((size_t)n + 1, sizeof *ordered);
+  struct hfr_streams *streams = NULL;
+  struct hfreduceWork *host = NULL, *others = NULL;
+  hfreduceResult_t result = r && ordered ? prepare(g, n, r, ordered, &streams) : hfr_fail(hfreduceSystemError, "out of memory");
+  int nhost = 0, nall = 0;
+  if (!result) {
+    struct hfr_engine *engine = common_engine(g, r, n, !all, &nhost), *of_all = common_engine(g, r, n, 0, &nall);
+    host = new_work(nhost, 1, engine);
+    if (nall > nhost) others = new_work(nall - nhost, 0, of_all);
+    if (!host || (nall > nhost && !others)) { /* nothing has started: all or none */
+      result = hfr_fail(hfreduceSystemError, "out of memory for a work handle");
+      for (int i = 0; i < n; i++)
+        if (r[i]) hfr_request_put(&g[i].comm->engine, r[i]);
+      if (streams) hfr_streams_drop(streams);
+      free(host);
+    }
+  }
+  for (int i = 0; !result && i < n; i++) {
+    if (!counted(&g[i], r[i], 0)) continue;
+    r[i]->work = counted(&g[i], r[i], !all) ? host : others;
+    hfr_engine_submit(&g[i].comm->engine, r[i]);
+  }
+  if (!result && streams) {
+    result = hfr_streams_run(streams);
+    for (int i = 0; i < n; i++)
+      if (g[i].ordered.on) hfr_drive_async(&g[i].comm->engine);
+    if (result) hfr_work_put(host);
+  }
+  free(r);
+  free(ordered);
+  *out = host;
+  return result;
+}
+
 static hfreduceResult_t outcome(struct hfreduceWork *w) {
   int code = atomic_load(&w->code);
   if (code) *hfr_last_error() = w->info;
@@ -105,10 +209,10 @@ static hfreduceResult_t conclude(struct hfreduceWork *w) {
 
 static hfreduceResult_t run_blocking(struct grouped *g, int n) {
   struct hfreduceWork *w;
-  HFR_TRY(launch(g, n, &w));
+  HFR_TRY(launch(g, n, 0, &w));
   if (w->engine) {
     hfr_drive_until(w->engine, w, -1);
-  } else {
+  } else if (!atomic_load_explicit(&w->done, memory_order_acquire)) {
     for (int i = 0; i < n; i++) hfr_drive_async(&g[i].comm->engine);
     hfr_work_wait(w, -1);
   }
@@ -125,10 +229,10 @@ static hfreduceResult_t leave_pending(struct hfreduceWork *w) {
 }
 
 static hfreduceResult_t run_patiently(struct hfreduceComm *c, const struct hfr_call *call) {
-  struct grouped one = {c, *call};
+  struct grouped one = {.comm = c, .call = *call};
   struct hfreduceWork *w;
   if (!c->engine.patience_ns) return run_blocking(&one, 1);
-  HFR_TRY(launch(&one, 1, &w));
+  HFR_TRY(launch(&one, 1, 0, &w));
   if (hfr_drive_until(&c->engine, w, hfr_now_ns() + c->engine.patience_ns)) return conclude(w);
   return leave_pending(w);
 }
@@ -137,7 +241,8 @@ static hfreduceResult_t run_patiently(struct hfreduceComm *c, const struct hfr_c
 static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *call, int copied) {
   struct hfr_request *r = NULL;
   struct hfreduceWork *w = hfr_work_new(1);
-  hfreduceResult_t result = w ? plan_request(c, call, &r) : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
+  hfreduceResult_t result =
+      w ? plan_request(c, call, NULL, &r) : hfr_fail(hfreduceSystemError, "out of memory for a work handle");
   if (result) { /* the others count on this rank */
     hfr_engine_fail(&c->engine, hfr_last_error());
     free(w);
@@ -151,13 +256,15 @@ static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *cal
   return result;
 }
 
-hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call) {
-  if (!group.depth) {
-    hfreduceResult_t r;
-    enum hfr_oneshot how = call->coll == HFR_ALL_REDUCE ? hfr_oneshot_all_reduce(&c->engine, call, &r) : HFR_ONESHOT_NO;
-    if (how == HFR_ONESHOT_DONE) return r;
-    return how == HFR_ONESHOT_NO ? run_patiently(c, call) : adopt(c, call, how == HFR_ONESHOT_COPIED);
-  }
+static hfreduceResult_t issue_at_once(struct hfreduceComm *c, const struct hfr_call *call) {
+  hfreduceResult_t r;
+  enum hfr_oneshot how = call->coll == HFR_ALL_REDUCE ? hfr_oneshot_all_reduce(&c->engine, call, &r) : HFR_ONESHOT_NO;
+  if (how == HFR_ONESHOT_DONE) return r;
+  return how == HFR_ONESHOT_NO ? run_patiently(c, call) : adopt(c, call, how == HFR_ONESHOT_COPIED);
+}
+
+/* Into the thread's open group. */
+static hfreduceResult_t remember(const struct grouped *call) {
   if (group.n == group.cap) {
     int cap = group.cap ? 2 * group.cap : 16;
     struct grouped *grown = realloc(group.list, (size_t)cap * sizeof *grown);
@@ -165,10 +272,23 @@ hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call) 
     group.list = grown;
     group.cap = cap;
   }
-  group.list[group.n++] = (struct grouped){c, *call};
+  group.list[group.n++] = *call;
   return hfreduceSuccess;
 }
 
+/* The call may be a stream's to order. */
+static hfreduceResult_t issue_by_stream(struct hfreduceComm *c, const struct hfr_call *call, hfreduceStream_t stream) {
+  struct grouped one = {.comm = c, .call = *call};
+  HFR_TRY(hfr_stream_resolve(c, &one.call, stream, &one.ordered));
+  if (group.depth) return remember(&one);
+  return one.ordered.on ? run_blocking(&one, 1) : issue_at_once(c, &one.call);
+}
+
+hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call, hfreduceStream_t stream) {
+  if (stream || c->devices) return issue_by_stream(c, call, stream);
+  if (!group.depth) return issue_at_once(c, call);
+  return remember(&(struct grouped){.comm = c, .call = *call});
+}
 /* A call in an open group was wrong: the group's End will say so. */
 hfreduceResult_t hfr_group_latch(hfreduceResult_t result);
 hfreduceResult_t hfr_group_latch(hfreduceResult_t result) {
@@ -231,9 +351,9 @@ hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
   if (!close_level(&list, &n, &r))
     return hfr_fail(hfreduceInvalidUsage,
                     "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
-  if (!r) r = launch(list, n, work);
+  if (!r) r = launch(list, n, 1, work);
   for (int i = 0; !r && i < n; i++)
-    if (!i || list[i].comm != list[i - 1].comm) hfr_drive_async(&list[i].comm->engine);
+    if (!list[i].ordered.on && (!i || list[i].comm != list[i - 1].comm)) hfr_drive_async(&list[i].comm->engine);
   free(list);
   return r;
 }

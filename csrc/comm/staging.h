@@ -1,0 +1,60 @@
+/* The device side of one communicator: its queues, and rings of pinned segments. Inside comm/ only. */
+#ifndef HFR_COMM_STAGING_H_
+#define HFR_COMM_STAGING_H_
+#include "stream.h"
+
+/*
+ * Segments of pinned memory, each with room for rows of a send and of a receive buffer, and the words by which device and engine
+ * hand them to each other. Used in turn. In a graph the words belong to the captured calls instead, since what their nodes
+ * compare is fixed.
+ */
+struct hfr_stage_ring {
+  struct hfr_pinned memory;
+  size_t bytes; /* of one direction of a slot; 0: not made yet */
+  int slots, next;
+  uint32_t turn; /* value of the next use; cyclic */
+  _Atomic uint32_t *ready, *done, *taken;
+  uint8_t (*scalar)[8];
+  struct hfr_stage_use {
+    int in, out;                  /* somebody used that half of the slot, */
+    uint32_t in_value, out_value; /* ... last with these values */
+  } * use;
+};
+
+/* What a graph holds of a communicator. Its owners: the graph, the engine, and the staging while it may be added to. Freed by
+   whoever comes by after all let go, since neither may call the driver. */
+struct hfr_captured {
+  struct hfr_captured *next;
+  uint64_t id; /* of the capture */
+  _Atomic int owners;
+  struct hfr_stage_ring ring[2];
+  struct hfr_pinned *words; /* of each launch in the graph */
+  int nwords;
+  struct hfr_replay replay;
+};
+
+enum { HFR_RING_PLAIN, HFR_RING_WIDE }; /* wide: a segment that holds a message of every rank; made when one is needed */
+
+struct hfr_staging {
+  struct hfr_copier *copier;
+  struct hfr_stage_ring ring[2];
+  struct hfr_captured *captured; /* the capture that goes on, or the last one */
+};
+
+/* The communicator's device side, made at its first call. InvalidArgument when it was made for another device. */
+hfreduceResult_t hfr_staging_get(struct hfreduceComm *comm, const char *who, const struct hfr_stream *stream);
+/* Between enter and leave: make the ring unless it is there. bytes: what a slot must hold, if the ring is wide. */
+hfreduceResult_t hfr_staging_ring(struct hfr_staging *staging, struct hfr_stage_ring *ring, int which, size_t bytes);
+/* Bytes of a slot of the plain ring. */
+size_t hfr_staging_slot(const struct hfreduceComm *comm);
+/* Between enter and leave: what the graph in capture holds of this communicator. */
+hfreduceResult_t hfr_staging_capture(struct hfr_staging *staging, const struct hfr_stream *stream,
+                                     struct hfr_captured **captured);
+/* Pinned words that live as long as the graph. */
+hfreduceResult_t hfr_staging_words(struct hfr_staging *staging, struct hfr_captured *captured, size_t bytes,
+                                   struct hfr_pinned *words);
+/* The request runs with every launch of the graph from now on. */
+void hfr_staging_arm(struct hfreduceComm *comm, struct hfr_captured *captured, struct hfr_request *request);
+/* Free what graphs have let go of. Any thread that may call the driver. */
+void hfr_staging_sweep(void);
+#endif

@@ -1,0 +1,563 @@
+/*
+ * Launching calls in the order of streams.
+ *
+ *   out:  s0 s1 s2 s3 │ s4 s5 ...        segments that the device copies out, as many as the ring has at first, then one for
+ *   in:               │ s0 s1 ...        each that is copied in: in this order the queues could even be one
+ *
+ * Collectives go segment by segment, one after the other. Sends and receives go beside them, in rounds: all first segments, then
+ * all second ones; within a round by the distance of the peer, so that what a rank sends in its n-th turn the other receives in
+ * its n-th, and no ring can fill up with segments that wait for each other.
+ */
+#include "staging.h"
+
+#include "../base/param.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+static const char *name_of(const struct hfr_call *call) {
+  static const char *const name[HFR_NCOLL] = {"hfreduceAllReduce", "hfreduceReduce",        "hfreduceBroadcast",
+                                              "hfreduceAllGather", "hfreduceReduceScatter", "hfreduceAlltoAll",
+                                              "hfreduceGather",    "hfreduceScatter",       "hfreduceBarrier"};
+  if (call->coll == HFR_P2P) return call->receiving ? "hfreduceRecv" : "hfreduceSend";
+  return call->sendcounts ? "hfreduceAlltoAllv" : name[call->coll];
+}
+
+/* ---------------------------------------------------------------- which way */
+
+static int is_device(const struct hfr_memory *m) { return m->kind == HFR_MEMORY_DEVICE || m->kind == HFR_MEMORY_MANAGED; }
+
+/* Elements of the largest block of an uneven call, or where its last one ends. */
+static size_t uneven(const struct hfr_call *c, int recv, int nranks, int extent) {
+  const size_t *count = recv ? c->recvcounts : c->sendcounts, *at = recv ? c->recvdispls : c->senddispls;
+  size_t most = 0;
+  for (int r = 0; r < nranks; r++) {
+    size_t n = extent && count[r] ? at[r] + count[r] : count[r];
+    if (n > most) most = n;
+  }
+  return most;
+}
+
+/* Bytes of a buffer that the call works on at this rank; 0: it leaves it alone. */
+static size_t extent(const struct hfreduceComm *c, const struct hfr_call *call, int recv) {
+  struct hfr_plan p = {.layout = &c->layout, .call = *call};
+  size_t esize = hfr_dtype_size(call->dtype);
+  if (call->sendcounts) return uneven(call, recv, c->nranks, 1) * esize;
+  return (size_t)hfr_window_rows(&p, recv) * call->count * esize;
+}
+
+/* Does the process have this byte? Host memory that was freed, and device memory that was, look alike to the driver: unknown. */
+static int readable(const void *at) {
+  char byte;
+  struct iovec mine = {&byte, 1}, theirs = {(void *)(uintptr_t)at, 1};
+  return process_vm_readv(getpid(), &mine, 1, &theirs, 1, 0) == 1 || errno != EFAULT;
+}
+
+static hfreduceResult_t check_buffer(const struct hfreduceComm *c, const struct hfr_call *call, int recv, size_t bytes,
+                                     const struct hfr_memory *m) {
+  const char *f = name_of(call), *what = recv ? "recvbuff" : "sendbuff";
+  const uint8_t *p = recv ? call->recv : call->send;
+  if (m->kind == HFR_MEMORY_HOST) {
+    if (readable(p) && readable(p + bytes - 1)) return hfreduceSuccess;
+    return hfr_fail(hfreduceInvalidArgument,
+                    "%s: rank %d: %s %p is neither memory of a device nor mapped host memory over its %zu bytes: was it freed?",
+                    f, c->rank, what, (const void *)p, bytes);
+  }
+  size_t left = m->start + m->bytes - (uintptr_t)p;
+  if (!m->bytes || bytes <= left) return hfreduceSuccess;
+  return hfr_fail(hfreduceInvalidArgument,
+                  "%s: rank %d: %s %p has %zu bytes to the end of its allocation, but the call needs %zu (count %zu of %s)", f,
+                  c->rank, what, (const void *)p, left, bytes, call->count, hfr_dtype_name(call->dtype));
+}
+
+static hfreduceResult_t check_device(const struct hfreduceComm *c, const struct hfr_call *call, int recv,
+                                     const struct hfr_memory *m, const struct hfr_stream *s) {
+  const char *f = name_of(call), *what = recv ? "recvbuff" : "sendbuff";
+  if (m->kind != HFR_MEMORY_DEVICE) return hfreduceSuccess; /* managed memory belongs to all */
+  if (m->device >= 0 && m->device != s->device)
+    return hfr_fail(hfreduceInvalidArgument, "%s: rank %d: %s lies on device %d, but the stream belongs to device %d", f, c->rank,
+                    what, m->device, s->device);
+  if (m->context && m->context != s->context)
+    return hfr_fail(hfreduceInvalidArgument,
+                    "%s: rank %d: %s belongs to another CUDA context of device %d than the stream; use one context for both", f,
+                    c->rank, what, s->device);
+  return hfreduceSuccess;
+}
+
+/* The context whose default stream is meant by NULL: where the data is. */
+static hfreduceResult_t context_of(const struct hfr_memory m[2], void **context) {
+  *context = NULL;
+  for (int recv = 0; recv < 2; recv++) {
+    if (!is_device(&m[recv])) continue;
+    *context = m[recv].context ? m[recv].context : hfr_device_context(m[recv].device);
+    return *context ? hfreduceSuccess : (hfreduceResult_t)hfr_last_error()->code;
+  }
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_stream_resolve(struct hfreduceComm *c, struct hfr_call *call, hfreduceStream_t stream,
+                                    struct hfr_ordered *o) {
+  const char *f = name_of(call);
+  struct hfr_memory m[2];
+  size_t bytes[2];
+  void *context;
+  *o = (struct hfr_ordered){0};
+  if (stream && !hfr_device_present())
+    return hfr_fail(hfreduceInvalidArgument,
+                    "%s: rank %d: a stream was given, but there is no device layer: %s; pass NULL with "
+                    "host memory",
+                    f, c->rank, hfr_device_cuda.why_absent());
+  for (int recv = 0; recv < 2; recv++) {
+    bytes[recv] = extent(c, call, recv);
+    hfr_memory_of(bytes[recv] ? (recv ? call->recv : call->send) : NULL, &m[recv]);
+    o->staged[recv] = is_device(&m[recv]);
+  }
+  o->on = stream || o->staged[0] || o->staged[1];
+  for (int recv = 0; recv < 2; recv++)
+    if (bytes[recv] && (o->on || c->staging)) HFR_TRY(check_buffer(c, call, recv, bytes[recv], &m[recv]));
+  if (!o->on) {
+    if (!call->scalar_from) return hfreduceSuccess;
+    hfreduceResult_t r =
+        hfr_device_read(call->scalar, call->scalar_from, sizeof call->scalar / (call->scalar_bytes == 4 ? 2 : 1));
+    call->scalar_from = NULL;
+    return r;
+  }
+  HFR_TRY(context_of(m, &context));
+  HFR_TRY(hfr_stream_look(f, stream, context, &o->stream));
+  for (int recv = 0; recv < 2; recv++) HFR_TRY(check_device(c, call, recv, &m[recv], &o->stream));
+  return hfr_staging_get(c, f, &o->stream);
+}
+
+int hfr_stream_is_copy(const struct hfreduceComm *c, const struct hfr_call *call, const struct hfr_ordered *o) {
+  return o->on && c->nranks == 1 && !call->premul && !call->sendcounts && o->staged[0] && o->staged[1] && call->coll != HFR_P2P;
+}
+
+/* ---------------------------------------------------------------- segments */
+
+/* A segment's turn in the queues. */
+struct turn {
+  struct hfr_ordered_call *call;
+  int segment, in_rounds;
+  int64_t round, distance, order; /* the order of turns */
+  int in, out;                    /* it is copied out of the device, into it */
+  int slot;
+  int wait_in; /* before it is copied out, the slot must be done with... */
+  uint32_t in_value;
+  _Atomic uint32_t *in_word, *taken;
+  const struct hfr_pinned *words;
+};
+
+/* The calls of one communicator in a launch. */
+struct batch {
+  struct hfreduceComm *comm;
+  struct hfr_ordered_call **call;
+  int ncalls, wide;
+  struct turn *turn;
+  int nturns, went_out, came_in;
+  struct hfr_stage_ring *ring;
+  struct hfr_captured *captured;
+  struct hfr_pinned words; /* captured: of this launch */
+  size_t nwords;           /* to be cleared at its end */
+  _Atomic uint32_t *clear;
+};
+
+struct hfr_streams {
+  struct batch *batch;
+  int nbatches;
+  struct hfr_ordered_call *call;
+  int ncalls;
+};
+
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+#define PIECES 8                      /* that a large row is cut in at least, so that both directions overlap */
+#define PIECE_MIN ((size_t)256 << 10) /* below, copy engines take their time to start */
+
+/* How a call is cut: bytes of a row in a segment. */
+struct cut {
+  int rows;
+  size_t unit, row[2], longest, bytes;
+};
+
+static void measure(const struct hfr_ordered_call *call, struct cut *cut) {
+  const struct hfr_plan *p = &call->request->plan;
+  *cut = (struct cut){.unit = hfr_window_unit(p), .row = {SIZE_MAX, SIZE_MAX}};
+  if (!cut->unit) cut->unit = 1;
+  for (int recv = 0; recv < 2; recv++) {
+    int rows = hfr_window_rows(p, recv);
+    size_t row = p->call.sendcounts ? uneven(&p->call, recv, p->layout->nranks, 0) * p->esize : p->call.count * p->esize;
+    if (p->call.sendcounts) cut->row[recv] = 0;
+    if (rows > 1 && !p->call.sendcounts) cut->row[recv] = row;
+    if (!call->ordered->staged[recv] || !rows) continue;
+    if (rows > cut->rows) cut->rows = rows;
+    if (row > cut->longest) cut->longest = row;
+  }
+}
+
+/* Bytes that a slot must hold at least. */
+static size_t least(const struct cut *cut) {
+  size_t row = cut->longest < cut->unit ? cut->longest : cut->unit;
+  return row * (size_t)cut->rows;
+}
+
+static void choose_cut(struct cut *cut, size_t slot) {
+  if (!cut->rows || !cut->longest) {
+    cut->bytes = SIZE_MAX; /* all of it is one segment */
+    return;
+  }
+  size_t fits = slot / (size_t)cut->rows / cut->unit * cut->unit;
+  size_t wanted = round_up(cut->longest / PIECES + 1, cut->unit), floor = round_up(PIECE_MIN / (size_t)cut->rows + 1, cut->unit);
+  if (wanted < floor) wanted = floor;
+  cut->bytes = wanted < fits ? wanted : fits;
+  if (cut->bytes >= cut->longest || !cut->bytes) cut->bytes = cut->longest;
+}
+
+static hfreduceResult_t make_window(struct hfr_ordered_call *call, const struct cut *cut, const struct hfr_stage_ring *ring) {
+  struct hfr_request *r = call->request;
+  int n = cut->bytes == SIZE_MAX ? 1 : (int)((cut->longest + cut->bytes - 1) / cut->bytes);
+  struct hfr_window *w = calloc(1, sizeof *w + (size_t)n * sizeof w->segment[0]);
+  if (!w) return hfr_fail(hfreduceSystemError, "out of memory for %d segments", n);
+  w->bytes = cut->bytes;
+  w->row[0] = cut->row[0];
+  w->row[1] = cut->row[1];
+  w->nsegs = n;
+  w->again = call->ordered->stream.capture != 0;
+  w->wake = hfr_copier_by_host(call->comm->staging->copier);
+  w->memory = ring->memory.host;
+  w->memory_bytes = ring->memory.bytes;
+  r->window = w;
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- turns */
+
+static int by_turn(const void *a, const void *b) {
+  const struct turn *x = a, *y = b;
+  if (x->in_rounds != y->in_rounds) return y->in_rounds - x->in_rounds;
+  if (x->round != y->round) return x->round < y->round ? -1 : 1;
+  if (x->distance != y->distance) return x->distance < y->distance ? -1 : 1;
+  return x->order < y->order ? -1 : x->order > y->order;
+}
+
+static void place_turn(struct turn *t, const struct batch *b, int nth) {
+  const struct hfr_call *c = t->call->call;
+  int n = b->comm->nranks, rank = b->comm->rank;
+  t->in_rounds = c->coll == HFR_P2P;
+  if (!t->in_rounds) { /* a collective after the other */
+    t->round = nth;
+    t->order = t->segment;
+    return;
+  }
+  t->round = t->segment;
+  t->distance = c->root == HFR_ANY_SOURCE ? n : c->receiving ? (rank - c->root + n) % n : (c->root - rank + n) % n;
+  t->order = nth;
+}
+
+static hfreduceResult_t list_turns(struct batch *b) {
+  int n = 0;
+  for (int i = 0; i < b->ncalls; i++) n += b->call[i]->request->window->nsegs;
+  b->turn = calloc((size_t)n + 1, sizeof *b->turn);
+  if (!b->turn) return hfr_fail(hfreduceSystemError, "out of memory for %d segments", n);
+  for (int i = 0; i < b->ncalls; i++) {
+    struct hfr_ordered_call *call = b->call[i];
+    for (int s = 0; s < call->request->window->nsegs; s++) {
+      struct turn *t = &b->turn[b->nturns++];
+      *t = (struct turn){.call = call, .segment = s};
+      t->in = call->ordered->staged[0] && hfr_window_rows(&call->request->plan, 0);
+      t->out = call->ordered->staged[1] && hfr_window_rows(&call->request->plan, 1);
+      place_turn(t, b, i);
+    }
+  }
+  qsort(b->turn, (size_t)n, sizeof *b->turn, by_turn);
+  return hfreduceSuccess;
+}
+
+/* Where the device puts the factor of a premultiplied sum. */
+static void place_scalar(struct turn *t, uint8_t *pinned) {
+  struct hfr_memory m;
+  if (t->segment || !t->call->call->scalar_from) return;
+  hfr_memory_of(t->call->call->scalar_from, &m);
+  t->call->request->window->scalar = is_device(&m) ? pinned : (const uint8_t *)t->call->call->scalar_from;
+  t->in |= is_device(&m) << 1;
+}
+
+static void place_areas(struct turn *t, const struct hfr_stage_ring *ring) {
+  struct hfr_segment *g = &t->call->request->window->segment[t->segment];
+  uint8_t *slot = ring->memory.host + (size_t)t->slot * 2 * ring->bytes;
+  g->in = t->call->ordered->staged[0] ? slot : NULL;
+  g->out = t->call->ordered->staged[1] ? slot + ring->bytes : NULL;
+}
+
+/* Turns take the slots of the communicator's ring one after the other, and its words grow. */
+static void assign_plain(struct batch *b) {
+  struct hfr_stage_ring *ring = b->ring;
+  for (int i = 0; i < b->nturns; i++) {
+    struct turn *t = &b->turn[i];
+    struct hfr_segment *g = &t->call->request->window->segment[t->segment];
+    int s = t->slot = ring->next;
+    struct hfr_stage_use *use = &ring->use[s];
+    ring->next = (s + 1) % ring->slots;
+    place_areas(t, ring);
+    place_scalar(t, ring->scalar[s]);
+    g->ready = &ring->ready[s];
+    g->done = &ring->done[s];
+    g->value = ring->turn++;
+    t->taken = &ring->taken[s];
+    t->words = &ring->memory;
+    if (t->in) {
+      t->wait_in = use->in;
+      t->in_word = &ring->done[s];
+      t->in_value = use->in_value;
+      use->in = 1;
+      use->in_value = g->value;
+    }
+    if (t->out) {
+      g->taken = use->out ? &ring->taken[s] : NULL;
+      g->taken_value = use->out_value;
+      use->out = 1;
+      use->out_value = g->value;
+    }
+  }
+}
+
+/* In a graph every turn has words of its own, which go from 0 to 1 and back in each launch. */
+static hfreduceResult_t assign_captured(struct batch *b) {
+  size_t n = (size_t)b->nturns;
+  HFR_TRY(hfr_staging_words(b->comm->staging, b->captured, n * (3 * sizeof(uint32_t) + 8), &b->words));
+  uint8_t(*scalar)[8] = (uint8_t(*)[8])b->words.host;
+  _Atomic uint32_t *ready = (_Atomic uint32_t *)(scalar + n), *done = ready + n, *taken = done + n;
+  b->clear = done;
+  b->nwords = 2 * n;
+  for (int i = 0; i < b->nturns; i++) {
+    struct turn *t = &b->turn[i];
+    struct hfr_segment *g = &t->call->request->window->segment[t->segment];
+    t->slot = i % b->ring->slots;
+    place_areas(t, b->ring);
+    place_scalar(t, scalar[i]);
+    g->ready = &ready[i];
+    g->done = &done[i];
+    g->value = g->taken_value = 1;
+    t->taken = &taken[i];
+    t->words = &b->words;
+    for (int before = i - b->ring->slots; t->in && before >= 0 && !t->wait_in; before -= b->ring->slots)
+      if (b->turn[before].in) t->wait_in = 1, t->in_value = 1, t->in_word = &done[before];
+    for (int before = i - b->ring->slots; t->out && before >= 0 && !g->taken; before -= b->ring->slots)
+      if (b->turn[before].out) g->taken = &taken[before];
+  }
+  return hfreduceSuccess;
+}
+
+/* ---------------------------------------------------------------- preparing */
+
+static hfreduceResult_t prepare_batch(struct batch *b) {
+  struct hfr_staging *s = b->comm->staging;
+  const struct hfr_stream *stream = &b->call[0]->ordered->stream;
+  size_t slot = hfr_staging_slot(b->comm), needs = 0;
+  struct cut cut;
+  for (int i = 0; i < b->ncalls; i++) {
+    measure(b->call[i], &cut);
+    if (least(&cut) > needs) needs = least(&cut);
+  }
+  int which = needs > slot ? HFR_RING_WIDE : HFR_RING_PLAIN;
+  if (which == HFR_RING_WIDE) slot = b->comm->engine.geometry.chunk * (size_t)b->comm->nranks;
+  if (stream->capture) HFR_TRY(hfr_staging_capture(s, stream, &b->captured));
+  b->ring = stream->capture ? &b->captured->ring[which] : &s->ring[which];
+  HFR_TRY(hfr_staging_ring(s, b->ring, which, slot));
+  for (int i = 0; i < b->ncalls; i++) {
+    measure(b->call[i], &cut);
+    choose_cut(&cut, b->ring->bytes);
+    HFR_TRY(make_window(b->call[i], &cut, b->ring));
+  }
+  HFR_TRY(list_turns(b));
+  if (b->captured) return assign_captured(b);
+  assign_plain(b);
+  return hfreduceSuccess;
+}
+
+/* All in one capture, or none in any: what runs at once and what runs later cannot be one launch. */
+static hfreduceResult_t check_captures(const struct hfr_ordered_call *call, int n) {
+  for (int i = 1; i < n; i++)
+    if (call[i].ordered->stream.capture != call[0].ordered->stream.capture)
+      return hfr_fail(
+          hfreduceInvalidUsage,
+          "hfreduceGroupEnd: %s is on a stream that is captured and %s is not, or in another graph; capture all calls of "
+          "a group, or none",
+          name_of(call[call[i].ordered->stream.capture ? i : 0].call),
+          name_of(call[call[i].ordered->stream.capture ? 0 : i].call));
+  return hfreduceSuccess;
+}
+
+static struct batch *batch_of(struct hfr_streams *s, struct hfreduceComm *c) {
+  for (int i = 0; i < s->nbatches; i++)
+    if (s->batch[i].comm == c) return &s->batch[i];
+  s->batch[s->nbatches].comm = c;
+  return &s->batch[s->nbatches++];
+}
+
+hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, struct hfr_streams **out) {
+  HFR_TRY(check_captures(calls, n));
+  hfr_staging_sweep();
+  struct hfr_streams *s = calloc(1, sizeof *s);
+  if (!s || !(s->batch = calloc((size_t)n, sizeof *s->batch))) return free(s), hfr_fail(hfreduceSystemError, "out of memory");
+  s->call = calls;
+  s->ncalls = n;
+  hfreduceResult_t r = hfreduceSuccess;
+  for (int i = 0; !r && i < n; i++) {
+    struct batch *b = batch_of(s, calls[i].comm);
+    if (!b->call && !(b->call = calloc((size_t)n, sizeof *b->call))) r = hfr_fail(hfreduceSystemError, "out of memory");
+    if (!r && calls[i].request) b->call[b->ncalls++] = &calls[i];
+  }
+  for (int i = 0; !r && i < s->nbatches; i++) {
+    struct batch *b = &s->batch[i];
+    if (!b->ncalls) continue;
+    r = hfr_copier_enter(b->comm->staging->copier, b->call[0]->ordered->stream.capture != 0);
+    if (r) break;
+    r = prepare_batch(b);
+    hfr_copier_leave(b->comm->staging->copier);
+  }
+  if (r)
+    hfr_streams_drop(s);
+  else
+    *out = s;
+  return r;
+}
+
+void hfr_streams_drop(struct hfr_streams *s) {
+  for (int i = 0; i < s->nbatches; i++) {
+    free(s->batch[i].call);
+    free(s->batch[i].turn);
+  }
+  free(s->batch);
+  free(s);
+}
+
+/* ---------------------------------------------------------------- running */
+
+/* Copy segment s of the send buffer to the host, or of the receive buffer to the device. */
+static hfreduceResult_t copy_segment(const struct batch *b, const struct turn *t, int recv) {
+  const struct hfr_request *r = t->call->request;
+  const struct hfr_window *w = r->window;
+  const struct hfr_call *c = &r->plan.call;
+  struct hfr_copier *copier = b->comm->staging->copier;
+  enum hfr_queue queue = recv ? HFR_TO_DEVICE : HFR_TO_HOST;
+  uint8_t *area = recv ? w->segment[t->segment].out : w->segment[t->segment].in;
+  uintptr_t user = (uintptr_t)(recv ? c->recv : c->send);
+  size_t esize = r->plan.esize, at = (size_t)t->segment * w->bytes, row = c->count * esize;
+  if (!c->sendcounts) {
+    size_t width = row - at < w->bytes ? row - at : w->bytes;
+    return hfr_copier_copy(copier, queue, area, w->bytes, user + at, row, width, (size_t)hfr_window_rows(&r->plan, recv));
+  }
+  for (int i = 0; i < b->comm->nranks; i++) {
+    size_t bytes = (recv ? c->recvcounts : c->sendcounts)[i] * esize, start = (recv ? c->recvdispls : c->senddispls)[i] * esize;
+    if (bytes <= at) continue;
+    size_t width = bytes - at < w->bytes ? bytes - at : w->bytes;
+    HFR_TRY(hfr_copier_copy(copier, queue, area + (size_t)i * w->bytes, width, user + start + at, width, width, 1));
+  }
+  return hfreduceSuccess;
+}
+
+/* To host: wait for room, copy, say ready. */
+static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
+  struct hfr_copier *copier = b->comm->staging->copier;
+  struct hfr_window *w = t->call->request->window;
+  const struct hfr_segment *g = &w->segment[t->segment];
+  if (t->wait_in) HFR_TRY(hfr_copier_wait(copier, HFR_TO_HOST, t->words, t->in_word, t->in_value));
+  if (t->in & 2)
+    HFR_TRY(hfr_copier_copy(copier, HFR_TO_HOST, (void *)(uintptr_t)w->scalar, 8, (uintptr_t)t->call->call->scalar_from, 8,
+                            t->call->call->scalar_bytes, 1));
+  if (t->in & 1) HFR_TRY(copy_segment(b, t, 0));
+  return hfr_copier_write(copier, HFR_TO_HOST, t->words, g->ready, g->value);
+}
+
+/* To device: wait until the host is done, copy, say taken. */
+static hfreduceResult_t come_in(const struct batch *b, const struct turn *t) {
+  struct hfr_copier *copier = b->comm->staging->copier;
+  const struct hfr_segment *g = &t->call->request->window->segment[t->segment];
+  HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done, g->value));
+  if (!t->out) return hfreduceSuccess;
+  HFR_TRY(copy_segment(b, t, 1));
+  return hfr_copier_write(copier, HFR_TO_DEVICE, t->words, t->taken, g->value);
+}
+
+static int first_use_of_stream(const struct hfr_streams *s, int i) {
+  for (int j = 0; j < i; j++)
+    if (s->call[j].comm == s->call[i].comm && s->call[j].ordered->stream.handle == s->call[i].ordered->stream.handle) return 0;
+  return 1;
+}
+
+enum phase { BEGIN, FILL, STEP, END };
+
+static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *b, int end) {
+  struct hfr_copier *copier = b->comm->staging->copier;
+  if (end && b->ncalls) HFR_TRY(hfr_copier_join(copier));
+  if (end && b->clear) HFR_TRY(hfr_copier_clear(copier, HFR_TO_DEVICE, &b->words, b->clear, b->nwords));
+  for (int i = 0; i < s->ncalls; i++) {
+    const struct hfr_ordered_call *c = &s->call[i];
+    if (c->comm != b->comm) continue;
+    if (!end && !c->request && c->call->count) {
+      size_t bytes = c->call->count * hfr_dtype_size(c->call->dtype);
+      HFR_TRY(hfr_copier_move(copier, c->ordered->stream.handle, (uintptr_t)c->call->recv, (uintptr_t)c->call->send, bytes));
+    }
+    if (!b->ncalls || !first_use_of_stream(s, i)) continue;
+    HFR_TRY((end ? hfr_copier_before : hfr_copier_after)(copier, c->ordered->stream.handle));
+  }
+  return hfreduceSuccess;
+}
+
+static hfreduceResult_t run_phase(const struct hfr_streams *s, struct batch *b, enum phase phase) {
+  switch (phase) {
+    case FILL:
+      while (b->went_out < b->nturns && b->went_out < b->ring->slots) HFR_TRY(go_out(b, &b->turn[b->went_out++]));
+      return hfreduceSuccess;
+    case STEP:
+      if (b->came_in < b->nturns) HFR_TRY(come_in(b, &b->turn[b->came_in++]));
+      if (b->went_out < b->nturns) HFR_TRY(go_out(b, &b->turn[b->went_out++]));
+      return hfreduceSuccess;
+    default: return begin_or_end(s, b, phase == END);
+  }
+}
+
+/* What was captured runs from now on; what was not, and failed, can be undone. */
+static void arm(const struct hfr_streams *s, const hfreduceResult_t *failed) {
+  for (int i = 0; i < s->ncalls; i++) {
+    struct hfr_ordered_call *c = &s->call[i];
+    if (!c->request || !c->ordered->stream.capture) continue;
+    struct hfr_captured *g = c->comm->staging->captured;
+    if (!*failed)
+      hfr_staging_arm(c->comm, g, c->request);
+    else
+      hfr_request_put(&c->comm->engine, c->request);
+  }
+}
+
+hfreduceResult_t hfr_streams_run(struct hfr_streams *s) {
+  hfreduceResult_t result = hfreduceSuccess;
+  hfreduceErrorInfo_t why;
+  int capturing = s->call[0].ordered->stream.capture != 0, more = 1;
+  for (int phase = BEGIN; phase <= END && !result; phase += phase != STEP || !more) {
+    more = 0;
+    for (int i = 0; i < s->nbatches && !result; i++) {
+      struct batch *b = &s->batch[i];
+      struct hfr_copier *copier = b->comm->staging->copier;
+      if (!(result = hfr_copier_enter(copier, capturing))) {
+        result = run_phase(s, b, (enum phase)phase);
+        hfr_copier_leave(copier);
+      }
+      more |= b->came_in < b->nturns;
+      if (!result) continue;
+      why = *hfr_last_error();
+      why.rank = b->comm->rank;
+      snprintf(why.op, sizeof why.op, "%s", hfr_coll_name(s->call[0].call->coll));
+      snprintf(why.phase, sizeof why.phase, "launch");
+    }
+  }
+  if (capturing) arm(s, &result);
+  for (int i = 0; result && !capturing && i < s->nbatches; i++) hfr_engine_fail(&s->batch[i].comm->engine, &why);
+  if (result) *hfr_last_error() = why;
+  hfr_streams_drop(s);
+  return result;
+}
