@@ -1,0 +1,150 @@
+/* The stand-in's memory: device memory is mapped twice, closed where the program's pointers lead and open where copies go. */
+#include "driver.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define REGISTERED_AT ((uintptr_t)1 << 46) /* registered memory has another address for the device */
+
+static struct fake_block *blocks;
+
+struct fake_block *fake_block_of(uintptr_t address) {
+  for (struct fake_block *b = blocks; b; b = b->next)
+    if ((address >= b->start && address < b->start + b->bytes) || (address >= b->device && address < b->device + b->bytes))
+      if (!b->freed || b->kind == FAKE_DEVICE || b->kind == FAKE_MANAGED)
+        return b; /* a freed range of a device is never reused */
+  return NULL;
+}
+
+uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what) {
+  struct fake_block *b = fake_block_of(address);
+  if (!b) return (uint8_t *)address; /* plain host memory */
+  size_t at = address - (address >= b->device && address < b->device + b->bytes ? b->device : b->start);
+  if (b->freed) fake_die("%s at %#zx: the memory is freed", what, (size_t)address);
+  if (bytes > b->bytes - at)
+    fake_die("%s of %zu bytes at %#zx: only %zu are left of the allocation", what, bytes, (size_t)address, b->bytes - at);
+  return b->alias + at;
+}
+
+static struct fake_block *add_block(enum fake_kind kind, uintptr_t start, uint8_t *alias, size_t bytes) {
+  struct fake_block *b = calloc(1, sizeof *b);
+  *b = (struct fake_block){blocks, kind, start, start, alias, bytes, 0, fake_current()};
+  blocks = b;
+  return b;
+}
+
+static hfr_cu_result allocate(const char *call, enum fake_kind kind, size_t bytes, int open, uintptr_t *pointer) {
+  ENTER(call);
+  if (!bytes) return HFR_CU_INVALID_VALUE;
+  if (!fake_current()) return HFR_CU_INVALID_CONTEXT;
+  hfr_cu_result r = fake_unsafe();
+  if (r) return r;
+  size_t size = (bytes + 4095) / 4096 * 4096;
+  int fd = memfd_create("stand-in", MFD_CLOEXEC);
+  if (fd < 0 || ftruncate(fd, (off_t)size)) return HFR_CU_OUT_OF_MEMORY;
+  void *seen = mmap(NULL, size, open ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_SHARED, fd, 0);
+  void *alias = open ? seen : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  close(fd);
+  if (seen == MAP_FAILED || alias == MAP_FAILED) return HFR_CU_OUT_OF_MEMORY;
+  memset(alias, 0xa5, size); /* memory that nobody has written holds nothing useful */
+  LOCK();
+  add_block(kind, (uintptr_t)seen, alias, bytes);
+  UNLOCK();
+  *pointer = (uintptr_t)seen;
+  return HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuMemAlloc_v2(hfr_cu_ptr *pointer, size_t bytes) {
+  return allocate("cuMemAlloc", FAKE_DEVICE, bytes, 0, pointer);
+}
+EXPORT hfr_cu_result cuMemAllocManaged(hfr_cu_ptr *pointer, size_t bytes, unsigned flags) {
+  return (void)flags, allocate("cuMemAllocManaged", FAKE_MANAGED, bytes, 1, pointer);
+}
+EXPORT hfr_cu_result cuMemHostAlloc(void **pointer, size_t bytes, unsigned flags) {
+  return (void)flags, allocate("cuMemHostAlloc", FAKE_PINNED, bytes, 1, (uintptr_t *)pointer);
+}
+
+static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
+  ENTER(call);
+  hfr_cu_result r = fake_unsafe();
+  if (r) return r;
+  LOCK();
+  /* Freeing waits for the device: whoever still uses it then does so afterwards. */
+  for (struct CUstream_st *s = fake.streams; s && !pinned; s = s->next) fake_await(s, s->submitted);
+  struct fake_block *b = fake_block_of(pointer);
+  int wrong = !b || b->freed || b->start != pointer || (b->kind == FAKE_PINNED) != pinned || b->kind == FAKE_REGISTERED;
+  if (!wrong) {
+    b->freed = 1;
+    if (b->alias != (uint8_t *)b->start) munmap(b->alias, (b->bytes + 4095) / 4096 * 4096);
+    mmap((void *)b->start, (b->bytes + 4095) / 4096 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
+         -1, 0);
+  }
+  UNLOCK();
+  return wrong ? HFR_CU_INVALID_VALUE : HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuMemFree_v2(hfr_cu_ptr pointer) { return release("cuMemFree", pointer, 0); }
+EXPORT hfr_cu_result cuMemFreeHost(void *pointer) { return release("cuMemFreeHost", (uintptr_t)pointer, 1); }
+
+EXPORT hfr_cu_result cuMemHostRegister_v2(void *memory, size_t bytes, unsigned flags) {
+  ENTER("cuMemHostRegister");
+  (void)flags;
+  if (!fake_current()) return HFR_CU_INVALID_CONTEXT;
+  hfr_cu_result r = fake_unsafe();
+  if (r) return r;
+  LOCK();
+  struct fake_block *b = fake_block_of((uintptr_t)memory);
+  if (!b) {
+    b = add_block(FAKE_REGISTERED, (uintptr_t)memory, memory, bytes);
+    b->device = b->start + REGISTERED_AT;
+    b = NULL;
+  }
+  UNLOCK();
+  return b ? HFR_CU_HOST_MEMORY_ALREADY_REGISTERED : HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuMemHostUnregister(void *memory) {
+  ENTER("cuMemHostUnregister");
+  hfr_cu_result r = fake_unsafe();
+  if (r) return r;
+  LOCK();
+  struct fake_block *b = fake_block_of((uintptr_t)memory);
+  int wrong = !b || b->kind != FAKE_REGISTERED || b->start != (uintptr_t)memory;
+  if (!wrong) b->freed = 1, b->bytes = 0;
+  UNLOCK();
+  return wrong ? HFR_CU_HOST_MEMORY_NOT_REGISTERED : HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuMemHostGetDevicePointer_v2(hfr_cu_ptr *pointer, void *memory, unsigned flags) {
+  ENTER("cuMemHostGetDevicePointer");
+  (void)flags;
+  LOCK();
+  struct fake_block *b = fake_block_of((uintptr_t)memory);
+  int wrong = !b || b->kind == FAKE_DEVICE || b->freed;
+  if (!wrong) *pointer = b->device + ((uintptr_t)memory - b->start);
+  UNLOCK();
+  return wrong ? HFR_CU_INVALID_VALUE : HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuPointerGetAttributes(unsigned count, int *attributes, void **data, hfr_cu_ptr pointer) {
+  ENTER("cuPointerGetAttributes");
+  LOCK();
+  struct fake_block *b = fake_block_of(pointer);
+  if (b && b->freed) b = NULL;
+  for (unsigned i = 0; i < count; i++) switch (attributes[i]) {
+      case HFR_CU_POINTER_CONTEXT: *(void **)data[i] = b ? b->context : NULL; break;
+      case HFR_CU_POINTER_MEMORY_TYPE:
+        *(unsigned *)data[i] = !b ? 0 : b->kind <= FAKE_MANAGED ? HFR_CU_MEMORY_DEVICE : HFR_CU_MEMORY_HOST;
+        break;
+      case HFR_CU_POINTER_IS_MANAGED: *(unsigned *)data[i] = b && b->kind == FAKE_MANAGED; break;
+      case HFR_CU_POINTER_DEVICE_ORDINAL: *(int *)data[i] = b && b->context ? b->context->device : -2; break;
+      case HFR_CU_POINTER_RANGE_START: *(uintptr_t *)data[i] = b ? b->start : 0; break;
+      case HFR_CU_POINTER_RANGE_SIZE: *(size_t *)data[i] = b ? b->bytes : 0; break;
+      default: fake_die("cuPointerGetAttributes: attribute %d is not made", attributes[i]);
+    }
+  UNLOCK();
+  return HFR_CU_SUCCESS;
+}

@@ -1,0 +1,82 @@
+/* The driver's interface, as tests use it. */
+#include "gpu.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct gpu gpu;
+
+void gpu_check(hfr_cu_result result, const char *what) {
+  char text[160];
+  if (!result) return;
+  fprintf(stderr, "%s: %s\n", what, hfr_cu_error(result, text));
+  abort();
+}
+
+static void find(void *member, const char *name, const char *symbol) {
+  *(void **)member = hfr_cu_find(name, symbol);
+  if (*(void **)member) return;
+  fprintf(stderr, "the driver has no %s\n", name);
+  abort();
+}
+
+static void find_all(void) {
+  find(&gpu.managed, "cuMemAllocManaged", "cuMemAllocManaged");
+  find(&gpu.host_alloc, "cuMemHostAlloc", "cuMemHostAlloc");
+  find(&gpu.host_free, "cuMemFreeHost", "cuMemFreeHost");
+  find(&gpu.stream_sync, "cuStreamSynchronize", "cuStreamSynchronize");
+  find(&gpu.set_current, "cuCtxSetCurrent", "cuCtxSetCurrent");
+  find(&gpu.set8, "cuMemsetD8Async", "cuMemsetD8Async");
+  find(&gpu.begin, "cuStreamBeginCapture", "cuStreamBeginCapture_v2");
+  find(&gpu.end, "cuStreamEndCapture", "cuStreamEndCapture");
+  find(&gpu.instantiate, "cuGraphInstantiateWithFlags", "cuGraphInstantiateWithFlags");
+  find(&gpu.launch, "cuGraphLaunch", "cuGraphLaunch");
+  find(&gpu.graph_destroy, "cuGraphDestroy", "cuGraphDestroy");
+  find(&gpu.exec_destroy, "cuGraphExecDestroy", "cuGraphExecDestroy");
+  find(&gpu.context_create, "cuCtxCreate", "cuCtxCreate_v2");
+  find(&gpu.context_destroy, "cuCtxDestroy", "cuCtxDestroy_v2");
+}
+
+int gpu_open(int device) {
+  const char *why;
+  char name[128] = "";
+  hfr_cu_context context;
+  gpu.cu = hfr_cu_load(&why);
+  if (!gpu.cu || gpu.cu->init(0) || gpu.cu->device_count(&gpu.devices) || !gpu.devices) return 0;
+  find_all();
+  gpu.cu->device_name(name, sizeof name, 0);
+  gpu.stand_in = strstr(name, "stand-in") != NULL;
+  CU(gpu.cu->primary_retain(&context, device % gpu.devices));
+  CU(gpu.set_current(context));
+  return 1;
+}
+
+void *gpu_alloc(size_t bytes) {
+  hfr_cu_ptr p;
+  CU(gpu.cu->mem_alloc(&p, bytes ? bytes : 1));
+  return (void *)p;
+}
+
+void gpu_free(void *pointer) { CU(gpu.cu->mem_free((hfr_cu_ptr)pointer)); }
+
+hfr_cu_stream gpu_stream(void) {
+  hfr_cu_stream s;
+  CU(gpu.cu->stream_create(&s, HFR_CU_STREAM_NON_BLOCKING, 0));
+  return s;
+}
+
+void gpu_copy(void *to, const void *from, size_t bytes, hfr_cu_stream stream) {
+  if (bytes) CU(gpu.cu->copy_async((hfr_cu_ptr)to, (hfr_cu_ptr)from, bytes, stream));
+}
+
+void gpu_fill(void *to, int byte, size_t bytes, hfr_cu_stream stream) {
+  if (bytes) CU(gpu.set8((hfr_cu_ptr)to, (unsigned char)byte, bytes, stream));
+}
+
+void gpu_read(void *to, const void *from, size_t bytes, hfr_cu_stream stream) {
+  CU(gpu.stream_sync(stream));
+  if (!bytes) return;
+  CU(gpu.cu->copy_async((hfr_cu_ptr)to, (hfr_cu_ptr)from, bytes, stream));
+  CU(gpu.stream_sync(stream));
+}
