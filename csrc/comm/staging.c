@@ -103,7 +103,7 @@ size_t hfr_staging_slot(const struct hfreduceComm *c) {
 hfreduceResult_t hfr_staging_ring(struct hfr_staging *s, struct hfr_stage_ring *r, int which, size_t bytes) {
   if (r->bytes) return hfreduceSuccess;
   size_t slots = which == HFR_RING_WIDE ? 2 : (size_t)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS);
-  size_t data = 2 * slots * bytes, words = 3 * slots * sizeof *r->ready + slots * sizeof *r->scalar;
+  size_t data = 2 * slots * bytes, words = (4 * slots + 1) * sizeof *r->ready + slots * sizeof *r->scalar;
   r->use = calloc(slots, sizeof *r->use);
   if (!r->use) return hfr_fail(hfreduceSystemError, "out of memory");
   hfreduceResult_t result = hfr_pinned_alloc(s->copier, data + words, &r->memory);
@@ -114,8 +114,10 @@ hfreduceResult_t hfr_staging_ring(struct hfr_staging *s, struct hfr_stage_ring *
   }
   r->scalar = (uint8_t(*)[8])(r->memory.host + data);
   r->ready = (_Atomic uint32_t *)(r->scalar + slots);
-  r->done = r->ready + slots;
-  r->taken = r->done + slots;
+  r->done[0] = r->ready + slots;
+  r->done[1] = r->done[0] + slots;
+  r->taken = r->done[1] + slots;
+  r->started = r->taken + slots;
   r->bytes = bytes;
   r->slots = (int)slots;
   r->turn = 1;

@@ -12,8 +12,10 @@ struct hfr_stage_ring {
   struct hfr_pinned memory;
   size_t bytes; /* of one direction of a slot; 0: not made yet */
   int slots, next;
-  uint32_t turn; /* value of the next use; cyclic */
-  _Atomic uint32_t *ready, *done, *taken;
+  uint32_t turn;                             /* value of the next use; cyclic */
+  _Atomic uint32_t *ready, *done[2], *taken; /* of each slot; done: with its send, with its receive half */
+  _Atomic uint32_t *started;                 /* launches that the device has got to */
+  uint32_t starts;
   uint8_t (*scalar)[8];
   struct hfr_stage_use {
     int in, out;                  /* somebody used that half of the slot, */

@@ -5,8 +5,8 @@
  *   in:               │ s0 s1 ...        each that is copied in: in this order the queues could even be one
  *
  * Collectives go segment by segment, one after the other. Sends and receives go beside them, in rounds: all first segments, then
- * all second ones; within a round by the distance of the peer, so that what a rank sends in its n-th turn the other receives in
- * its n-th, and no ring can fill up with segments that wait for each other.
+ * all second ones; within a round by the distance of the peer and the tag, so that what a rank sends in its n-th turn the other
+ * receives in its n-th, and no ring can fill up with segments that wait for each other.
  */
 #include "staging.h"
 
@@ -142,8 +142,9 @@ int hfr_stream_is_copy(const struct hfreduceComm *c, const struct hfr_call *call
 struct turn {
   struct hfr_ordered_call *call;
   int segment, in_rounds;
-  int64_t round, distance, order; /* the order of turns */
-  int in, out;                    /* it is copied out of the device, into it */
+  int64_t round, distance, tag, order; /* the order of turns */
+  int in, out;                         /* it uses the slot's half for the send, the receive buffer */
+  int copy_in, copy_out, copy_scalar;
   int slot;
   int wait_in; /* before it is copied out, the slot must be done with... */
   uint32_t in_value;
@@ -158,6 +159,7 @@ struct batch {
   int ncalls, wide;
   struct turn *turn;
   int nturns, went_out, came_in;
+  int starts; /* some turns bring nothing out of the device: they begin when it gets to the launch */
   struct hfr_stage_ring *ring;
   struct hfr_captured *captured;
   struct hfr_pinned words; /* captured: of this launch */
@@ -230,6 +232,7 @@ static hfreduceResult_t make_window(struct hfr_ordered_call *call, const struct 
   w->memory = ring->memory.host;
   w->memory_bytes = ring->memory.bytes;
   r->window = w;
+  atomic_store(&r->holders, 2); /* the engine, and this launch */
   return hfreduceSuccess;
 }
 
@@ -240,6 +243,7 @@ static int by_turn(const void *a, const void *b) {
   if (x->in_rounds != y->in_rounds) return y->in_rounds - x->in_rounds;
   if (x->round != y->round) return x->round < y->round ? -1 : 1;
   if (x->distance != y->distance) return x->distance < y->distance ? -1 : 1;
+  if (x->tag != y->tag) return x->tag < y->tag ? -1 : 1;
   return x->order < y->order ? -1 : x->order > y->order;
 }
 
@@ -254,7 +258,12 @@ static void place_turn(struct turn *t, const struct batch *b, int nth) {
   }
   t->round = t->segment;
   t->distance = c->root == HFR_ANY_SOURCE ? n : c->receiving ? (rank - c->root + n) % n : (c->root - rank + n) % n;
-  t->order = nth;
+  t->tag = c->tag;
+  for (int i = 0; i < nth; i++) { /* the k-th send of a tag beside the k-th receive */
+    const struct hfr_call *other = b->call[i]->call;
+    t->order += other->coll == HFR_P2P && other->root == c->root && other->receiving == c->receiving && other->tag == c->tag;
+  }
+  t->order = 2 * t->order + c->receiving;
 }
 
 static hfreduceResult_t list_turns(struct batch *b) {
@@ -267,8 +276,11 @@ static hfreduceResult_t list_turns(struct batch *b) {
     for (int s = 0; s < call->request->window->nsegs; s++) {
       struct turn *t = &b->turn[b->nturns++];
       *t = (struct turn){.call = call, .segment = s};
-      t->in = call->ordered->staged[0] && hfr_window_rows(&call->request->plan, 0);
-      t->out = call->ordered->staged[1] && hfr_window_rows(&call->request->plan, 1);
+      const struct hfr_plan *p = &call->request->plan;
+      t->in = p->call.coll == HFR_P2P ? !p->call.receiving : hfr_window_rows(p, 0) > 0;
+      t->out = p->call.coll == HFR_P2P ? p->call.receiving : hfr_window_rows(p, 1) > 0 || !t->in;
+      t->copy_in = call->ordered->staged[0] && hfr_window_rows(p, 0);
+      t->copy_out = call->ordered->staged[1] && hfr_window_rows(p, 1);
       place_turn(t, b, i);
     }
   }
@@ -282,7 +294,7 @@ static void place_scalar(struct turn *t, uint8_t *pinned) {
   if (t->segment || !t->call->call->scalar_from) return;
   hfr_memory_of(t->call->call->scalar_from, &m);
   t->call->request->window->scalar = is_device(&m) ? pinned : (const uint8_t *)t->call->call->scalar_from;
-  t->in |= is_device(&m) << 1;
+  t->copy_scalar = is_device(&m);
 }
 
 static void place_areas(struct turn *t, const struct hfr_stage_ring *ring) {
@@ -295,6 +307,7 @@ static void place_areas(struct turn *t, const struct hfr_stage_ring *ring) {
 /* Turns take the slots of the communicator's ring one after the other, and its words grow. */
 static void assign_plain(struct batch *b) {
   struct hfr_stage_ring *ring = b->ring;
+  for (int i = 0; i < b->nturns; i++) b->starts |= !b->turn[i].in;
   for (int i = 0; i < b->nturns; i++) {
     struct turn *t = &b->turn[i];
     struct hfr_segment *g = &t->call->request->window->segment[t->segment];
@@ -304,13 +317,18 @@ static void assign_plain(struct batch *b) {
     place_areas(t, ring);
     place_scalar(t, ring->scalar[s]);
     g->ready = &ring->ready[s];
-    g->done = &ring->done[s];
-    g->value = ring->turn++;
+    g->done[0] = t->in ? &ring->done[0][s] : NULL;
+    g->done[1] = t->out ? &ring->done[1][s] : NULL;
+    g->value = g->ready_value = ring->turn++;
+    if (!t->in) { /* nothing has to come first */
+      g->ready = ring->started;
+      g->ready_value = ring->starts + 1;
+    }
     t->taken = &ring->taken[s];
     t->words = &ring->memory;
     if (t->in) {
       t->wait_in = use->in;
-      t->in_word = &ring->done[s];
+      t->in_word = &ring->done[0][s];
       t->in_value = use->in_value;
       use->in = 1;
       use->in_value = g->value;
@@ -322,6 +340,7 @@ static void assign_plain(struct batch *b) {
       use->out_value = g->value;
     }
   }
+  ring->starts += (uint32_t)b->starts;
 }
 
 /* In a graph every turn has words of its own, which go from 0 to 1 and back in each launch. */
@@ -339,8 +358,8 @@ static hfreduceResult_t assign_captured(struct batch *b) {
     place_areas(t, b->ring);
     place_scalar(t, scalar[i]);
     g->ready = &ready[i];
-    g->done = &done[i];
-    g->value = g->taken_value = 1;
+    g->done[0] = g->done[1] = &done[i];
+    g->value = g->ready_value = g->taken_value = 1;
     t->taken = &taken[i];
     t->words = &b->words;
     for (int before = i - b->ring->slots; t->in && before >= 0 && !t->wait_in; before -= b->ring->slots)
@@ -460,16 +479,28 @@ static hfreduceResult_t copy_segment(const struct batch *b, const struct turn *t
   return hfreduceSuccess;
 }
 
+/* To host: those that bring nothing may begin. They never wait behind a copy that waits for room. */
+static hfreduceResult_t start(const struct batch *b) {
+  struct hfr_copier *copier = b->comm->staging->copier;
+  if (b->starts) return hfr_copier_write(copier, HFR_TO_HOST, &b->ring->memory, b->ring->started, b->ring->starts);
+  for (int i = 0; b->captured && i < b->nturns; i++) {
+    const struct turn *t = &b->turn[i];
+    if (!t->in) HFR_TRY(hfr_copier_write(copier, HFR_TO_HOST, t->words, t->call->request->window->segment[t->segment].ready, 1));
+  }
+  return hfreduceSuccess;
+}
+
 /* To host: wait for room, copy, say ready. */
 static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
   struct hfr_copier *copier = b->comm->staging->copier;
   struct hfr_window *w = t->call->request->window;
   const struct hfr_segment *g = &w->segment[t->segment];
+  if (!t->in) return hfreduceSuccess;
   if (t->wait_in) HFR_TRY(hfr_copier_wait(copier, HFR_TO_HOST, t->words, t->in_word, t->in_value));
-  if (t->in & 2)
+  if (t->copy_scalar)
     HFR_TRY(hfr_copier_copy(copier, HFR_TO_HOST, (void *)(uintptr_t)w->scalar, 8, (uintptr_t)t->call->call->scalar_from, 8,
                             t->call->call->scalar_bytes, 1));
-  if (t->in & 1) HFR_TRY(copy_segment(b, t, 0));
+  if (t->copy_in) HFR_TRY(copy_segment(b, t, 0));
   return hfr_copier_write(copier, HFR_TO_HOST, t->words, g->ready, g->value);
 }
 
@@ -477,9 +508,11 @@ static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
 static hfreduceResult_t come_in(const struct batch *b, const struct turn *t) {
   struct hfr_copier *copier = b->comm->staging->copier;
   const struct hfr_segment *g = &t->call->request->window->segment[t->segment];
-  HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done, g->value));
+  /* What a send has brought out is the user's again. A graph waits for it: it may be launched again at once. */
+  if (t->in_rounds && t->copy_in && !b->captured) return hfreduceSuccess;
+  HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done[t->out ? 1 : 0], g->value));
   if (!t->out) return hfreduceSuccess;
-  HFR_TRY(copy_segment(b, t, 1));
+  if (t->copy_out) HFR_TRY(copy_segment(b, t, 1));
   return hfr_copier_write(copier, HFR_TO_DEVICE, t->words, t->taken, g->value);
 }
 
@@ -511,6 +544,7 @@ static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *
 static hfreduceResult_t run_phase(const struct hfr_streams *s, struct batch *b, enum phase phase) {
   switch (phase) {
     case FILL:
+      HFR_TRY(start(b));
       while (b->went_out < b->nturns && b->went_out < b->ring->slots) HFR_TRY(go_out(b, &b->turn[b->went_out++]));
       return hfreduceSuccess;
     case STEP:
@@ -521,16 +555,18 @@ static hfreduceResult_t run_phase(const struct hfr_streams *s, struct batch *b, 
   }
 }
 
-/* What was captured runs from now on; what was not, and failed, can be undone. */
-static void arm(const struct hfr_streams *s, const hfreduceResult_t *failed) {
+/* The queues have all: ordinary requests are the engine's alone now. Captured ones run from now on; if they could not be
+ * captured, they are undone. */
+static void let_go(const struct hfr_streams *s, int failed) {
   for (int i = 0; i < s->ncalls; i++) {
     struct hfr_ordered_call *c = &s->call[i];
-    if (!c->request || !c->ordered->stream.capture) continue;
-    struct hfr_captured *g = c->comm->staging->captured;
-    if (!*failed)
-      hfr_staging_arm(c->comm, g, c->request);
-    else
+    if (!c->request) continue;
+    if (!c->ordered->stream.capture)
+      hfr_request_let_go(&c->comm->engine, c->request);
+    else if (failed)
       hfr_request_put(&c->comm->engine, c->request);
+    else
+      hfr_staging_arm(c->comm, c->comm->staging->captured, c->request);
   }
 }
 
@@ -555,7 +591,7 @@ hfreduceResult_t hfr_streams_run(struct hfr_streams *s) {
       snprintf(why.phase, sizeof why.phase, "launch");
     }
   }
-  if (capturing) arm(s, &result);
+  let_go(s, result != hfreduceSuccess);
   for (int i = 0; result && !capturing && i < s->nbatches; i++) hfr_engine_fail(&s->batch[i].comm->engine, &why);
   if (result) *hfr_last_error() = why;
   hfr_streams_drop(s);

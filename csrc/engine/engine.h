@@ -48,6 +48,7 @@ struct hfr_request {
   struct hfr_window *window; /* how it reaches memory of a device, or waits for a stream; NULL: host memory, at once */
   struct hfr_replay *replay; /* in a graph: whose request it is, and it is used again and again */
   int running;               /* in a graph: in the queue */
+  _Atomic int holders;       /* with a window: the engine, and who still puts it into the device's queues */
   void *kept;                /* a receive: its message, which came before its window was open */
   size_t kept_bytes;         /* of it taken out */
   size_t *counts;            /* copy of the uneven counts */
@@ -143,6 +144,8 @@ void hfr_engine_fini(struct hfr_engine *engine);
 /* A request with an empty plan, from the pool. NULL: out of memory. */
 struct hfr_request *hfr_request_get(struct hfr_engine *engine);
 void hfr_request_put(struct hfr_engine *engine, struct hfr_request *request);
+/* One of its holders is done with a submitted request; the last one puts it back. */
+void hfr_request_let_go(struct hfr_engine *engine, struct hfr_request *request);
 /* Hand a planned request over. Its work's `remaining` counts it already. Order of calls is order of issue. */
 void hfr_engine_submit(struct hfr_engine *engine, struct hfr_request *request);
 /* Have `request`, which was captured and belongs to a replay, run with each launch. Order of calls is order of capture. */

@@ -122,6 +122,11 @@ void hfr_request_put(struct hfr_engine *e, struct hfr_request *r) {
   pthread_mutex_unlock(&e->lock);
 }
 
+void hfr_request_let_go(struct hfr_engine *e, struct hfr_request *r) {
+  if (r->window && atomic_fetch_sub_explicit(&r->holders, 1, memory_order_acq_rel) > 1) return;
+  hfr_request_put(e, r);
+}
+
 /* The request is over: tell its work, recycle it. */
 static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
   struct hfreduceWork *w = r->work;
@@ -130,7 +135,7 @@ static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceEr
     atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
   }
   r->running = 0;
-  if (!r->replay) hfr_request_put(e, r);
+  if (!r->replay) hfr_request_let_go(e, r);
   atomic_fetch_sub_explicit(&e->active, 1, memory_order_release); /* pairs with hfreduceCommFinalize */
   if (!w) return;
   if (error && !atomic_load_explicit(&w->code, memory_order_relaxed)) {

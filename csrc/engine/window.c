@@ -40,7 +40,7 @@ size_t hfr_window_unit(const struct hfr_plan *p) {
 int hfr_window_reach(struct hfr_window *w, int s) {
   for (; w->opened <= s && w->opened < w->nsegs; w->opened++) {
     const struct hfr_segment *g = &w->segment[w->opened];
-    if (!cyclic_reached(atomic_load_explicit(g->ready, memory_order_acquire), g->value)) return 0;
+    if (!cyclic_reached(atomic_load_explicit(g->ready, memory_order_acquire), g->ready_value)) return 0;
     if (g->taken && !cyclic_reached(atomic_load_explicit(g->taken, memory_order_acquire), g->taken_value)) return 0;
   }
   return 1;
@@ -147,7 +147,8 @@ void hfr_window_pass(struct hfr_window *w, int low) {
   for (; w->passed < low && w->passed < w->nsegs; w->passed++) {
     struct hfr_segment *g = &w->segment[w->passed];
     if (w->again) atomic_store_explicit(g->ready, 0, memory_order_relaxed); /* before the graph can go on to its end */
-    raise_word(w, g->done, g->value);
+    for (int recv = 0; recv < 2; recv++)
+      if (g->done[recv]) raise_word(w, g->done[recv], g->value);
   }
 }
 

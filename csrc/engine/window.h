@@ -20,8 +20,11 @@
 struct hfr_segment {
   uint8_t *in, *out;             /* rows of the send and the receive buffer; NULL: that buffer is reached by itself */
   const _Atomic uint32_t *taken; /* NULL: `out` is free from the beginning */
-  _Atomic uint32_t *ready, *done;
-  uint32_t value, taken_value; /* what the words have reached then, cyclic */
+  _Atomic uint32_t *ready;
+  _Atomic uint32_t *done[2]; /* with the send, with the receive buffer; NULL: the call has none. Two words, because sends and
+                                receives that share a slot end in any order */
+  uint32_t value;            /* what `done` reaches */
+  uint32_t ready_value, taken_value; /* what the others have reached then; all cyclic */
 };
 
 struct hfr_window {

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 struct gpu gpu;
 
@@ -79,4 +81,53 @@ void gpu_read(void *to, const void *from, size_t bytes, hfr_cu_stream stream) {
   if (!bytes) return;
   CU(gpu.cu->copy_async((hfr_cu_ptr)to, (hfr_cu_ptr)from, bytes, stream));
   CU(gpu.stream_sync(stream));
+}
+
+hfreduceComm_t gpu_join(int rank, int n, const hfreduceUniqueId *id) {
+  hfreduceComm_t comm = NULL;
+  if (!gpu_open(rank)) exit(77);
+  if (!hfreduceCommInitRank(&comm, n, *id, rank)) return comm;
+  fprintf(stderr, "rank %d: init: %s\n", rank, hfreduceGetLastError(NULL));
+  exit(1);
+}
+
+/* ---------------------------------------------------------------- cases */
+
+#define LIMIT_S 100
+
+static int run_one(const struct gpu_case *c, const char *layout, void *quick) {
+  int failed = *layout == 't' ? run_threads(atoi(layout + 1), c->function, quick, LIMIT_S)
+                              : run_processes(layout, c->function, quick, LIMIT_S);
+  if (failed) fprintf(stderr, "%s, %s: %d ranks failed\n", c->name, layout, failed);
+  return failed != 0;
+}
+
+/* 0 no driver, 1 a driver, 2 the stand-in. In a process of its own: the ranks are forked, and a driver does not survive that. */
+static int which_driver(void) {
+  int status;
+  fflush(NULL);
+  pid_t probe = fork();
+  if (!probe) _exit(!gpu_open(0) ? 0 : gpu.stand_in ? 2 : 1);
+  return waitpid(probe, &status, 0) == probe && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+}
+
+int gpu_run_cases(const struct gpu_case *cases, int n, int argc, char **argv) {
+  int quick = argc > 1 && !strcmp(argv[1], "--quick"), ran = 0, failed = 0, driver = which_driver();
+  if (!driver) return printf("no CUDA driver here\n"), 77;
+  for (int threads = 0; threads < 2; threads++) /* a process that has called the driver forks no more ranks */
+    for (int i = 0; i < n; i++) {
+      char layouts[200], *rest = layouts, *one;
+      if (argc > 1 + quick && strcmp(argv[1 + quick], cases[i].name)) continue;
+      snprintf(layouts, sizeof layouts, "%s", cases[i].layouts);
+      if (argc > 2 + quick) snprintf(layouts, sizeof layouts, "%s", argv[2 + quick]);
+      for (int j = 3 + quick; j < argc; j++)
+        snprintf(layouts + strlen(layouts), sizeof layouts - strlen(layouts), " %s", argv[j]);
+      while ((one = strsep(&rest, " "))) {
+        if (!*one || (*one == 't') != threads) continue;
+        ran++;
+        failed += run_one(&cases[i], one, quick ? argv : NULL);
+      }
+    }
+  printf("on %s: %d runs, %d failed\n", driver == 2 ? "a stand-in driver (test double, no GPU)" : "a CUDA driver", ran, failed);
+  return failed || !ran;
 }

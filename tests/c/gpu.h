@@ -4,7 +4,27 @@
 #define TESTS_GPU_H_
 #include "device/cuda_lib.h"
 
+#include "ranks.h"
+
 #include <hfreduce.h>
+#include <stdio.h>
+
+/* In a function with `rank` that returns the number of failures. */
+#define OK(call)                                                                                                          \
+  do {                                                                                                                    \
+    hfreduceResult_t ok_ = (call);                                                                                        \
+    if (ok_) {                                                                                                            \
+      fprintf(stderr, "%s:%d rank %d: %s -> %d: %s\n", __FILE__, __LINE__, rank, #call, ok_, hfreduceGetLastError(NULL)); \
+      return 1;                                                                                                           \
+    }                                                                                                                     \
+  } while (0)
+#define WANT(condition)                                                                                                       \
+  do {                                                                                                                        \
+    if (!(condition)) {                                                                                                       \
+      fprintf(stderr, "%s:%d rank %d: %s is false (%s)\n", __FILE__, __LINE__, rank, #condition, hfreduceGetLastError(NULL)); \
+      return 1;                                                                                                               \
+    }                                                                                                                         \
+  } while (0)
 
 typedef struct exec *gpu_exec;
 extern struct gpu {
@@ -40,4 +60,16 @@ void gpu_copy(void *to, const void *from, size_t bytes, hfr_cu_stream stream);
 void gpu_fill(void *to, int byte, size_t bytes, hfr_cu_stream stream);
 /* Copy to the host, after all that is in the stream. */
 void gpu_read(void *to, const void *from, size_t bytes, hfr_cu_stream stream);
+
+/* A rank's start: a device and a communicator. Ends the process when there is none. */
+hfreduceComm_t gpu_join(int rank, int nranks, const hfreduceUniqueId *id);
+
+/* What a program consists of. Its arguments: [--quick] [case [layout ...]]; a layout as in ranks.h, "t4": four threads. */
+struct gpu_case {
+  const char *name;
+  rank_function function; /* arg: not NULL when quick */
+  const char *layouts;
+};
+/* The exit status: 77 where there is no driver. */
+int gpu_run_cases(const struct gpu_case *cases, int n, int argc, char **argv);
 #endif

@@ -5,32 +5,14 @@
  *
  * Arguments: case [layout ...]. A layout as in ranks.h. Exit status 77: no driver.
  */
-#include "check.h"
 #include "gpu.h"
 #include "ranks.h"
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-
-#define OK(call)                                                                                                          \
-  do {                                                                                                                    \
-    hfreduceResult_t ok_ = (call);                                                                                        \
-    if (ok_) {                                                                                                            \
-      fprintf(stderr, "%s:%d rank %d: %s -> %d: %s\n", __FILE__, __LINE__, rank, #call, ok_, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                                           \
-    }                                                                                                                     \
-  } while (0)
-#define WANT(condition)                                                                                                       \
-  do {                                                                                                                        \
-    if (!(condition)) {                                                                                                       \
-      fprintf(stderr, "%s:%d rank %d: %s is false (%s)\n", __FILE__, __LINE__, rank, #condition, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                                               \
-    }                                                                                                                         \
-  } while (0)
 
 enum { ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, GATHER, SCATTER, COLLS };
 static const char *const coll_name[COLLS] = {"all_reduce",     "reduce",     "broadcast", "all_gather",
@@ -166,21 +148,12 @@ static int one_call(int rank, int n, hfreduceComm_t comm, hfr_cu_stream stream, 
   return 1;
 }
 
-/* A rank's start: its device and its communicator. */
-static hfreduceComm_t join(int rank, int n, const hfreduceUniqueId *id) {
-  hfreduceComm_t comm = NULL;
-  if (!gpu_open(rank)) exit(77);
-  if (hfreduceCommInitRank(&comm, n, *id, rank))
-    fprintf(stderr, "rank %d: init: %s\n", rank, hfreduceGetLastError(NULL)), exit(1);
-  return comm;
-}
-
 /* ---------------------------------------------------------------- cases */
 
 /* Every collective, small and large, in place and not, aligned and not. */
 static int collectives(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   static const size_t sizes[] = {0, 1, 3, 1000, 16385, 70001, 700001};
-  hfreduceComm_t comm = join(rank, n, id);
+  hfreduceComm_t comm = gpu_join(rank, n, id);
   size_t largest = arg ? 70001 : 700001;
   hfr_cu_stream stream = gpu_stream();
   struct buffers b;
@@ -196,36 +169,332 @@ static int collectives(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
-/* ---------------------------------------------------------------- main */
+/* All datatypes and ops; factors of premultiplied sums in host and in device memory. */
+static int types(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  static const int colls[] = {ALL_REDUCE, REDUCE_SCATTER, REDUCE};
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  struct buffers b;
+  (void)arg;
+  open_buffers(&b, (1003 * (size_t)n + 8) * 8);
+  void *factor = gpu_alloc(8);
+  for (int type = 0; type < hfreduceNumTypes; type++) {
+    for (int op = 0; op < hfreduceNumOps; op++)
+      for (int c = 0; c < 3; c++)
+        if (one_call(rank, n, comm, stream, &b, colls[c], 1003, (hfreduceDataType_t)type, (hfreduceRedOp_t)op, op % 2, 0))
+          return 1;
+    uint8_t three[8] = {0};
+    hfreduceRedOp_t here, there;
+    fill(three, 1, type >= hfreduceFloat8e4m3 ? hfreduceFloat32 : (hfreduceDataType_t)type, rank, 1);
+    gpu_copy(factor, three, 8, stream);
+    CU(gpu.stream_sync(stream));
+    OK(hfreduceRedOpCreatePreMulSum(&here, three, (hfreduceDataType_t)type, hfreduceScalarHostImmediate, comm));
+    OK(hfreduceRedOpCreatePreMulSum(&there, factor, (hfreduceDataType_t)type, hfreduceScalarDevice, comm));
+    for (int c = 0; c < 3; c++) {
+      if (one_call(rank, n, comm, stream, &b, colls[c], 500, (hfreduceDataType_t)type, here, 0, 0)) return 1;
+      if (one_call(rank, n, comm, stream, &b, colls[c], 500, (hfreduceDataType_t)type, there, 0, 0)) return 1;
+    }
+    OK(hfreduceRedOpDestroy(here, comm));
+    OK(hfreduceRedOpDestroy(there, comm));
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(factor);
+  close_buffers(&b);
+  return 0;
+}
 
-struct test_case {
-  const char *name;
-  rank_function function;
-  const char *layouts;
-  int threads; /* also as ranks of one process */
-};
-static const struct test_case cases[] = {
-    {"collectives", collectives, "1 2 3 1,1 1,1,1 2,2 3,1", 2},
-};
+/* A factor in device memory counts as it is when the stream gets to the call. */
+static int late_factor(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(8 * sizeof *x), *y = gpu_alloc(8 * sizeof *y), *factor = gpu_alloc(4), got[8];
+  hfreduceRedOp_t op;
+  (void)arg;
+  gpu_fill(factor, 0, 4, stream);
+  CU(gpu.stream_sync(stream));
+  OK(hfreduceRedOpCreatePreMulSum(&op, factor, hfreduceFloat32, hfreduceScalarDevice, comm));
+  for (int i = 1; i < 20; i++) {
+    float want = 0, f = (float)i;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x40000000, 8, stream)); /* 2.0 */
+    CU(gpu.cu->set_async((hfr_cu_ptr)factor, bits, 1, stream));
+    OK(hfreduceAllReduce(x, y, 8, hfreduceFloat32, op, comm, stream));
+    gpu_fill(factor, 0xff, 4, stream);
+    gpu_read(got, y, sizeof got, stream);
+    for (int r = 0; r < n; r++) want += 2 * f;
+    WANT(got[0] == want && got[7] == want);
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x), gpu_free(y), gpu_free(factor);
+  return 0;
+}
+
+/* Is what came from `from` there? */
+static int came(const uint8_t *p, size_t bytes, int from, int salt) {
+  for (size_t i = 0; i < bytes; i++)
+    if (p[i] != (uint8_t)(i * 31 + (size_t)from * 7 + (size_t)salt)) return 0;
+  return 1;
+}
+static void bring(uint8_t *device, size_t bytes, int rank, int salt, hfr_cu_stream stream) {
+  uint8_t *p = malloc(bytes + 1);
+  for (size_t i = 0; i < bytes; i++) p[i] = (uint8_t)(i * 31 + (size_t)rank * 7 + (size_t)salt);
+  gpu_copy(device, p, bytes, stream);
+  CU(gpu.stream_sync(stream));
+  free(p);
+}
+
+/* Sends and receives in groups: rings, all pairs at once (more than a ring of segments holds), tags out of order, any source. */
+static int messages(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  static const size_t sizes[] = {0, 1, 4097, 300000, 3000000};
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  size_t most = arg ? 300000 : 3000000;
+  uint8_t *send = gpu_alloc(most * (size_t)n), *recv = gpu_alloc(most * (size_t)(n + 1)), *host = malloc(most);
+  for (size_t s = 0; s < 5 && sizes[s] <= most; s++) {
+    size_t bytes = sizes[s];
+    bring(send, bytes, rank, 1, stream);
+    OK(hfreduceGroupStart());
+    OK(hfreduceRecv(recv, bytes, hfreduceUint8, (rank + n - 1) % n, comm, stream));
+    OK(hfreduceSend(send, bytes, hfreduceUint8, (rank + 1) % n, comm, stream));
+    OK(hfreduceGroupEnd());
+    gpu_fill(send, 0, bytes, stream); /* it has left */
+    gpu_read(host, recv, bytes, stream);
+    WANT(came(host, bytes, (rank + n - 1) % n, 1));
+    for (int p = 0; p < n; p++) bring(send + (size_t)p * bytes, bytes, rank, p, stream);
+    OK(hfreduceGroupStart());
+    for (int p = 0; p < n; p++) OK(hfreduceRecv(recv + (size_t)p * bytes, bytes, hfreduceUint8, p, comm, stream));
+    for (int p = n - 1; p >= 0; p--) OK(hfreduceSend(send + (size_t)p * bytes, bytes, hfreduceUint8, p, comm, stream));
+    OK(hfreduceGroupEnd());
+    for (int p = 0; p < n; p++) {
+      gpu_read(host, recv + (size_t)p * bytes, bytes, stream);
+      WANT(came(host, bytes, p, rank));
+    }
+    if (bytes > 300000) continue;
+    int source[2] = {-1, -1};
+    OK(hfreduceGroupStart());
+    for (int tag = 5; tag >= 0; tag--)
+      OK(hfreduceRecvTag(recv + (size_t)tag * bytes / 6, bytes / 6, hfreduceUint8, (rank + n - 1) % n, tag, comm, stream));
+    for (int tag = 0; tag < 6; tag++)
+      OK(hfreduceSendTag(send + (size_t)tag * bytes / 6, bytes / 6, hfreduceUint8, (rank + 1) % n, tag, comm, stream));
+    OK(hfreduceRecvAny(recv + bytes, bytes, hfreduceUint8, 9, source, comm, stream));
+    OK(hfreduceSendTag(send, bytes, hfreduceUint8, (rank + n - 1) % n, 9, comm, stream));
+    OK(hfreduceGroupEnd());
+    gpu_read(host, recv + bytes, bytes, stream);
+    WANT(source[0] == (rank + 1) % n && came(host, bytes, source[0], 0));
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(send), gpu_free(recv);
+  free(host);
+  return 0;
+}
+
+/* Blocks of different sizes, in no order, with gaps. */
+static int uneven(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  size_t unit = arg ? 3001 : 90001, sc[16], sd[16], rc[16], rd[16], total = 0, at = 5;
+  for (int p = n - 1; p >= 0; p--) {
+    sc[p] = unit * (size_t)((rank + 2 * p) % 4); /* also none */
+    rc[p] = unit * (size_t)((p + 2 * rank) % 4);
+    sd[p] = at;
+    rd[p] = at + 3;
+    at += (sc[p] > rc[p] ? sc[p] : rc[p]) + 7;
+  }
+  total = at + 16;
+  float *send = gpu_alloc(total * 4), *recv = gpu_alloc(total * 4), *a = malloc(total * 4), *b = malloc(total * 4),
+        *c = malloc(total * 4);
+  fill((uint8_t *)a, total, hfreduceFloat32, rank, 3);
+  for (int i = 0; i < 3; i++) {
+    gpu_copy(send, a, total * 4, stream);
+    memset(b, 0xee, total * 4);
+    gpu_fill(recv, 0xee, total * 4, stream);
+    OK(hfreduceAlltoAllv(send, sc, sd, recv, rc, rd, hfreduceFloat32, comm, stream));
+    OK(hfreduceAlltoAllv(a, sc, sd, b, rc, rd, hfreduceFloat32, comm, NULL));
+    gpu_read(c, recv, total * 4, stream);
+    WANT(!memcmp(b, c, total * 4)); /* the gaps too */
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(send), gpu_free(recv);
+  free(a), free(b), free(c);
+  return 0;
+}
+
+/* Ranks with device memory beside ranks with host memory, in one operation. */
+static int mixed(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  static const size_t sizes[] = {0, 7, 5000, 70001, 700001};
+  hfreduceComm_t comm;
+  int device = rank % 2 == 0;
+  size_t most = arg ? 70001 : 700001, bytes = most * (size_t)n * 4;
+  if (device && !gpu_open(rank)) exit(77);
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  hfr_cu_stream stream = device ? gpu_stream() : NULL;
+  uint8_t *send = device ? gpu_alloc(bytes) : NULL, *recv = device ? gpu_alloc(bytes) : NULL;
+  uint8_t *a = malloc(bytes), *b = malloc(bytes), *c = malloc(bytes);
+  for (size_t s = 0; s < 5 && sizes[s] <= most; s++)
+    for (int coll = 0; coll < COLLS; coll++) {
+      int root = (int)(sizes[s] % (size_t)n);
+      size_t sends = send_count(coll, sizes[s], rank, n, root), recvs = recv_count(coll, sizes[s], rank, n, root);
+      fill(a, sends, hfreduceFloat32, rank, 9);
+      OK(call(coll, a, b, sizes[s], hfreduceFloat32, hfreduceSum, root, comm, NULL));
+      if (device) gpu_copy(send, a, sends * 4, stream);
+      OK(call(coll, device ? send : a, device ? recv : c, sizes[s], hfreduceFloat32, hfreduceSum, root, comm, stream));
+      if (device) gpu_read(c, recv, recvs * 4, stream);
+      WANT(!memcmp(b, c, recvs * 4));
+    }
+  /* messages between them */
+  fill(a, 5000, hfreduceFloat32, rank, 2);
+  if (device) gpu_copy(send, a, 20000, stream);
+  OK(hfreduceGroupStart());
+  OK(hfreduceRecv(device ? recv : c, 5000, hfreduceFloat32, (rank + n - 1) % n, comm, stream));
+  OK(hfreduceSend(device ? send : a, 5000, hfreduceFloat32, (rank + 1) % n, comm, stream));
+  OK(hfreduceGroupEnd());
+  if (device) gpu_read(c, recv, 20000, stream);
+  fill(b, 5000, hfreduceFloat32, (rank + n - 1) % n, 2);
+  WANT(!memcmp(b, c, 20000));
+  OK(hfreduceCommDestroy(comm));
+  if (device) gpu_free(send), gpu_free(recv);
+  free(a), free(b), free(c);
+  return 0;
+}
+
+/* Managed, pinned and plain memory in the order of a stream, and one buffer of one kind with one of another. */
+static int kinds(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 200003 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  size_t bytes = (size_t)COUNT * 4 * (size_t)n;
+  void *memory[4];
+  hfr_cu_ptr managed;
+  uint8_t *in = malloc(bytes), *want = malloc(bytes), *got = malloc(bytes);
+  (void)arg;
+  CU(gpu.managed(&managed, bytes, 1));
+  memory[0] = gpu_alloc(bytes), memory[1] = (void *)managed, memory[3] = malloc(bytes);
+  CU(gpu.host_alloc(&memory[2], bytes, 0));
+  uint8_t *second = gpu_alloc(bytes), *pinned;
+  CU(gpu.host_alloc((void **)&pinned, bytes, 0));
+  for (int coll = 0; coll < COLLS; coll++)
+    for (int from = 0; from < 4; from++)
+      for (int to = 0; to < 4; to++) {
+        size_t sends = send_count(coll, COUNT, rank, n, 0) * 4, recvs = recv_count(coll, COUNT, rank, n, 0) * 4;
+        void *send = memory[from], *recv = from == to ? (from == 2 ? pinned : from == 0 ? second : NULL) : memory[to];
+        if (!recv) continue;
+        fill(in, sends / 4, hfreduceFloat32, rank, from + to);
+        OK(call(coll, in, want, COUNT, hfreduceFloat32, hfreduceSum, 0, comm, NULL));
+        if (from < 2)
+          gpu_copy(send, in, sends, stream);
+        else
+          memcpy(send, in, sends);
+        if (from < 2) CU(gpu.stream_sync(stream));
+        OK(call(coll, send, recv, COUNT, hfreduceFloat32, hfreduceSum, 0, comm, stream));
+        CU(gpu.stream_sync(stream));
+        if (to < 2)
+          gpu_read(got, recv, recvs, stream);
+        else
+          memcpy(got, recv, recvs);
+        WANT(!memcmp(got, want, recvs));
+      }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(memory[0]), gpu_free(memory[1]), gpu_free(second), free(memory[3]);
+  CU(gpu.host_free(memory[2]));
+  CU(gpu.host_free(pinned));
+  free(in), free(want), free(got);
+  return 0;
+}
+
+static int64_t now_ms(clockid_t clock) {
+  struct timespec t;
+  clock_gettime(clock, &t);
+  return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Default streams, several streams in a group, several communicators in a group, chains with no host in between, and streams that
+ * get to the call late. */
+static int streams(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 40000 };
+  hfreduceComm_t comm = gpu_join(rank, n, id), other;
+  hfr_cu_stream one = gpu_stream(), two = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4), *y = gpu_alloc(COUNT * 4), *z = gpu_alloc(COUNT * 4), got[4];
+  OK(hfreduceCommSplit(comm, 0, -rank, &other, NULL));
+  for (int i = 0; i < (arg ? 5 : 20); i++) {
+    void *stream = i % 3 == 0 ? NULL : i % 3 == 1 ? (void *)1 : (void *)2;
+    CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+    OK(hfreduceAllReduce(x, y, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+    gpu_read(got, y + COUNT - 4, sizeof got, stream);
+    WANT(got[0] == (float)n && got[3] == (float)n);
+    /* two communicators and two streams in one group, in another order on every other rank */
+    CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, one));
+    CU(gpu.cu->set_async((hfr_cu_ptr)z, 0x40000000, COUNT, two));
+    OK(hfreduceGroupStart());
+    if (rank % 2) OK(hfreduceAllReduce(z, z, COUNT, hfreduceFloat32, hfreduceSum, other, two));
+    OK(hfreduceAllReduce(x, y, COUNT, hfreduceFloat32, hfreduceSum, comm, one));
+    if (rank % 2 == 0) OK(hfreduceAllReduce(z, z, COUNT, hfreduceFloat32, hfreduceSum, other, two));
+    OK(hfreduceGroupEnd());
+    gpu_read(got, y, sizeof got, one);
+    WANT(got[0] == (float)n);
+    gpu_read(got, z + COUNT - 4, sizeof got, two);
+    WANT(got[3] == 2 * (float)n);
+  }
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0, COUNT, one));
+  for (int i = 0; i < 30; i++) { /* x grows by what the chain made of it: x = sum of the ranks' x */
+    CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, 1, one));
+    OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceMax, comm, one));
+    OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, one));
+  }
+  gpu_read(got, x, sizeof got, one);
+  WANT(got[0] == (float)n && got[1] == 0);
+  OK(hfreduceCommDestroy(other));
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x), gpu_free(y), gpu_free(z);
+  return 0;
+}
+
+/* A call whose stream is held up returns at once, and costs next to nothing until the stream gets there. */
+static int patience(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 1000000 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4), got[4];
+  _Atomic uint32_t *word;
+  hfr_cu_ptr address;
+  hfreduceResult_t error;
+  (void)arg;
+  CU(gpu.host_alloc((void **)&word, 4096, 2));
+  CU(gpu.cu->host_device_pointer(&address, word, 0));
+  if (!gpu.cu->stream_wait_value || gpu.cu->stream_wait_value(stream, address, 0, 0)) return 0; /* nothing to hold it up with */
+  OK(hfreduceCommSetTimeout(comm, 1)); /* it begins when the stream gets there */
+  *word = 0;
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+  CU(gpu.cu->stream_wait_value(stream, address, 1, HFR_CU_WAIT_GEQ));
+  int64_t start = now_ms(CLOCK_MONOTONIC);
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  WANT(now_ms(CLOCK_MONOTONIC) - start < 900);
+  int64_t cpu = now_ms(CLOCK_PROCESS_CPUTIME_ID);
+  usleep(1600000);
+  cpu = now_ms(CLOCK_PROCESS_CPUTIME_ID) - cpu;
+  WANT(cpu < 500);
+  OK(hfreduceCommGetAsyncError(comm, &error));
+  WANT(!error);
+  *word = 1;
+  gpu_read(got, x + COUNT - 4, sizeof got, stream);
+  WANT(got[3] == (float)n);
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  CU(gpu.host_free(word));
+  return 0;
+}
 
 int main(int argc, char **argv) {
-  int quick = argc > 1 && !strcmp(argv[1], "--quick");
-  const char *name = argc > 1 + quick ? argv[1 + quick] : "all";
-  pid_t probe = fork();
-  if (!probe) _exit(gpu_open(0) ? (gpu.stand_in ? 1 : 0) : 77);
-  int status;
-  waitpid(probe, &status, 0);
-  if (WEXITSTATUS(status) == 77) return printf("no CUDA driver here\n"), 77;
-  printf("on %s\n", WEXITSTATUS(status) ? "a stand-in driver (test double, no GPU)" : "a CUDA driver");
-  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-    const struct test_case *c = &cases[i];
-    char layouts[200], *rest = layouts, *one;
-    if (strcmp(name, "all") && strcmp(name, c->name)) continue;
-    snprintf(layouts, sizeof layouts, "%s", argc > 2 + quick ? "" : c->layouts);
-    for (int j = 2 + quick; j < argc; j++)
-      CHECK(run_processes(argv[j], c->function, quick ? argv : NULL, 100) == 0, "%s, nodes %s", c->name, argv[j]);
-    while ((one = strsep(&rest, " ")))
-      if (*one) CHECK(run_processes(one, c->function, quick ? argv : NULL, 100) == 0, "%s, nodes %s", c->name, one);
-  }
-  return check_done();
+  static const struct gpu_case cases[] = {
+      {"collectives", collectives, "1 2 3 1,1 1,1,1 2,2 3,1 t2 t4"},
+      {"types", types, "1 2 1,1 3,1"},
+      {"late_factor", late_factor, "1 2 1,1"},
+      {"messages", messages, "1 2 3,1 1,1 t4"},
+      {"uneven", uneven, "1 2 3 1,1 3,1"},
+      {"mixed", mixed, "2 3 1,1 2,2"},
+      {"kinds", kinds, "1 2 1,1"},
+      {"streams", streams, "2 3,1 t2"},
+      {"patience", patience, "2"},
+  };
+  return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
 }
