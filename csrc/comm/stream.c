@@ -143,7 +143,7 @@ struct turn {
   struct hfr_ordered_call *call;
   int segment, in_rounds;
   int64_t round, distance, tag, order; /* the order of turns */
-  int in, out;                         /* it uses the slot's half for the send, the receive buffer */
+  int in, out;                         /* 1: it uses the slot's half for the send, the receive buffer */
   int copy_in, copy_out, copy_scalar;
   int slot;
   int wait_in; /* before it is copied out, the slot must be done with... */
@@ -358,7 +358,7 @@ static hfreduceResult_t assign_captured(struct batch *b) {
     place_areas(t, b->ring);
     place_scalar(t, scalar[i]);
     g->ready = &ready[i];
-    g->done[0] = g->done[1] = &done[i];
+    g->done[t->out] = &done[i]; /* raised once only: the graph may be at its end, and have cleared it, a moment later */
     g->value = g->ready_value = g->taken_value = 1;
     t->taken = &taken[i];
     t->words = &b->words;
@@ -510,7 +510,7 @@ static hfreduceResult_t come_in(const struct batch *b, const struct turn *t) {
   const struct hfr_segment *g = &t->call->request->window->segment[t->segment];
   /* What a send has brought out is the user's again. A graph waits for it: it may be launched again at once. */
   if (t->in_rounds && t->copy_in && !b->captured) return hfreduceSuccess;
-  HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done[t->out ? 1 : 0], g->value));
+  HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done[t->out], g->value));
   if (!t->out) return hfreduceSuccess;
   if (t->copy_out) HFR_TRY(copy_segment(b, t, 1));
   return hfr_copier_write(copier, HFR_TO_DEVICE, t->words, t->taken, g->value);

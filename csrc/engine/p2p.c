@@ -174,7 +174,7 @@ static int begin_message(struct hfr_engine *e, struct hfr_request *r, int peer, 
   b->unit = hfr_message_bytes(e->layout, &e->geometry, peer, esize);
   b->have = 0;
   b->part = 0;
-  b->taker = r; /* the oldest that may want it, since receives are asked in order */
+  b->taker = e->p2p; /* the oldest that wants it, asked or not: one whose window is shut was not */
   while (b->taker && !fits(b->taker, peer, fp->root)) b->taker = b->taker->next;
   if (b->taker && !take(e, b->taker, peer, fp)) return 0;
   if (!b->taker || !hfr_request_ready(b->taker)) {

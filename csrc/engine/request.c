@@ -586,6 +586,7 @@ void hfr_engine_fini(struct hfr_engine *e) {
     struct hfr_link *link = e->link[i];
     if (link) link->transport->close(link);
   }
+  take_inbox(e); /* captured calls that nobody has driven yet */
   hfr_replay_fini(e);
   while (e->free) {
     struct hfr_request *r = e->free;

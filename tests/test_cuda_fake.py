@@ -1,0 +1,174 @@
+"""Calls on device memory and in the order of streams, on a stand-in for CUDA's driver (tests/c/fake/cuda): a test double, no GPU.
+
+The same programs run on a real driver by themselves (tests/test_c.py), where there is one. Beside conformance: slow and jittery copies,
+a driver without stream memory operations, one hardware queue for all streams, a driver that fails, and ranks that are killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import BUILD, BUILD_LIMIT, ROOT, SOURCES, build, building, built, environment, need_compiler, shorten
+from test_c import OPTIONS, need_sanitizer
+
+#: Seconds that a program may run. Building comes on top.
+RUN_LIMIT = 100
+pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
+DOUBLE = SOURCES / "fake" / "cuda"
+JITTER = {"FAKE_CUDA": "delay=200 seed=7"}
+HOST_FUNCTIONS = {"FAKE_CUDA": "memops=0", "HFREDUCE_DEBUG": "NONE"}
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HFREDUCE_DEBUG": "NONE"}
+SMALL_RING = {"HFREDUCE_CUDA_SEGMENT": "128K", "HFREDUCE_CUDA_SEGMENTS": "2"}
+
+#: Name, variant, program, arguments, environment.
+CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
+    ("plain", "plain", "test_cuda", "", {}),
+    ("graphs", "plain", "test_cuda_graph", "", {}),
+    ("faults", "plain", "test_cuda_faults", "", {}),
+    ("jitter", "plain", "test_cuda", "--quick collectives 1 2 3 1,1 2,2 t4", JITTER),
+    ("jitter-messages", "plain", "test_cuda", "--quick messages 2 3,1 t4", JITTER),
+    ("jitter-streams", "plain", "test_cuda", "--quick streams", JITTER),
+    ("jitter-graphs", "plain", "test_cuda_graph", "--quick", JITTER),
+    ("small-ring", "plain", "test_cuda", "collectives 1 2 1,1 3,1", SMALL_RING),
+    ("small-ring-messages", "plain", "test_cuda", "messages 2 3,1", SMALL_RING),
+    ("small-ring-graphs", "plain", "test_cuda_graph", "--quick replay", SMALL_RING),
+    ("host-functions", "plain", "test_cuda", "--quick collectives 1 2 3 1,1 2,2", HOST_FUNCTIONS),
+    ("host-functions-messages", "plain", "test_cuda", "--quick messages 1 2 3,1", HOST_FUNCTIONS),
+    ("host-functions-graphs", "plain", "test_cuda_graph", "--quick replay 2 1,1", HOST_FUNCTIONS),
+    ("host-functions-abort", "plain", "test_cuda_faults", "--quick aborted 2 1,1", HOST_FUNCTIONS),
+    ("one-queue", "plain", "test_cuda", "--quick collectives 1 2 3 1,1 2,2", ONE_QUEUE),
+    ("one-queue-messages", "plain", "test_cuda", "--quick messages 1 2 3,1", ONE_QUEUE),
+    ("one-queue-streams", "plain", "test_cuda", "--quick streams 2 3,1", ONE_QUEUE),
+    ("one-queue-graphs", "plain", "test_cuda_graph", "--quick replay 2 1,1", ONE_QUEUE),
+    ("one-device", "plain", "test_cuda", "--quick collectives 2 3 1,1 t2 t4", {"FAKE_CUDA": "devices=1"}),
+    ("one-device-faults", "plain", "test_cuda_faults", "--quick pointers", {"FAKE_CUDA": "devices=1"}),
+    ("address", "address", "test_cuda", "--quick collectives 1 2 3,1 1,1 t2", {}),
+    ("address-messages", "address", "test_cuda", "--quick messages 2 3,1", {}),
+    ("address-uneven", "address", "test_cuda", "--quick uneven 3,1", {}),
+    ("address-mixed", "address", "test_cuda", "--quick mixed 2 1,1", {}),
+    ("address-kinds", "address", "test_cuda", "--quick kinds 2", {}),
+    ("address-graphs", "address", "test_cuda_graph", "--quick", {}),
+    ("address-faults", "address", "test_cuda_faults", "--quick", {}),
+    ("thread", "thread", "test_cuda", "--quick collectives 1 2 3,1 t2", {}),
+    ("thread-messages", "thread", "test_cuda", "--quick messages 2 t4", {}),
+    ("thread-streams", "thread", "test_cuda", "--quick streams 2", {}),
+    ("thread-types", "thread", "test_cuda", "--quick late_factor 2", {}),
+    ("thread-graphs", "thread", "test_cuda_graph", "--quick", {}),
+    ("thread-faults", "thread", "test_cuda_faults", "--quick", {}),
+]
+#: Calls of the driver that fail in the middle of something: name, which one, CUresult.
+FAILURES = [
+    "cuStreamCreateWithPriority:3:2",
+    "cuMemHostRegister:1:2",
+    "cuEventRecord:3:700",
+    "cuStreamWaitEvent:4:1",
+    "cuMemcpyAsync:3:700",
+    "cuMemcpyAsync:30:700",
+    "cuStreamWriteValue32:7:719",
+    "cuStreamWaitValue32:9:719",
+]
+
+
+def stand_in(variant: str) -> Path:
+    """Build the stand-in and return the directory in which it lies as libcuda.so.1."""
+    need_compiler()
+    flags = "-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1".split()
+    with building(f"cuda-{variant}") as out:
+        target = out / "libcuda.so.1"
+        newest = max(p.stat().st_mtime for p in (*DOUBLE.iterdir(), *(ROOT / "csrc" / "device").glob("*.h")))
+        if not target.exists() or target.stat().st_mtime < newest:
+            command = [*shlex.split(os.environ.get("CC", "gcc")), *flags, *build.SANITIZERS["" if variant == "plain" else variant]]
+            command += ["-I", str(ROOT / "csrc"), "-o", str(target), *map(str, sorted(DOUBLE.glob("*.c"))), "-lpthread", "-ldl"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert not done.returncode, done.stderr
+    return BUILD / f"cuda-{variant}"
+
+
+def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str) -> tuple[int | None, str]:
+    """Build the program, run it on the stand-in; its exit status (None: it did not end) and output."""
+    if variant != "plain":
+        need_sanitizer(variant, tmp_path)
+    library = stand_in(variant)
+    target = built(program, variant)
+    leaks = tmp_path / "leaks"  # the stand-in keeps streams and nodes for ever
+    leaks.write_text("leak:libcuda.so.1\n")
+    more = {"LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0", **OPTIONS.get(variant, {}), **more}
+    with (tmp_path / "output").open("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            [str(target), *arguments.split()],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(LD_LIBRARY_PATH=str(library), **more),
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(RUN_LIMIT)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+@pytest.mark.parametrize(("variant", "program", "arguments", "more"), [c[1:] for c in CONFORMANCE], ids=[c[0] for c in CONFORMANCE])
+def test_conformance(variant: str, program: str, arguments: str, more: dict[str, str], tmp_path: Path) -> None:
+    code, text = run(variant, program, arguments, tmp_path, **more)
+    how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
+    assert code == 0, f"{program} {arguments} ({variant}) {how}\n{shorten(text)}"
+    assert "stand-in driver (test double, no GPU)" in text, f"{program} did not run on the stand-in\n{shorten(text)}"
+
+
+@pytest.mark.parametrize("variant", ["plain", "address"])
+def test_a_killed_rank_ends_the_waits_of_the_others(variant: str, tmp_path: Path) -> None:
+    code, text = run(variant, "test_cuda_faults", "killed 3 1,1", tmp_path)
+    assert code == 1, shorten(text)
+    assert "nodes 3: rank 2 ended with signal 9" in text
+    assert "nodes 1,1: rank 1 ended with signal 9" in text
+    assert text.count("killed, 3: 1 ranks failed") == 1, shorten(text)
+    assert text.count("killed, 1,1: 1 ranks failed") == 1, shorten(text)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failing_driver(failure: str, tmp_path: Path) -> None:
+    code, text = run("plain", "test_cuda_faults", "failing 2 1,1", tmp_path, FAKE_CUDA=f"fail={failure}")
+    assert code == 0, shorten(text)
+
+
+def test_host_calls_make_no_context(tmp_path: Path) -> None:
+    """Ranks on host memory work beside a driver that nobody initialised, and one that does not initialise at all."""
+    library = stand_in("plain")
+    target = built("test_collectives", "plain")
+    env = environment(LD_LIBRARY_PATH=str(library), FAKE_CUDA="fail=cuInit:0:100 fail=cuDevicePrimaryCtxRetain:0:100")
+    done = subprocess.run([str(target), "--quick", "2", "1,1"], capture_output=True, text=True, env=env, timeout=RUN_LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+DESCRIBE = "from hfreduce.params import describe; print('\\n'.join(f'{k}: {v}' for k, v in describe()))"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, ["device cuda: driver 12.4, 2 devices", "device cuda 1: stand-in 1 (test double), no GPU, PCI fffe:11:00.0", "operations yes"]),
+        ({"FAKE_CUDA": "memops=0"}, ["driver 11.4", "stream memory operations no: host functions instead"]),
+        ({"HFREDUCE_CUDA_MEMOPS": "0"}, ["stream memory operations switched off: host functions instead"]),
+        ({"HFREDUCE_CUDA": "0"}, ["device cuda: none: switched off by HFREDUCE_CUDA=0"]),
+        ({"FAKE_CUDA": "devices=0"}, ["device cuda: none: CUDA_ERROR_NO_DEVICE"]),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, ["device cuda warning: CUDA_DEVICE_MAX_CONNECTIONS=1"]),
+    ],
+)
+def test_what_info_tells(more: dict[str, str], expected: list[str]) -> None:
+    env = environment(LD_LIBRARY_PATH=str(stand_in("plain")), **more)
+    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for words in expected:
+        assert words in done.stdout, done.stdout
