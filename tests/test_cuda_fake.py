@@ -59,8 +59,11 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("thread-messages", "thread", "test_cuda", "--quick messages 2 t4", {}),
     ("thread-streams", "thread", "test_cuda", "--quick streams 2", {}),
     ("thread-types", "thread", "test_cuda", "--quick late_factor 2", {}),
-    ("thread-graphs", "thread", "test_cuda_graph", "--quick", {}),
-    ("thread-faults", "thread", "test_cuda_faults", "--quick", {}),
+    ("thread-graphs", "thread", "test_cuda_graph", "--quick threads", {}),
+    ("thread-teardown", "thread", "test_cuda_graph", "--quick teardown 2", {}),
+    ("thread-broken", "thread", "test_cuda_graph", "--quick broken 2", {}),
+    ("thread-deadline", "thread", "test_cuda_faults", "--quick deadline 2", {}),
+    ("thread-aborted", "thread", "test_cuda_faults", "--quick aborted 2 t2", {}),
 ]
 #: Calls of the driver that fail in the middle of something: name, which one, CUresult.
 FAILURES = [
@@ -78,12 +81,18 @@ FAILURES = [
 def stand_in(variant: str) -> Path:
     """Build the stand-in and return the directory in which it lies as libcuda.so.1."""
     need_compiler()
-    flags = "-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1".split()
+    flags = (
+        "-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1".split()
+    )
     with building(f"cuda-{variant}") as out:
         target = out / "libcuda.so.1"
         newest = max(p.stat().st_mtime for p in (*DOUBLE.iterdir(), *(ROOT / "csrc" / "device").glob("*.h")))
         if not target.exists() or target.stat().st_mtime < newest:
-            command = [*shlex.split(os.environ.get("CC", "gcc")), *flags, *build.SANITIZERS["" if variant == "plain" else variant]]
+            command = [
+                *shlex.split(os.environ.get("CC", "gcc")),
+                *flags,
+                *build.SANITIZERS["" if variant == "plain" else variant],
+            ]
             command += ["-I", str(ROOT / "csrc"), "-o", str(target), *map(str, sorted(DOUBLE.glob("*.c"))), "-lpthread", "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert not done.returncode, done.stderr
@@ -119,7 +128,9 @@ def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str)
         return code, output.read()
 
 
-@pytest.mark.parametrize(("variant", "program", "arguments", "more"), [c[1:] for c in CONFORMANCE], ids=[c[0] for c in CONFORMANCE])
+@pytest.mark.parametrize(
+    ("variant", "program", "arguments", "more"), [c[1:] for c in CONFORMANCE], ids=[c[0] for c in CONFORMANCE]
+)
 def test_conformance(variant: str, program: str, arguments: str, more: dict[str, str], tmp_path: Path) -> None:
     code, text = run(variant, program, arguments, tmp_path, **more)
     how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
@@ -158,7 +169,14 @@ DESCRIBE = "from hfreduce.params import describe; print('\\n'.join(f'{k}: {v}' f
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({}, ["device cuda: driver 12.4, 2 devices", "device cuda 1: stand-in 1 (test double), no GPU, PCI fffe:11:00.0", "operations yes"]),
+        (
+            {},
+            [
+                "device cuda: driver 12.4, 2 devices",
+                "device cuda 1: stand-in 1 (test double), no GPU, PCI fffe:11:00.0",
+                "operations yes",
+            ],
+        ),
         ({"FAKE_CUDA": "memops=0"}, ["driver 11.4", "stream memory operations no: host functions instead"]),
         ({"HFREDUCE_CUDA_MEMOPS": "0"}, ["stream memory operations switched off: host functions instead"]),
         ({"HFREDUCE_CUDA": "0"}, ["device cuda: none: switched off by HFREDUCE_CUDA=0"]),

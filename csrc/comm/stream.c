@@ -501,7 +501,8 @@ static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
     HFR_TRY(hfr_copier_copy(copier, HFR_TO_HOST, (void *)(uintptr_t)w->scalar, 8, (uintptr_t)t->call->call->scalar_from, 8,
                             t->call->call->scalar_bytes, 1));
   if (t->copy_in) HFR_TRY(copy_segment(b, t, 0));
-  return hfr_copier_write(copier, HFR_TO_HOST, t->words, g->ready, g->value);
+  HFR_TRY(hfr_copier_write(copier, HFR_TO_HOST, t->words, g->ready, g->ready_value));
+  return hfr_copier_mark(copier, t->slot);
 }
 
 /* To device: wait until the host is done, copy, say taken. */
@@ -510,6 +511,7 @@ static hfreduceResult_t come_in(const struct batch *b, const struct turn *t) {
   const struct hfr_segment *g = &t->call->request->window->segment[t->segment];
   /* What a send has brought out is the user's again. A graph waits for it: it may be launched again at once. */
   if (t->in_rounds && t->copy_in && !b->captured) return hfreduceSuccess;
+  if (t->in) HFR_TRY(hfr_copier_follow(copier, t->slot));
   HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done[t->out], g->value));
   if (!t->out) return hfreduceSuccess;
   if (t->copy_out) HFR_TRY(copy_segment(b, t, 1));

@@ -27,9 +27,10 @@ struct hfr_copier {
   hfr_cu_context context;
   hfr_cu_stream stream[2][2]; /* [capturing][queue]; the captured pair is made with the first capture */
   hfr_cu_event begun[2], joined[2], ended[2];
-  int capturing;        /* between enter and leave */
-  int mode;             /* the thread's capture mode, to be put back */
-  struct host_op *kept; /* what host functions in graphs read */
+  hfr_cu_event mark[2][HFR_MARKS]; /* made when they are needed */
+  int capturing;                   /* between enter and leave */
+  int mode;                        /* the thread's capture mode, to be put back */
+  struct host_op *kept;            /* what host functions in graphs read */
 };
 
 #define TRY_CU(copier, member, call, ...)       \
@@ -113,6 +114,8 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
     for (int pair = 0; pair < 2; pair++) { /* destroying a stream that still has work lets it end first */
       for (int q = 0; q < (c->by_host ? 1 : 2); q++)
         if (c->stream[pair][q]) c->cu->stream_destroy(c->stream[pair][q]);
+      for (int i = 0; i < HFR_MARKS; i++)
+        if (c->mark[pair][i]) c->cu->event_destroy(c->mark[pair][i]);
       if (c->begun[pair]) c->cu->event_destroy(c->begun[pair]);
       if (c->joined[pair]) c->cu->event_destroy(c->joined[pair]);
       if (c->ended[pair]) c->cu->event_destroy(c->ended[pair]);
@@ -212,6 +215,20 @@ hfreduceResult_t hfr_copier_before(struct hfr_copier *c, void *stream) {
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream, c->ended[c->capturing], 0);
   /* In a graph the next call's segments lie where this one's did. */
   if (c->capturing && !c->by_host) TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_HOST), c->ended[1], 0);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_mark(struct hfr_copier *c, int number) {
+  hfr_cu_event *event = &c->mark[c->capturing][number];
+  if (c->by_host) return hfreduceSuccess;
+  if (!*event) TRY_CU(c, event_create, "cuEventCreate", event, HFR_CU_EVENT_DISABLE_TIMING);
+  TRY_CU(c, event_record, "cuEventRecord", *event, stream_of(c, HFR_TO_HOST));
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_follow(struct hfr_copier *c, int number) {
+  if (c->by_host) return hfreduceSuccess;
+  TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->mark[c->capturing][number], 0);
   return hfreduceSuccess;
 }
 

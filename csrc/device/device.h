@@ -108,6 +108,12 @@ void hfr_pinned_free(struct hfr_pinned *memory);
 hfreduceResult_t hfr_copier_after(struct hfr_copier *copier, void *stream);
 hfreduceResult_t hfr_copier_join(struct hfr_copier *copier);
 hfreduceResult_t hfr_copier_before(struct hfr_copier *copier, void *stream);
+/* Mark where the queue to the host stands, under one of HFR_MARKS numbers; and have the other go on only after such a mark. Words
+   alone would do while all goes well, but the driver should see the order too, and after an error nothing may be overwritten that
+   is still being read. */
+#define HFR_MARKS 64
+hfreduceResult_t hfr_copier_mark(struct hfr_copier *copier, int number);
+hfreduceResult_t hfr_copier_follow(struct hfr_copier *copier, int number);
 /* Copy `rows` rows of `width` bytes between device (or managed) memory and pinned memory. */
 hfreduceResult_t hfr_copier_copy(struct hfr_copier *copier, enum hfr_queue queue, void *host, size_t host_pitch, uintptr_t device,
                                  size_t device_pitch, size_t width, size_t rows);

@@ -34,7 +34,9 @@ extern "C" {
 typedef struct hfreduceComm *hfreduceComm_t;
 typedef struct hfreduceWork *hfreduceWork_t;
 typedef struct hfreduceCompletionQueue *hfreduceCompletionQueue_t;
-/* A device stream (CUstream), or NULL: the buffers are host memory and the call waits. */
+/* A device stream (CUstream): the call returns at once and takes its place in the stream, buffers on the host too. NULL, with
+   host memory: the call waits. NULL with device memory, and 1: the legacy default stream; 2: the thread's own. Errors of calls in
+   a stream are told by hfreduceCommGetAsyncError and by later calls; what such a call should have written is void then. */
 typedef void *hfreduceStream_t;
 
 /* Names a communicator and carries its secret: whoever has it can join. Plain bytes: send it by any trusted channel. */
@@ -208,6 +210,7 @@ hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm);
 hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t *error);
 hfreduceResult_t hfreduceCommCount(hfreduceComm_t comm, int *count);
 hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank);
+/* The device that the communicator is bound to by its first call with device memory or a stream; -1: none. */
 hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device);
 hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info);
 /* Peers with which this rank has exchanged something; grows as operations need them. These two may be called beside a running
@@ -271,15 +274,16 @@ hfreduceResult_t hfreduceRecvAny(void *recvbuff, size_t count, hfreduceDataType_
 hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream);
 
 /* An op that multiplies this rank's input by *scalar (of the datatype; float32 for fp8) before summing. Local; each rank may have
-   its own factor. hfreduceScalarHostImmediate: read now. hfreduceScalarDevice: read by each call that takes the op. An op may be
-   destroyed as soon as the calls that take it have returned. */
+   its own factor. hfreduceScalarHostImmediate: read now. hfreduceScalarDevice: read by each call that takes the op; in memory
+   that a device reaches when the operation runs, and it must live until then. An op may be destroyed as soon as the calls that
+   take it have returned. */
 hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
                                               hfreduceScalarResidence_t residence, hfreduceComm_t comm);
 hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm);
 
 /* --- groups: calls between Start and End of a thread are launched together by the outermost End. --- */
 hfreduceResult_t hfreduceGroupStart(void);
-/* Launch and wait. */
+/* Launch, and wait for the calls that no stream orders. */
 hfreduceResult_t hfreduceGroupEnd(void);
 /* The open group of this thread has come to nothing: its calls are forgotten, those that follow too, and the outermost End
    returns `result` (not hfreduceSuccess). InvalidUsage outside a group. */

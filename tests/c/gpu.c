@@ -1,6 +1,7 @@
 /* The driver's interface, as tests use it. */
 #include "gpu.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,15 +41,22 @@ static void find_all(void) {
   find(&gpu.context_destroy, "cuCtxDestroy", "cuCtxDestroy_v2");
 }
 
-int gpu_open(int device) {
+static void open_once(void) {
   const char *why;
   char name[128] = "";
-  hfr_cu_context context;
   gpu.cu = hfr_cu_load(&why);
-  if (!gpu.cu || gpu.cu->init(0) || gpu.cu->device_count(&gpu.devices) || !gpu.devices) return 0;
+  if (!gpu.cu || gpu.cu->init(0) || gpu.cu->device_count(&gpu.devices)) gpu.devices = 0;
+  if (!gpu.devices) return;
   find_all();
   gpu.cu->device_name(name, sizeof name, 0);
   gpu.stand_in = strstr(name, "stand-in") != NULL;
+}
+
+int gpu_open(int device) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  hfr_cu_context context;
+  pthread_once(&once, open_once);
+  if (!gpu.devices) return 0;
   CU(gpu.cu->primary_retain(&context, device % gpu.devices));
   CU(gpu.set_current(context));
   return 1;
