@@ -5,6 +5,7 @@ The programs in tests/nccl are compiled against NVIDIA's header where `tests/too
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -204,6 +205,14 @@ def test_exec_runs_a_python_program() -> None:
     """As vLLM binds it: by name, from whatever `libnccl.so.2` the process has."""
     output = run(0, [*HFREDUCE, "exec", *HFREDUCE, "run", "-n", "2", "--timeout", "30", str(PROGRAMS / "pynccl.py")])
     assert sorted(output.splitlines()) == [f"rank {r} of 2, version {VERSION}, sum 3" for r in range(2)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy_backends") is None, reason="CuPy is not installed")
+@pytest.mark.parametrize("nranks", [2, 3])
+@pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
+def test_exec_runs_cupys_own_module(nranks: int) -> None:
+    command = [*HFREDUCE, "exec", *HFREDUCE, "run", "-n", str(nranks), "--timeout", "30", str(PROGRAMS / "cupys.py")]
+    assert sorted(run(0, command).splitlines()) == [f"rank {r} of {nranks}, version {VERSION}" for r in range(nranks)]
 
 
 @pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
