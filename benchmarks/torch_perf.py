@@ -23,8 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core a rank; to be set before
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import numpy as np
-from compare import human, processor
 from gradient_sizes import Shape, resnet50
+from harness import human, processor
 
 try:
     import torch

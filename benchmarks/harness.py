@@ -1,0 +1,240 @@
+"""Cases with values that are checked, and the loop that times them: every library in turn, round after round, in the same processes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from time import monotonic, perf_counter_ns, sleep
+from typing import Any, NamedTuple
+
+import numpy as np
+from peers import ROOT, CannotError, Library, agreed, note, numpy_dtype
+
+import hfreduce
+from hfreduce.perf import patterns
+
+Array = np.ndarray[Any, Any]
+Call = Callable[[], object]
+
+COLLECTIVES = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all", "barrier"]
+DTYPES = ["float32", "bfloat16", "float16"]
+#: Collectives whose buffers have a part for every rank.
+_PARTS = ("all_gather", "reduce_scatter", "all_to_all")
+#: Calls timed as one, at most: a batch is only to be long beside the clock's resolution and a barrier's skew.
+_MOST_CALLS = 2000
+_said: set[tuple[str, str, str]] = set()
+
+
+class Case(NamedTuple):
+    """A call of a library on buffers of its own. wrong: elements (of all ranks) that were wrong when it was checked."""
+
+    call: Call
+    wrong: int
+    keep: Any
+
+
+class Entry(NamedTuple):
+    """What takes part in the rounds."""
+
+    name: str
+    call: Call
+    barrier: Call
+
+
+def whole_size(collective: str, dtype: str, size: int, nranks: int) -> int:
+    """The bytes that are really used for `size`: whole elements, of each part at least one; 0 for a barrier.
+
+    As in nccl-tests, the size is that of the whole vector: all_gather's receive buffer, reduce_scatter's send buffer.
+    """
+    if collective == "barrier":
+        return 0
+    unit = numpy_dtype(dtype).itemsize * (nranks if collective in _PARTS else 1)
+    return max(size // unit, 1) * unit
+
+
+def prepare(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, size: int) -> Case | None:
+    """Make the buffers, make one call on known values, count what is wrong; then zero the buffers, so that in-place sums stay.
+
+    None where the library cannot, with a line from rank 0 that says so. Collective.
+    """
+    case, why = None, "another rank cannot"
+    try:
+        if collective == "barrier":
+            case = Case(library.bind("barrier", dtype, None, None), 0, None)
+        else:
+            case = _buffers(comm, library, collective, dtype, size)
+    except (CannotError, ImportError) as error:
+        why = str(error)
+    if not agreed(comm, case is not None) or case is None:
+        _left_out(comm, library, collective, dtype, why)
+        return None
+    if collective == "barrier":
+        return case._replace(wrong=_early(comm, case.call))
+    fill, count_wrong, zero = case.keep[0]
+    fill()
+    failure = ""
+    try:
+        case.call()
+    except Exception as error:  # torch and mpi4py raise what they like; all ranks alike, as the arguments are
+        failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not agreed(comm, not failure):
+        _left_out(comm, library, collective, dtype, failure or "another rank cannot")
+        return None
+    wrong = np.array([count_wrong()], np.int64)
+    comm.all_reduce(wrong)
+    zero()
+    return case._replace(wrong=int(wrong[0]))
+
+
+def _left_out(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, why: str) -> None:
+    """Say so, once for all sizes."""
+    if (library.name, collective, dtype) not in _said:
+        _said.add((library.name, collective, dtype))
+        note(comm, f"{library.name}, {collective} of {dtype}: left out: {why}")
+
+
+def _buffers(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, size: int) -> Case:
+    """A case whose keep begins with (fill, wrong, zero)."""
+    rank, n, kind = comm.rank, comm.nranks, numpy_dtype(dtype)
+    whole = whole_size(collective, dtype, size, n)
+    part = whole // n
+    if collective in _PARTS:
+        send, x = library.memory(part if collective == "all_gather" else whole)
+        recv, y = library.memory(part if collective == "reduce_scatter" else whole)
+    else:
+        recv, y = library.memory(whole)
+        send, x = recv, y
+    source, target = x.view(kind), y.view(kind)
+    parts = np.split(target, n) if collective in ("all_gather", "all_to_all") else []
+
+    def fill() -> None:
+        y[...] = 0x55
+        if collective in ("all_reduce", "reduce"):
+            patterns.fill(source, patterns.reduced_input(rank, n, "sum", kind))
+        elif collective == "reduce_scatter":
+            for piece in np.split(source, n):
+                patterns.fill(piece, patterns.reduced_input(rank, n, "sum", kind))
+        elif collective == "all_to_all":
+            for peer, piece in enumerate(np.split(source, n)):
+                patterns.fill(piece, patterns.moved(rank * n + peer, kind))
+        elif collective == "all_gather" or rank == ROOT:
+            patterns.fill(source, patterns.moved(rank, kind))
+
+    def wrong() -> int:
+        if collective in ("all_reduce", "reduce_scatter") or (collective == "reduce" and rank == ROOT):
+            return patterns.wrong(target, patterns.reduced(n, "sum", kind))
+        if collective == "broadcast":
+            return patterns.wrong(target, patterns.moved(ROOT, kind))
+        keys = [peer * n + rank for peer in range(n)] if collective == "all_to_all" else range(n)
+        return sum(patterns.wrong(piece, patterns.moved(key, kind)) for piece, key in zip(parts, keys))
+
+    def zero() -> None:
+        x[...] = 0
+        y[...] = 0
+
+    return Case(library.bind(collective, dtype, send, recv), 0, ((fill, wrong, zero), send, recv))
+
+
+def _early(comm: hfreduce.Communicator, barrier: Call) -> int:
+    """Ranks that leave a barrier before the last has come to it. All ranks read the same clock: they are on one machine."""
+    early = 0
+    for late in range(comm.nranks):
+        comm.barrier()
+        if comm.rank == late:
+            sleep(0.01)
+        times = np.array([monotonic(), 0.0])
+        barrier()
+        times[1] = monotonic()
+        everyone = np.empty(2 * comm.nranks)
+        comm.all_gather(times, everyone)
+        early += int((everyone[1::2] < everyone[::2].max()).sum())
+    return early
+
+
+def measure(
+    comm: hfreduce.Communicator, entries: Sequence[Entry], rounds: int, seconds: float, beside: Sequence[Callable[[], float]] = ()
+) -> tuple[Array, list[int], Array]:
+    """Time every entry once a round, in an order that turns.
+
+    Of an entry so many calls are timed as one that they take about `seconds` together (after two rounds that warm up).
+    beside: counters that are read at both ends of each batch. Returns microseconds a call (entry, round), of the slowest
+    rank; the calls a batch by entry; and what the counters of this rank grew by a call (entry, round, counter).
+    """
+    times = np.empty((len(entries), rounds))
+    grown = np.zeros((len(entries), rounds, len(beside)))
+    counts = [1] * len(entries)
+    for turn in range(-2, rounds):
+        for place in range(len(entries)):
+            index = (turn + place) % len(entries)
+            entry = entries[index]
+            entry.barrier()
+            entry.call()  # the caches hold what the library before has touched
+            entry.barrier()
+            before = [read() for read in beside]
+            begin = perf_counter_ns()
+            for _ in range(counts[index]):
+                entry.call()
+            took = (perf_counter_ns() - begin) / 1e9 / counts[index]
+            if turn >= 0:
+                times[index, turn] = took * 1e6
+                grown[index, turn] = [(read() - old) / counts[index] for read, old in zip(beside, before)]
+            else:
+                longest = np.array([took])
+                comm.all_reduce(longest, op="max")  # all ranks must make as many calls
+                counts[index] = int(min(max(seconds / max(float(longest[0]), 1e-9), 1), _MOST_CALLS))
+    comm.all_reduce(times, op="max")
+    return times, counts, grown
+
+
+# --- words and numbers ---
+
+
+def human(size: int) -> str:
+    """8 B, 64 KiB; what is no whole number of KiB stays in bytes."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024 or unit == "MiB" or size % 1024:
+            return f"{size} {unit}"
+        size //= 1024
+    raise AssertionError
+
+
+def micros(value: float) -> str:
+    """Three digits or more of a number of microseconds."""
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def spread(times: Any, show: Callable[[float], str] = micros) -> str:
+    """Median and, in brackets, the tenth and ninetieth percentile."""
+    low, middle, high = np.percentile(times, [10, 50, 90])
+    return f"{show(middle)} ({show(low)} to {show(high)})"
+
+
+def markdown(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A line of a table, the first cell to the left."""
+    padded = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
+    return f"| {' | '.join(padded)} |"
+
+
+def rule(widths: Sequence[int]) -> str:
+    """The line under a table's head."""
+    return "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: for the head of tables and for JSON."""
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "load": os.getloadavg()[0],
+    }

@@ -1,0 +1,231 @@
+"""The comparison harness of benchmarks/: that it runs, that its columns and ratios are right, and that it catches wrong values."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+
+import hfreduce
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import cells  # noqa: E402
+import harness  # noqa: E402
+import limits  # noqa: E402
+import peers  # noqa: E402
+import targets  # noqa: E402
+
+has_torch = importlib.util.find_spec("torch") is not None
+
+
+def run(*command: str, status: int = 0) -> str:
+    """A program of benchmarks/, with no launcher around it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HFREDUCE_")}
+    done = subprocess.run(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=BENCHMARKS,
+        env=env,
+    )
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The Markdown tables in a text: rows of columns, the title row first."""
+    found: list[list[list[str]]] = []
+    inside = False
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            inside = False
+            continue
+        if not inside:
+            found.append([])
+        inside = True
+        if not set(line) <= set("|- "):
+            found[-1].append([column.strip() for column in line.strip("|").split("|")])
+    return found
+
+
+# --- compare ---
+
+
+def test_compare(tmp_path: Path) -> None:
+    """Every collective and datatype, hfreduce on both kinds of memory and Gloo: rows, ratios and JSON agree."""
+    path = tmp_path / "found.json"
+    sizes = ["8", "64K"]
+    options = ["--rounds", "2", "--batch", "0", "--collectives", "all", "--dtypes", "float32", "float16", "--sizes", *sizes]
+    text = run("compare.py", "--ranks", "2", *options, "--libraries", "hfreduce", "numpy", "gloo", "--json", str(path))
+    found = json.loads(path.read_text())["cells"]
+    assert len(found) == (len(harness.COLLECTIVES) - 1) * 2 * len(sizes) + 1
+    blocks = tables(text)
+    assert len(blocks) == (len(harness.COLLECTIVES) - 1) * 2 + 1, text
+    libraries = ["hfreduce", "numpy", *(["gloo"] if has_torch else [])]
+    for block in blocks:
+        assert block[0] == cells.head(libraries), text
+    rows = [row for block in blocks for row in block[1:]]
+    for cell, row in zip(found, rows):
+        (one,) = cell["runs"]
+        assert set(one["times"]) == set(libraries) and all(len(times) == 2 and min(times) > 0 for times in one["times"].values())
+        columns = dict(zip(cells.head(libraries), row))
+        assert columns["size"] == harness.human(cell["size"])
+        assert (one["limit"] is not None) == (cell["size"] >= limits.SMALLEST) == bool(columns["limit"])
+        if has_torch:
+            ratio = float(np.median(one["times"]["numpy"]) / np.median(one["times"]["gloo"]))
+            assert float(columns["numpy / peer"]) == pytest.approx(ratio, abs=0.006)
+            assert columns["best peer"] == "gloo"
+
+
+def test_compare_judges(tmp_path: Path) -> None:
+    """Targets that were measured are judged, the others are said not to be; --strict makes a missed one the exit status."""
+    path = tmp_path / "found.json"
+    options = ["--rounds", "1", "--batch", "0", "--sizes", "1K", "--libraries", "numpy", "gloo", "--targets"]
+    text = run("compare.py", *options, "--json", str(path))
+    (judged,) = tables(text)[1:]
+    assert judged[0] == ["target", "where", "ratio", "to", "at most", ""]
+    assert {row[5] for row in judged[1:] if row[1] == ""} == {"not measured"}
+    assert len(json.loads(path.read_text())["targets"]) == int(has_torch)
+
+
+def test_compare_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    run("compare.py", "--rounds", "1", "--batch", "0", "--sizes", "64K", "128K", "--libraries", "numpy", "--plot", str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_refuses() -> None:
+    assert "--rounds" in run("compare.py", "--rounds", "0", status=2)
+    assert "neither Open MPI's nor MPICH's" in run("compare.py", "--mpirun", "/bin/true", status=1)
+
+
+class Faulty(peers.Hfreduce):
+    """A library that gives wrong values: on rank `who` the last element of a collective's result, or a barrier that does not wait."""
+
+    def __init__(self, comm: hfreduce.Communicator, who: int) -> None:
+        super().__init__(comm, plain=True)
+        self.name, self.who = "faulty", who
+
+    def bind(self, collective: str, dtype: str, send: Any, recv: Any) -> peers.Call:
+        right = super().bind(collective, dtype, send, recv)
+        if self.comm.rank != self.who:
+            return (lambda: None) if collective == "barrier" else right
+        if collective == "barrier":
+            return lambda: None
+
+        def wrong() -> object:
+            right()
+            recv[-1] ^= 0x40
+            return recv
+
+        return wrong
+
+
+def inject(comm: hfreduce.Communicator, collective: str, who: int) -> list[Any]:
+    """What the harness finds of a faulty library beside a right one."""
+    import compare
+
+    libraries = [peers.Hfreduce(comm, True), Faulty(comm, who)]
+    cell, complaints = compare.measure_cell(comm, libraries, (collective, "float32", 1000), 1, 0.0)
+    return [sorted(cell["runs"][0]["times"]), complaints]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("collective", harness.COLLECTIVES)
+def test_wrong_values_are_caught(collective: str, who: int) -> None:
+    """On any rank, and all ranks learn of it; the library's times do not get into the table."""
+    if collective == "reduce" and who == 1:
+        pytest.skip("only the root has a result")
+    for names, complaints in ranks.run_ranks(inject, 2, collective, who):
+        assert names == ["numpy"]
+        (complaint,) = complaints
+        assert complaint.startswith(f"faulty, {collective} of float32") and "WRONG" in complaint
+
+
+# --- what is made of the times ---
+
+
+def cell(size: int, times: dict[str, list[float]], limit: float | None = None, **more: Any) -> cells.Cell:
+    what = {"collective": "all_reduce", "dtype": "float32", "size": size, "nranks": 2} | more
+    return {**what, "runs": [{"times": times, "limit": limit, "calls": {}, "kernels": {}}]}
+
+
+def test_ratios() -> None:
+    """To the best peer of the same run; of several runs the worst."""
+    first = cell(8, {"hfreduce": [1.0, 2.0, 3.0], "openmpi": [4.0, 4.0, 9.0], "gloo": [100.0] * 3}, limit=0.5)
+    second = cell(8, {"hfreduce": [6.0, 6.0, 6.0], "mpich": [8.0] * 3, "gloo": [7.0] * 3}, limit=3.0)
+    assert cells.of_peer(first, "hfreduce") == (0.5, "openmpi")
+    assert cells.of_limit(first, "hfreduce") == (4.0, "limit")
+    assert cells.of_peer(first, "numpy") is None
+    (merged,) = cells.merge([[first], [second]])
+    assert cells.of_peer(merged, "hfreduce") == (6 / 7, "gloo")
+    assert cells.of_limit(merged, "hfreduce") == (4.0, "limit")
+    assert cells.names([merged]) == ["hfreduce", "openmpi", "mpich", "gloo"]
+    assert len(cells.pooled(merged, "gloo")) == 6 and len(first["runs"]) == 1
+
+
+def test_verdicts() -> None:
+    """A ratio of exactly the aim meets it; an average is taken over all sizes and collectives."""
+    found = [
+        cell(4 << 20, {"numpy": [0.85], "hfreduce": [0.46], "gloo": [1.0]}),
+        cell(64 << 20, {"numpy": [0.26], "gloo": [1.0]}, limit=0.2),
+        cell(8, {"numpy": [1.1], "gloo": [1.0]}, collective="broadcast"),
+        cell(8, {"numpy": [0.1], "gloo": [1.0]}, collective="reduce"),
+    ]
+    met = {(one.target.what, one.where.split()[0]): one.met for one in targets.judge(found)}
+    assert met == {
+        ("all_reduce, 4 MiB", "all_reduce"): True,
+        ("all_reduce, 4 MiB, hfreduce.empty", "all_reduce"): False,
+        ("all_reduce, 64 MiB", "all_reduce"): False,
+        ("all_reduce beside the limit, 64 MiB", "all_reduce"): True,
+        ("moving and reduce, each", "broadcast"): False,
+        ("moving and reduce, each", "reduce"): True,
+        ("moving and reduce, on average", "mean"): True,
+    }
+    assert "all_reduce of 16-bit floats, 1 MiB | | | | 0.3 | not measured" in "\n".join(targets.lines(targets.judge(found)))
+
+
+def test_the_suite_covers_the_targets() -> None:
+    """What --targets measures by itself leaves no target without a verdict."""
+    found = [
+        cell(
+            size, {"numpy": [1.0], "hfreduce": [1.0], "gloo": [1.0]}, limit=1.0, collective=collective, dtype=dtype, nranks=nranks
+        )
+        for nranks in (2, 4, 8)
+        for collective, dtype, size in targets.suite(nranks)
+    ]
+    assert {one.target.what for one in targets.judge(found)} == {target.what for target in targets.TARGETS}
+    assert targets.suite(3) == []
+
+
+def test_limit() -> None:
+    """Two ranks, 1000 bytes: a copy moves 4000 bytes, an addition 6000; the faster counts."""
+    times = {limits.COPY: [2.0, 1.0, 3.0], limits.ADD: [2.0, 2.0, 2.0]}
+    assert limits.bandwidth(times, 1000, 2) == 3000
+    least = {"all_reduce": 4, "all_to_all": 4, "all_gather": 3, "reduce_scatter": 3, "reduce": 3, "broadcast": 2, "barrier": 0}
+    assert {name: limits.least_bytes(name, 1000, 2) / 1000 for name in harness.COLLECTIVES} == least
+    assert limits.limit("all_reduce", times, 1000, 2) == 4000 / 3000
+
+
+def test_sizes() -> None:
+    """Whole elements, at least one of each part."""
+    assert harness.whole_size("all_reduce", "float32", 8, 8) == 8
+    assert harness.whole_size("all_gather", "float32", 8, 8) == 32
+    assert harness.whole_size("all_to_all", "float16", 1000, 3) == 996
+    assert harness.whole_size("barrier", "float32", 8, 8) == 0
+    assert [harness.human(size) for size in (8, 1000, 1024, 1536, 64 << 20)] == ["8 B", "1000 B", "1 KiB", "1536 B", "64 MiB"]
