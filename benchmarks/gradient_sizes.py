@@ -27,6 +27,23 @@ def resnet50() -> list[Shape]:
     return [*shapes, (1000, 2048), (1000,)]
 
 
+def gpt2_small() -> list[Shape]:
+    """GPT-2 small (Radford et al., 2019), its output layer tied to the embedding: 148 tensors, 124,439,808 parameters."""
+    width = 768
+    norm: list[Shape] = [(width,), (width,)]
+    block: list[Shape] = [
+        *norm,
+        *[(width, 3 * width), (3 * width,), (width, width), (width,)],  # attention: query, key, value; projection
+        *norm,
+        *[(width, 4 * width), (4 * width,), (4 * width, width), (width,)],  # the two layers behind it
+    ]
+    return [(50257, width), (1024, width), *(block * 12), *norm]
+
+
+#: By name, for the command line.
+MODELS = {"resnet50": resnet50, "gpt2-small": gpt2_small}
+
+
 def count(shape: Shape) -> int:
     """Elements of a tensor of that shape."""
     total = 1

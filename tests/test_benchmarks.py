@@ -20,6 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cells  # noqa: E402
+import gradient_sizes  # noqa: E402
 import harness  # noqa: E402
 import limits  # noqa: E402
 import peers  # noqa: E402
@@ -155,6 +156,87 @@ def test_wrong_values_are_caught(collective: str, who: int) -> None:
         assert names == ["numpy"]
         (complaint,) = complaints
         assert complaint.startswith(f"faulty, {collective} of float32") and "WRONG" in complaint
+
+
+# --- overlap ---
+
+LAUNCH = ["-m", "hfreduce", "run", "-n", "2"]
+
+
+def test_overlap(tmp_path: Path) -> None:
+    """All three tables: their rows, and ratios that follow from the times."""
+    path = tmp_path / "found.json"
+    options = ["--rounds", "2", "--launch-sizes", "8", "--overlap-sizes", "64K", "--tensors", "9", "--json", str(path)]
+    text = run(*LAUNCH, str(BENCHMARKS / "overlap.py"), *options, "--libraries", "hfreduce", "numpy")
+    launch, overlap, tensors = tables(text)
+    assert launch[0] == ["library, size", "launch", "launch and wait", "target"]
+    assert overlap[0] == ["library, size", "compute alone", "communication alone", "both", "hidden"]
+    assert tensors[0] == ["model, memory, way", "ms", "of fused", "target"]
+    assert [row[0] for row in launch[1:]] == ["hfreduce, 8 B", "numpy, 8 B"]
+    assert "at most 3 us" in launch[1][3] and launch[2][3] == ""
+    assert len(overlap) == 1 + 2 and len(tensors) == 1 + 2 * 2 * 3
+    found = json.loads(path.read_text())
+    for one in found["launch"]:
+        assert all(0 < launched <= whole for launched, whole in zip(one["launch_us"], one["whole_us"])), one
+    for one in found["overlap"]:
+        a, b, c = (float(np.median(times)) for times in one["ms"])
+        assert one["hidden"] == pytest.approx((a + b - c) / min(a, b))
+    by_way = {(one["model"], one["memory"], one["way"]): one for one in found["tensors"]}
+    fused = by_way["resnet50", "numpy", "one fused buffer"]
+    grouped = by_way["resnet50", "numpy", "one by one in a group"]
+    assert grouped["of_fused"] == pytest.approx(np.median(grouped["ms"]) / np.median(fused["ms"]))
+    verdicts = [row[3] for row in tensors[1:]]
+    assert sum("at most 1.15" in verdict for verdict in verdicts) == 2 * 2
+
+
+class FaultyStart(peers.Hfreduce):
+    """A library whose asynchronous all_reduce forgets the last element."""
+
+    def start(self, dtype: str, buffer: Any) -> Any:
+        return super().start(dtype, buffer[:-4])
+
+
+def start_faulty(comm: hfreduce.Communicator) -> str:
+    import overlap
+
+    assert overlap.checked_start(comm, peers.Hfreduce(comm, True), 1024) is not None
+    try:
+        overlap.checked_start(comm, FaultyStart(comm, True), 1024)
+    except SystemExit as error:
+        return str(error)
+    return ""
+
+
+def test_overlap_checks_sums() -> None:
+    assert ranks.run_ranks(start_faulty, 2) == ["overlap: numpy gives a wrong sum of 1024 bytes"] * 2
+
+
+def check_gradients(comm: hfreduce.Communicator, spoil: str) -> str:
+    import overlap
+
+    fused, single = overlap.gradients(comm, [(3, 5), (7,)], True)
+    comm.all_reduce(fused)
+    for tensor in single:
+        comm.all_reduce(tensor)
+    if comm.rank == 1 and spoil:
+        (fused[:1] if spoil == "fused" else single[-1][-1:])[...] += np.float32(1e-3)
+    try:
+        overlap.check_sums(comm, fused, single)
+    except SystemExit as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("spoil", ["", "fused", "tensor"])
+def test_overlap_checks_gradients(spoil: str) -> None:
+    """A thousandth too much in one element, on one rank, stops all."""
+    assert ranks.run_ranks(check_gradients, 2, spoil) == ["overlap: wrong sums of the gradients" if spoil else ""] * 2
+
+
+def test_gradient_sizes() -> None:
+    """As the published models have them."""
+    sizes = {name: (len(make()), sum(map(gradient_sizes.count, make()))) for name, make in gradient_sizes.MODELS.items()}
+    assert sizes == {"resnet50": (161, 25_557_032), "gpt2-small": (148, 124_439_808)}
 
 
 # --- what is made of the times ---
