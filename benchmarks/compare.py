@@ -26,7 +26,7 @@ from typing import Any
 
 import cells
 import targets
-from harness import COLLECTIVES, DTYPES, Entry, machine, markdown, measure, prepare, whole_size
+from harness import COLLECTIVES, DTYPES, line_up, machine, markdown, measure, whole_size
 from limits import ADD, COPY, SMALLEST, kernels, limit
 from peers import NAMES, OURS, Library, note, open_all
 
@@ -49,14 +49,7 @@ def measure_cell(
 ) -> tuple[cells.Cell, list[str]]:
     """One collective, datatype and size: the cell, and a line for each library that gave wrong values (and is not in it)."""
     collective, dtype, size = what
-    complaints, entries, keep = [], [], []
-    for library in libraries:
-        case = prepare(comm, library, collective, dtype, size)
-        if case is not None and case.wrong:
-            complaints.append(f"{library.name}, {collective} of {dtype}, {size} bytes: {case.wrong} WRONG values")
-        elif case is not None:
-            entries.append(Entry(library.name, case.call, library.barrier))
-            keep.append(case.keep)
+    entries, complaints = line_up(comm, libraries, collective, dtype, size)
     whole = whole_size(collective, dtype, size, comm.nranks)
     limited = whole >= SMALLEST and comm.nodes == 1
     if limited:
@@ -143,7 +136,7 @@ def launch_all(args: argparse.Namespace, argv: Sequence[str]) -> int:
             for index, mpirun in enumerate(launchers):
                 path = Path(folder) / f"{nranks}-{index}.json"
                 if mpirun is None:
-                    line, env = [sys.executable, "-m", "hfreduce", "run", "-n", str(nranks)], {}
+                    line, env = [sys.executable, "-m", "hfreduce", "run", "-n", str(nranks)], dict[str, str]()
                 else:
                     line, env = command(mpirun, nranks)
                 line += [sys.executable, os.path.abspath(__file__), *argv, "--json", str(path)]

@@ -27,11 +27,12 @@ _said: set[tuple[str, str, str]] = set()
 
 
 class Case(NamedTuple):
-    """A call of a library on buffers of its own. wrong: elements (of all ranks) that were wrong when it was checked."""
+    """A call of a library on buffers of its own; and what it takes to check it."""
 
     call: Call
-    wrong: int
-    keep: Any
+    fill: Callable[[], None]
+    wrong: Callable[[], int]
+    zero: Callable[[], None]
 
 
 class Entry(NamedTuple):
@@ -53,38 +54,52 @@ def whole_size(collective: str, dtype: str, size: int, nranks: int) -> int:
     return max(size // unit, 1) * unit
 
 
-def prepare(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, size: int) -> Case | None:
-    """Make the buffers, make one call on known values, count what is wrong; then zero the buffers, so that in-place sums stay.
+def line_up(
+    comm: hfreduce.Communicator, libraries: Sequence[Library], collective: str, dtype: str, size: int
+) -> tuple[list[Entry], list[str]]:
+    """Those libraries that have the collective and gave the right values when it was called once; a line for each wrong one.
 
-    None where the library cannot, with a line from rank 0 that says so. Collective.
+    Of what a library has not, rank 0 says so. Collective.
     """
+    entries, complaints = [], []
+    for library in libraries:
+        call, wrong = _prepare(comm, library, collective, dtype, size)
+        if wrong:
+            complaints.append(f"{library.name}, {collective} of {dtype}, {size} bytes: {wrong} WRONG values")
+        elif call is not None:
+            entries.append(Entry(library.name, call, library.barrier))
+    return entries, complaints
+
+
+def _prepare(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, size: int) -> tuple[Call | None, int]:
+    """A call on buffers that are zero, so that in-place sums stay; and how many values were wrong in one on known values.
+
+    None where the library cannot.
+    """
+    if collective == "barrier":
+        barrier = library.bind(collective, dtype, None, None)
+        return barrier, _early(comm, barrier)
     case, why = None, "another rank cannot"
     try:
-        if collective == "barrier":
-            case = Case(library.bind("barrier", dtype, None, None), 0, None)
-        else:
-            case = _buffers(comm, library, collective, dtype, size)
+        case = _case(comm, library, collective, dtype, size)
     except (CannotError, ImportError) as error:
         why = str(error)
     if not agreed(comm, case is not None) or case is None:
         _left_out(comm, library, collective, dtype, why)
-        return None
-    if collective == "barrier":
-        return case._replace(wrong=_early(comm, case.call))
-    fill, count_wrong, zero = case.keep[0]
-    fill()
+        return None, 0
+    case.fill()
     failure = ""
     try:
         case.call()
     except Exception as error:  # torch and mpi4py raise what they like; all ranks alike, as the arguments are
         failure = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not agreed(comm, not failure):
-        _left_out(comm, library, collective, dtype, failure or "another rank cannot")
-        return None
-    wrong = np.array([count_wrong()], np.int64)
+        _left_out(comm, library, collective, dtype, failure or why)
+        return None, 0
+    wrong = np.array([case.wrong()], np.int64)
     comm.all_reduce(wrong)
-    zero()
-    return case._replace(wrong=int(wrong[0]))
+    case.zero()
+    return case.call, int(wrong[0])
 
 
 def _left_out(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, why: str) -> None:
@@ -94,8 +109,8 @@ def _left_out(comm: hfreduce.Communicator, library: Library, collective: str, dt
         note(comm, f"{library.name}, {collective} of {dtype}: left out: {why}")
 
 
-def _buffers(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, size: int) -> Case:
-    """A case whose keep begins with (fill, wrong, zero)."""
+def _case(comm: hfreduce.Communicator, library: Library, collective: str, dtype: str, size: int) -> Case:
+    """Buffers of the library, the call on them, and what must be in them before and after. CannotError as of `bind`."""
     rank, n, kind = comm.rank, comm.nranks, numpy_dtype(dtype)
     whole = whole_size(collective, dtype, size, n)
     part = whole // n
@@ -133,7 +148,7 @@ def _buffers(comm: hfreduce.Communicator, library: Library, collective: str, dty
         x[...] = 0
         y[...] = 0
 
-    return Case(library.bind(collective, dtype, send, recv), 0, ((fill, wrong, zero), send, recv))
+    return Case(library.bind(collective, dtype, send, recv), fill, wrong, zero)
 
 
 def _early(comm: hfreduce.Communicator, barrier: Call) -> int:
@@ -158,7 +173,7 @@ def measure(
     """Time every entry once a round, in an order that turns.
 
     Of an entry so many calls are timed as one that they take about `seconds` together (after two rounds that warm up).
-    beside: counters that are read at both ends of each batch. Returns microseconds a call (entry, round), of the slowest
+    beside: counters that are read before each batch, and after it and one more barrier. Returns microseconds a call (entry, round), of the slowest
     rank; the calls a batch by entry; and what the counters of this rank grew by a call (entry, round, counter).
     """
     times = np.empty((len(entries), rounds))
@@ -176,6 +191,8 @@ def measure(
             for _ in range(counts[index]):
                 entry.call()
             took = (perf_counter_ns() - begin) / 1e9 / counts[index]
+            if beside:
+                entry.barrier()  # what this rank has yet to send to others, or they to this one, is counted too
             if turn >= 0:
                 times[index, turn] = took * 1e6
                 grown[index, turn] = [(read() - old) / counts[index] for read, old in zip(beside, before)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ COPY, ADD = "(copy)", "(add)"
 SMALLEST = 64 << 10
 
 # Bytes that all ranks together read and write at least, by size S and rank count n: each input once, each output once.
-_BYTES = {
+_BYTES: dict[str, Callable[[int], int]] = {
     "all_reduce": lambda n: 2 * n,  # n S read, n S written
     "all_to_all": lambda n: 2 * n,
     "all_gather": lambda n: n + 1,  # n inputs of S / n read, n S written
@@ -30,7 +30,7 @@ _BYTES = {
 
 def least_bytes(collective: str, size: int, nranks: int) -> int:
     """Bytes that a node must read and write for one call."""
-    return int(_BYTES[collective](nranks)) * size
+    return _BYTES[collective](nranks) * size
 
 
 def kernels(comm: hfreduce.Communicator, size: int) -> list[Entry]:

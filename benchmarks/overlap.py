@@ -265,7 +265,7 @@ def tensors(comm: hfreduce.Communicator, libraries: Sequence[Library], args: arg
                 step()
                 return perf_counter() - begin
 
-            steps = [lambda arrays=arrays, step=step: timed(arrays, step) for _, arrays, step in named]  # type: ignore[misc]
+            steps = [lambda arrays=arrays, step=step: timed(arrays, step) for _, arrays, step in named]
             times = slowest(comm, alternate(comm, steps, args.rounds)) * 1e3
             base = float(np.median(times[0]))
             for (way, _, _), row in zip(named, times):

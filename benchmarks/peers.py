@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -156,7 +157,9 @@ class Mpi(Library):
         self.version = text
 
     def memory(self, size: int) -> tuple[Any, Array]:
-        array = np.frombuffer(self.mpi.Alloc_mem(max(size, 1)), np.uint8, count=size)
+        memory: Any = self.mpi.Alloc_mem(max(size, 1))
+        array = np.frombuffer(memory, np.uint8, count=size)
+        weakref.finalize(array, self.mpi.Free_mem, memory).atexit = False  # by then MPI has ended
         return array, array
 
     def _datatype(self, dtype: str, reduces: bool) -> Any:
@@ -199,7 +202,8 @@ class Mpi(Library):
         return lambda: world.Iallreduce(mpi.IN_PLACE, spec, mpi.SUM).Wait
 
     def barrier(self) -> object:
-        return self.world.Barrier()
+        self.world.Barrier()
+        return None
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -207,8 +211,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+        name = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(name)
+    return found
 
 
 def agreed(comm: hfreduce.Communicator, able: bool) -> bool:

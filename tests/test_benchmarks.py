@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import cells  # noqa: E402
 import gradient_sizes  # noqa: E402
 import harness  # noqa: E402
 import limits  # noqa: E402
+import network  # noqa: E402
 import peers  # noqa: E402
 import targets  # noqa: E402
 
@@ -101,6 +105,31 @@ def test_compare_judges(tmp_path: Path) -> None:
     assert judged[0] == ["target", "where", "ratio", "to", "at most", ""]
     assert {row[5] for row in judged[1:] if row[1] == ""} == {"not measured"}
     assert len(json.loads(path.read_text())["targets"]) == int(has_torch)
+
+
+def mpiruns() -> list[str]:
+    """Those beside this Python, and of MPICH in $HFREDUCE_TEST_MPICH, if mpi4py is there, too."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("HFREDUCE_TEST_MPICH", "")]
+    found = [str(Path(folder) / "mpirun") for folder in folders if folder and (Path(folder) / "mpirun").exists()]
+    return found if importlib.util.find_spec("mpi4py") is not None else []
+
+
+def test_compare_launchers(tmp_path: Path) -> None:
+    """Several launchers and rank counts make one table, with each MPI in its column."""
+    launchers = mpiruns()
+    if not launchers:
+        pytest.skip("no mpirun and mpi4py beside this Python")
+    path = tmp_path / "found.json"
+    options = ["--ranks", "2", "3", "--rounds", "1", "--batch", "0", "--sizes", "1K", "--libraries", "numpy", "mpi"]
+    text = run("compare.py", "--mpirun", *launchers, *options, "--json", str(path))
+    found = json.loads(path.read_text())
+    assert [(cell["nranks"], len(cell["runs"])) for cell in found["cells"]] == [(2, len(launchers)), (3, len(launchers))]
+    names = cells.names(found["cells"])
+    assert len(names) == 1 + len(launchers) and names[0] == "numpy" and "mpi" not in names
+    assert [block[0] for block in tables(text)][-2:] == [cells.head(names)] * 2
+    for one in found["cells"]:
+        for run_of_one, launcher in zip(one["runs"], launchers):
+            assert len(run_of_one["times"]) == 2, f"{launcher}: {run_of_one['times']}"
 
 
 def test_compare_plots(tmp_path: Path) -> None:
@@ -237,6 +266,124 @@ def test_gradient_sizes() -> None:
     """As the published models have them."""
     sizes = {name: (len(make()), sum(map(gradient_sizes.count, make()))) for name, make in gradient_sizes.MODELS.items()}
     assert sizes == {"resnet50": (161, 25_557_032), "gpt2-small": (148, 124_439_808)}
+
+
+# --- network ---
+
+
+def setup_row(part: str, hosts: int, per_host: int, size: int, ours: float, gloo: float, wire: float = 0.0) -> dict[str, Any]:
+    rate = "" if part == "unshaped" else "500mbit"
+    row = {"part": part, "hosts": hosts, "per_host": per_host, "rate": rate, "size": size}
+    limit = network.limit(network.Setup(part, hosts, per_host, rate, ()), size)
+    return {**row, "times": {"hfreduce": [ours], "gloo": [gloo]}, "wire": {"hfreduce": wire, "gloo": 0.0}, "limit": limit}
+
+
+def test_network_limit() -> None:
+    """62.5 MB/s: 16 MiB among four hosts, 24 MiB out of each."""
+    setup = network.Setup("shaped", 4, 1, "500mbit", ())
+    assert network.limit(setup, 16 << 20) == pytest.approx((24 << 20) / 62.5)
+    assert network.limit(setup._replace(rate=""), 8) is None
+    assert network.bytes_per_second("10gbit") == 1.25e9
+    with pytest.raises(ValueError, match="not a rate"):
+        network.bytes_per_second("fast")
+
+
+def test_network_judges() -> None:
+    big = 16 << 20
+    least = 2 * big * 7 / 8 / 62.5
+    rows = [
+        setup_row("shaped", 8, 1, big, 1.07 * least, least),
+        setup_row("shaped", 8, 1, 8, 31.0, 100.0),
+        setup_row("shaped", 4, 1, big, 1e9, 1.0, wire=1000.0),
+        setup_row("wire", 4, 2, big, 1.0, 1.0, wire=1021.0),
+        setup_row("unshaped", 2, 1, 8, 0.7, 1.0),
+    ]
+    found = {tuple(one.strip() for one in line.split("|")[1:3]): line.split("|")[-2].strip() for line in network.judge(rows)[2:]}
+    assert found == {
+        ("shaped, 16 MiB beside the limit", "8 hosts, 16 MiB"): "met",
+        ("shaped, 16 MiB beside the limit", "4 hosts, 16 MiB"): "MISSED",
+        ("shaped, 8 hosts, 8 B and 64 KiB", "8 hosts, 8 B"): "MISSED",
+        ("not shaped, every size", "2 hosts, 8 B"): "met",
+        ("bytes on the wire, 4 hosts of 2 ranks", "16 MiB"): "MISSED",
+    }
+    assert all("not measured" in line for line in network.judge([])[2:])
+
+
+def need_hosts() -> None:
+    if os.geteuid():
+        pytest.skip("network namespaces need root")
+    tool = network.load_hosts()
+    try:
+        tool.Hosts(2).close()
+    except tool.HostsError as error:
+        pytest.skip(f"no network namespaces with a bridge here: {error}")
+
+
+@pytest.mark.parametrize("libraries", [["hfreduce", "gloo"], ["numpy", "openmpi"]])
+def test_network(libraries: list[str], tmp_path: Path) -> None:
+    """Two hosts; a shaped link is as slow as it should be, and what goes over it is counted."""
+    need_hosts()
+    path = tmp_path / "found.json"
+    options = ["--parts", "shaped", "--hosts", "2", "--rate", "200mbit", "--sizes", "8", "2M", "--rounds", "1", "--targets"]
+    text = run("network.py", *options, "--libraries", *libraries, "--json", str(path))
+    took, judged = tables(text)
+    small, large = json.loads(path.read_text())["rows"]
+    here = [name for name in libraries if name in large["times"]]
+    assert took[0] == network.columns(here)
+    assert [row[0] for row in took[1:]] == ["2 x 1, 200mbit, 8 B", "2 x 1, 200mbit, 2 MiB"]
+    assert len(judged) == 1 + len(network.AIMS) + 1
+    for name in here:
+        assert min(large["times"][name]) > 0.8 * large["limit"], "faster than the link"
+        assert large["wire"][name] > 0.99 * 2 * large["size"], "less than must have gone over the wire"
+    assert large["wire"][here[0]] < 1.1 * 2 * large["size"], "hfreduce sends too much"
+    assert set(small["times"]) == set(here)
+    if libraries[1] not in here:
+        assert f"# {libraries[1]}: left out: " in text, text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("library", ["hfreduce", "openmpi"])
+def test_network_leaves_nothing(library: str, number: signal.Signals, tmp_path: Path) -> None:
+    """No process, and so no namespace, when it is ended in the middle; whoever started the ranks."""
+    need_hosts()
+    name, value = "NETWORK_TEST_MARK", f"{os.getpid()}-{library}-{int(number)}"
+    mark = f"{name}={value}"
+    options = ["--parts", "shaped", "--hosts", "2", "--sizes", "64M", "--rounds", "100", "--libraries", *{"numpy", library}]
+    command = [sys.executable, str(BENCHMARKS / "network.py"), *options]
+    env = {**os.environ, name: value, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    ) as process:
+        try:
+            wait_until(lambda: sum(b"--as-rank" in line and b"mpirun" not in line for line in marked(mark).values()) >= 2, 60)
+            process.send_signal(number)
+            assert process.wait(20) == (130 if number == signal.SIGTERM else -number)
+            wait_until(lambda: not marked(mark), 10)
+        finally:
+            process.kill()
+            left = marked(mark)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        assert not left, left
+
+
+def marked(mark: str) -> dict[int, bytes]:
+    """Command lines of the processes, by id, that have the mark in their environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes()
+        except OSError:
+            pass
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not after {seconds} s"
+        time.sleep(0.05)
 
 
 # --- what is made of the times ---
