@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -266,6 +267,102 @@ def test_gradient_sizes() -> None:
     """As the published models have them."""
     sizes = {name: (len(make()), sum(map(gradient_sizes.count, make()))) for name, make in gradient_sizes.MODELS.items()}
     assert sizes == {"resnet50": (161, 25_557_032), "gpt2-small": (148, 124_439_808)}
+
+
+# --- cost ---
+
+
+def test_cost(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    options = ["--rounds", "2", "--batch", "1", "--sizes", "64K", "1M", "--memory-size", "1M", "--json", str(path)]
+    text = run(*LAUNCH, str(BENCHMARKS / "cost.py"), *options, "--libraries", "hfreduce", "numpy")
+    memory, cpu = tables(text)
+    assert memory[0][:3] == ["library", "open, peak MiB", "open, stays MiB"] and len(memory) == 3
+    assert cpu[0] == [
+        "library, size",
+        "us a call",
+        "CPU s a GB, all ranks",
+        "cores busy",
+        "bytes a byte, derived",
+        "bytes a byte, missed",
+    ]
+    assert [row[0] for row in cpu[1:]] == ["hfreduce, 64 KiB", "numpy, 64 KiB", "hfreduce, 1 MiB", "numpy, 1 MiB"]
+    assert [row[4] for row in cpu[1:]] == ["", "", "5.50", "5.50"]
+    for row in json.loads(path.read_text())["cpu"]:
+        busy = row["cores_busy"]
+        assert 0 < busy < 4, row  # two ranks, the progress threads beside them
+
+
+class Hungry(peers.Hfreduce):
+    """A library that takes `extra` bytes for the time of each call."""
+
+    extra = 24 << 20
+
+    def bind(self, collective: str, dtype: str, send: Any, recv: Any) -> peers.Call:
+        right = super().bind(collective, dtype, send, recv)
+
+        def call() -> object:
+            np.full(self.extra, 1, np.uint8)
+            return right()
+
+        return call
+
+
+def measure_memory(comm: hfreduce.Communicator) -> list[Any]:
+    import cost
+
+    first = cost.calls_peak(peers.Hfreduce(comm, True), 1 << 20)
+    hungry = cost.calls_peak(Hungry(comm, True), 1 << 20)
+
+    def take() -> mmap.mmap:
+        pages = [mmap.mmap(-1, size << 20) for size in (8, 16)]
+        for page in pages:
+            np.frombuffer(page, np.uint8)[...] = 1
+        return pages[0]
+
+    kept, peak, stays = cost.peak_of(take)
+    kept.close()
+    return [cost.reset_peak(), first, hungry, peak, stays]
+
+
+def test_cost_sees_memory() -> None:
+    """What a call takes shows in the peak even if it gives it back; what stays is told apart."""
+    for resets, first, hungry, peak, stays in ranks.run_ranks(measure_memory, 1):
+        if not resets:
+            pytest.skip("VmHWM cannot be reset here")
+        assert first < 8, "hfreduce's own"
+        assert 20 < hungry - max(first, 0) < 30
+        assert 22 < peak < 27 and 6 < stays < 10
+
+
+def touch_pages(rank: int) -> float:
+    import threading
+
+    import cost
+
+    counter = cost.Counter(*cost.Counter.PAGE_FAULTS)
+    pages = mmap.mmap(-1, 500 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+
+    def touch() -> None:
+        for page in range(500):
+            pages[page * mmap.PAGESIZE] = 1
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    thread.join()
+    seen = counter.read()
+    counter.close()
+    return seen
+
+
+def test_cost_counts_events() -> None:
+    """Of a thread that was started later, too."""
+    (outcome,) = ranks.run_ranks(touch_pages, 1, comm=False, check=False)
+    if isinstance(outcome.error, OSError):
+        pytest.skip(f"no perf events here: {outcome.error}")
+    assert outcome.ok, outcome
+    assert 500 <= outcome.value < 2000
 
 
 # --- network ---
