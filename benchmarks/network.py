@@ -423,10 +423,9 @@ def setups(args: argparse.Namespace) -> list[Setup]:
     if "shaped" in args.parts:
         found += [Setup("shaped", hosts, 1, args.rate, sizes) for hosts in args.hosts]
     if "wire" in args.parts:
-        largest = (max(sizes),)
         if not any(setup.hosts == 4 and setup.rate for setup in found):
-            found.append(Setup("wire", 4, 1, args.rate, largest))
-        found.append(Setup("wire", 4, 2, args.rate, largest))
+            found.append(Setup("wire", 4, 1, args.rate, (max(sizes),)))
+        found += [Setup("wire", 4, 2, rate, sizes) for rate in (args.rate, "")]
     if "unshaped" in args.parts:
         found += [Setup("unshaped", hosts, 1, "", sizes) for hosts in args.hosts]
     if "curve" in args.parts:
@@ -501,6 +500,8 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    versions = {name: version for row in rows for name, version in row["versions"].items()}
+    print(f"\n# {'; '.join(f'{name}: {version}' for name, version in versions.items())}", flush=True)
     if args.targets:
         print("\n" + "\n".join(judge(rows)), flush=True)
     if args.json:
