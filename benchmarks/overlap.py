@@ -210,15 +210,20 @@ def gradients(comm: hfreduce.Communicator, shapes: Sequence[Shape], plain: bool)
 
 
 def check_sums(comm: hfreduce.Communicator, fused: Array, tensors: Sequence[Array]) -> None:
-    """Every sum against one that is made here, of all ranks' values made anew, in float64."""
-    expected = np.zeros(fused.size, np.float64)
-    for rank in range(comm.nranks):
-        expected += np.random.default_rng(rank).random(fused.size, dtype=np.float32)
-    at, close = 0, np.allclose(fused, expected, rtol=1e-6 * comm.nranks, atol=0)
+    """Every sum against one that is made here, of all ranks' values made anew, in float64; a piece at a time."""
+    sources = [np.random.default_rng(rank) for rank in range(comm.nranks)]
+    at, close = 0, True
     for tensor in tensors:
-        close &= np.allclose(tensor.reshape(-1), expected[at : at + tensor.size], rtol=1e-6 * comm.nranks, atol=0)
-        at += tensor.size
-    if not agreed(comm, bool(close)):
+        flat = tensor.reshape(-1)
+        for begin in range(0, flat.size, 1 << 20):
+            piece = flat[begin : begin + (1 << 20)]
+            expected = np.zeros(piece.size, np.float64)
+            for source in sources:
+                expected += source.random(piece.size, dtype=np.float32)
+            for found in (piece, fused[at : at + piece.size]):
+                close &= np.allclose(found, expected, rtol=1e-6 * comm.nranks, atol=0)
+            at += piece.size
+    if not agreed(comm, close and at == fused.size):
         raise SystemExit("overlap: wrong sums of the gradients")
 
 
