@@ -36,11 +36,16 @@ class Case(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What takes part in the rounds."""
+    """What takes part in the rounds.
+
+    alone: its calls do not wait for other ranks, so that a batch lasts from the first rank's begin to the last one's end. (With
+    more ranks than cores one after the other may run, each in little time.)
+    """
 
     name: str
     call: Call
     barrier: Call
+    alone: bool = False
 
 
 def whole_size(collective: str, dtype: str, size: int, nranks: int) -> int:
@@ -176,7 +181,7 @@ def measure(
     beside: counters that are read before each batch, and after it and one more barrier. Returns microseconds a call (entry, round), of the slowest
     rank; the calls a batch by entry; and what the counters of this rank grew by a call (entry, round, counter).
     """
-    times = np.empty((len(entries), rounds))
+    begins, ends = (np.zeros((len(entries), rounds)) for _ in range(2))
     grown = np.zeros((len(entries), rounds, len(beside)))
     counts = [1] * len(entries)
     for turn in range(-2, rounds):
@@ -190,18 +195,24 @@ def measure(
             begin = perf_counter_ns()
             for _ in range(counts[index]):
                 entry.call()
-            took = (perf_counter_ns() - begin) / 1e9 / counts[index]
+            end = perf_counter_ns()
             if beside:
                 entry.barrier()  # what this rank has yet to send to others, or they to this one, is counted too
             if turn >= 0:
-                times[index, turn] = took * 1e6
+                begins[index, turn], ends[index, turn] = begin, end
                 grown[index, turn] = [(read() - old) / counts[index] for read, old in zip(beside, before)]
             else:
-                longest = np.array([took])
+                longest = np.array([(end - begin) / counts[index]])
                 comm.all_reduce(longest, op="max")  # all ranks must make as many calls
-                counts[index] = int(min(max(seconds / max(float(longest[0]), 1e-9), 1), _MOST_CALLS))
+                counts[index] = int(min(max(seconds * 1e9 / max(float(longest[0]), 1.0), 1), _MOST_CALLS))
+    times = ends - begins
     comm.all_reduce(times, op="max")
-    return times, counts, grown
+    if any(entry.alone for entry in entries):  # of ranks on one machine, which has one such clock
+        comm.all_reduce(begins, op="min")
+        comm.all_reduce(ends, op="max")
+        alone = [entry.alone for entry in entries]
+        times[alone] = (ends - begins)[alone]
+    return times / 1e3 / np.array(counts)[:, None], counts, grown
 
 
 # --- words and numbers ---

@@ -40,8 +40,8 @@ def kernels(comm: hfreduce.Communicator, size: int) -> list[Entry]:
     """
     a, b = (np.zeros(size // 4, np.float32) for _ in range(2))
     return [
-        Entry(COPY, partial(np.copyto, b, a), comm.barrier),
-        Entry(ADD, partial(np.add, a, b, a), comm.barrier),
+        Entry(COPY, partial(np.copyto, b, a), comm.barrier, alone=True),
+        Entry(ADD, partial(np.add, a, b, a), comm.barrier, alone=True),
     ]
 
 

@@ -539,6 +539,50 @@ def test_the_suite_covers_the_targets() -> None:
     assert targets.suite(3) == []
 
 
+def measure_naps(comm: hfreduce.Communicator) -> list[float]:
+    """Rank 1 begins its batch 200 ms after rank 0; each takes 10 ms."""
+    turns = iter(range(100))
+
+    def barrier() -> None:
+        comm.barrier()
+        if next(turns) % 2 and comm.rank:
+            time.sleep(0.2)
+
+    def nap() -> None:
+        time.sleep(0.01)
+
+    plain = [harness.Entry("plain", nap, barrier)]
+    alone = [harness.Entry("alone", nap, barrier, alone=True)]
+    return [float(harness.measure(comm, entry, 1, 0.0)[0][0, 0]) for entry in (plain, alone)]
+
+
+def test_measure() -> None:
+    """The slowest rank's time; of calls that wait for nobody, from the first begin to the last end."""
+    for plain, alone in ranks.run_ranks(measure_naps, 2):
+        assert 10_000 <= plain < 150_000 < alone
+
+
+def measure_counts(comm: hfreduce.Communicator) -> list[Any]:
+    """A call of 20 ms (on the slower rank) in batches of 90 ms, beside a counter of calls."""
+    calls = [0]
+
+    def call() -> None:
+        calls[0] += 1
+        time.sleep(0.02 if comm.rank else 0.005)
+
+    times, counts, grown = harness.measure(comm, [harness.Entry("nap", call, comm.barrier)], 3, 0.09, [lambda: float(calls[0])])
+    return [counts, times.shape, grown.tolist()]
+
+
+def test_measure_counts() -> None:
+    """All ranks make as many calls as the slowest takes in a batch; a counter is given by call."""
+    (first, second) = ranks.run_ranks(measure_counts, 2)
+    assert first == second
+    (count,), shape, grown = first
+    assert 2 <= count <= 4 and shape == (1, 3)
+    assert grown == [[[1.0]] * 3]
+
+
 def test_limit() -> None:
     """Two ranks, 1000 bytes: a copy moves 4000 bytes, an addition 6000; the faster counts."""
     times = {limits.COPY: [2.0, 1.0, 3.0], limits.ADD: [2.0, 2.0, 2.0]}
