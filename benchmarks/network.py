@@ -165,8 +165,11 @@ def _rank_command(args: argparse.Namespace, setup: Setup, address: str, path: Pa
     return [*command, "--libraries", *args.libraries, *(["--with-mpi"] if with_mpi else [])]
 
 
-def start(hosts: Any, args: argparse.Namespace, setup: Setup, path: Path) -> None:
-    """Run the ranks by hand, in the order of the hosts, and wait for all. RuntimeError with what a rank said if one fails."""
+def start(hosts: Any, args: argparse.Namespace, setup: Setup, path: Path) -> list[str]:
+    """Run the ranks by hand, in the order of the hosts, and wait for all; rank 0's notes.
+
+    RuntimeError with what a rank said if one fails.
+    """
     shared = {name: value for name, value in os.environ.items() if not name.startswith(("HFREDUCE_", "OMPI_", "PMIX_"))}
     shared |= {
         "HFREDUCE_NRANKS": str(setup.hosts * setup.per_host),
@@ -200,7 +203,7 @@ def start(hosts: Any, args: argparse.Namespace, setup: Setup, path: Path) -> Non
         for process in ranks:
             process.kill()
             process.wait()
-    _pass_on(logs[0].read_text())
+    return notes(logs[0].read_text())
 
 
 # All of Open MPI's processes live in one process namespace, in which this shell is the first: with it they all end, daemons
@@ -216,8 +219,11 @@ exec nsenter --net=/proc/1/fd/$file -- unshare --uts sh -c "hostname host$((host
 """
 
 
-def start_mpi(hosts: Any, args: argparse.Namespace, setup: Setup, path: Path, program: Sequence[str] = ()) -> None:
-    """Run the ranks (or another program) by Open MPI's mpirun on host 0, over TCP between the hosts. RuntimeError if it fails."""
+def start_mpi(hosts: Any, args: argparse.Namespace, setup: Setup, path: Path, program: Sequence[str] = ()) -> list[str]:
+    """Run the ranks (or another program) by Open MPI's mpirun on host 0, over TCP between the hosts; rank 0's notes.
+
+    RuntimeError if it fails.
+    """
     agent = path.with_suffix(".agent")
     agent.write_text(_AGENT)
     agent.chmod(0o700)
@@ -261,15 +267,12 @@ def start_mpi(hosts: Any, args: argparse.Namespace, setup: Setup, path: Path, pr
             child.wait()
     if child.returncode:
         raise RuntimeError(f"mpirun ended with status {child.returncode}\n{out[-2000:]}")
-    if not program:
-        _pass_on(out)
+    return notes(out)
 
 
-def _pass_on(text: str) -> None:
-    """Print the notes of rank 0 out of all that was said."""
-    for line in text.splitlines():
-        if line.startswith("# "):
-            print(line, flush=True)
+def notes(text: str) -> list[str]:
+    """Of all that was said, the lines of rank 0 that belong to the table."""
+    return [line for line in text.splitlines() if line.startswith("# ")]
 
 
 def _mpirun() -> str:
@@ -300,24 +303,26 @@ def why_no_mpi(tool: Any, args: argparse.Namespace) -> str:
     return ""
 
 
-def run(tool: Any, args: argparse.Namespace, setup: Setup, with_mpi: bool) -> list[dict[str, Any]]:
-    """Build the hosts, measure, remove them; the rows, each with its setup. Without Open MPI where its ranks fail."""
+def run(tool: Any, args: argparse.Namespace, setup: Setup, with_mpi: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Build the hosts, measure, remove them; the rows, each with its setup, and notes. Without Open MPI where its ranks fail."""
+    said: list[str] = []
     with tempfile.TemporaryDirectory(prefix="hfreduce-network-") as folder:
         path = Path(folder) / "rows"
         with tool.Hosts(setup.hosts, rate=setup.rate) as hosts:
             if with_mpi:
                 try:
-                    start_mpi(hosts, args, setup, path)
+                    said += start_mpi(hosts, args, setup, path)
                 except RuntimeError as error:
-                    print(f"# openmpi: left out, {setup.hosts} hosts of {setup.per_host}: {error}", flush=True)
+                    said.append(f"# openmpi: left out, {setup.hosts} hosts of {setup.per_host}: {error}")
             if not path.exists():
-                start(hosts, args, setup, path)
+                said += start(hosts, args, setup, path)
         found = json.loads(path.read_text())
     if found["about"]["nodes"] != setup.hosts:
         raise RuntimeError(f"hfreduce saw {found['about']['nodes']} nodes, not {setup.hosts}")
     shape = {"part": setup.part, "hosts": setup.hosts, "per_host": setup.per_host, "rate": setup.rate}
     versions = found["about"]["versions"]
-    return [{**shape, **row, "limit": limit(setup, row["size"]), "versions": versions} for row in found["rows"]]
+    rows = [{**shape, **row, "limit": limit(setup, row["size"]), "versions": versions} for row in found["rows"]]
+    return rows, said
 
 
 # --- what is shown ---
@@ -483,17 +488,23 @@ def main() -> int:
         why = why_no_mpi(tool, args)
         print(f"# all_reduce, float32, sum, in place; {about['cores']} cores, {about['processor']}; load {about['load']:.1f}")
         print(f"# us a call: median (p10 to p90) of {args.rounds} alternating batches; ratios: hfreduce's median / the other's")
-        if why:
-            print(f"# openmpi: left out: {why}")
-        libraries = [name for name in args.libraries if name != "openmpi" or not why]
+        absent = {"openmpi": why} if why else {}
+        if importlib.util.find_spec("torch") is None:
+            absent["gloo"] = "torch is not installed"
+        libraries = [name for name in args.libraries if name not in absent]
+        for name in set(args.libraries) - set(libraries):
+            print(f"# {name}: left out: {absent[name]}")
+        args.libraries = libraries
         widths = [
             max(len(title), 26) if i <= len(libraries) else max(len(title), 9) for i, title in enumerate(columns(libraries))
         ]
         print(f"\n{markdown(columns(libraries), widths)}\n{rule(widths)}", flush=True)
-        rows = []
+        rows, said = [], []
         for setup in setups(args):
-            for row in run(tool, args, setup, not why):
-                rows.append(row)
+            found, new = run(tool, args, setup, not why)
+            rows += found
+            said += new
+            for row in found:
                 print(markdown(cells(row, libraries), widths), flush=True)
     except (tool.HostsError, RuntimeError) as error:
         print(f"network: {error}", file=sys.stderr)
@@ -501,7 +512,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     versions = {name: version for row in rows for name, version in row["versions"].items()}
-    print(f"\n# {'; '.join(f'{name}: {version}' for name, version in versions.items())}", flush=True)
+    print("\n" + "\n".join(dict.fromkeys(said + [f"# {'; '.join(f'{n}: {v}' for n, v in versions.items())}"])), flush=True)
     if args.targets:
         print("\n" + "\n".join(judge(rows)), flush=True)
     if args.json:
