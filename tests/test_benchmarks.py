@@ -199,11 +199,11 @@ def test_overlap(tmp_path: Path) -> None:
     options = ["--rounds", "2", "--launch-sizes", "8", "--overlap-sizes", "64K", "--tensors", "9", "--json", str(path)]
     text = run(*LAUNCH, str(BENCHMARKS / "overlap.py"), *options, "--libraries", "hfreduce", "numpy")
     launch, overlap, tensors = tables(text)
-    assert launch[0] == ["library, size", "launch", "launch and wait", "target"]
+    assert launch[0] == ["library, size", "launch", "launch, on the CPU", "launch and wait", "target"]
     assert overlap[0] == ["library, size", "compute alone", "communication alone", "both", "hidden"]
     assert tensors[0] == ["model, memory, way", "ms", "of fused", "target"]
     assert [row[0] for row in launch[1:]] == ["hfreduce, 8 B", "numpy, 8 B"]
-    assert "at most 3 us" in launch[1][3] and launch[2][3] == ""
+    assert "at most 3 us" in launch[1][4] and launch[2][4] == ""
     assert len(overlap) == 1 + 2 and len(tensors) == 1 + 2 * 2 * 3
     found = json.loads(path.read_text())
     for one in found["launch"]:
@@ -217,6 +217,14 @@ def test_overlap(tmp_path: Path) -> None:
     assert grouped["of_fused"] == pytest.approx(np.median(grouped["ms"]) / np.median(fused["ms"]))
     verdicts = [row[3] for row in tensors[1:]]
     assert sum("at most 1.15" in verdict for verdict in verdicts) == 2 * 2
+
+
+def test_launch_times() -> None:
+    """A launch that sleeps takes time by the clock, but not the caller's CPU; waiting counts only as a whole."""
+    import overlap
+
+    launched, cpu, whole = overlap.launch_step(lambda: (time.sleep(0.01), lambda: time.sleep(0.02))[1], 4)
+    assert cpu < 0.005 < 0.01 <= launched < 0.03 <= whole
 
 
 class FaultyStart(peers.Hfreduce):
