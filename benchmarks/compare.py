@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,16 +115,19 @@ def rank_main(args: argparse.Namespace) -> int:
 
 def command(mpirun: str, nranks: int) -> tuple[list[str], dict[str, str]]:
     """The beginning of a command line that starts so many ranks, and the environment that makes mpi4py use the same MPI."""
-    done = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
+    found = shutil.which(mpirun)
+    if found is None:
+        raise SystemExit(f"compare: --mpirun {mpirun}: no such program")
+    done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
     text = done.stdout + done.stderr
     openmpi = "Open MPI" in text or "PRRTE" in text
     if not openmpi and "HYDRA" not in text and "MPICH" not in text:
         raise SystemExit(f"compare: {mpirun} is neither Open MPI's nor MPICH's mpirun")
-    line = [mpirun, "-np", str(nranks)]
+    line = [found, "-np", str(nranks)]
     if openmpi:
         line += ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
         line += [] if os.geteuid() else ["--allow-run-as-root"]
-    library = Path(mpirun).absolute().parent.parent / "lib" / ("libmpi.so.40" if openmpi else "libmpi.so.12")
+    library = Path(found).absolute().parent.parent / "lib" / ("libmpi.so.40" if openmpi else "libmpi.so.12")
     return line, {"MPI4PY_LIBMPI": str(library)} if library.exists() else {}
 
 

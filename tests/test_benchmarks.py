@@ -142,6 +142,7 @@ def test_compare_plots(tmp_path: Path) -> None:
 
 def test_compare_refuses() -> None:
     assert "--rounds" in run("compare.py", "--rounds", "0", status=2)
+    assert "no such program" in run("compare.py", "--mpirun", "/nowhere/mpirun", status=1)
     assert "neither Open MPI's nor MPICH's" in run("compare.py", "--mpirun", "/bin/true", status=1)
 
 
