@@ -84,13 +84,24 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclAlltoAll, (HFR_NCCL_MOVING)) {
   return pncclAlltoAllConfig(sendbuff, recvbuff, count, datatype, comm, stream, NULL);
 }
 
+/* A rank that sends to itself or receives from itself outside a group would wait for itself. */
+#define ISSUE_MESSAGE(name, sends, expr)                                                           \
+  do {                                                                                             \
+    struct hfr_nccl_call call;                                                                     \
+    HFR_NCCL_TRY(hfr_nccl_begin(&call, name, comm, stream));                                       \
+    ncclResult_t unmatched_ = peer == comm->rank ? hfr_nccl_self(name, comm, sends) : ncclSuccess; \
+    if (!unmatched_) return hfr_nccl_end(&call, expr);                                             \
+    hfr_nccl_drop(&call);                                                                          \
+    return unmatched_;                                                                             \
+  } while (0)
+
 HFR_NCCL_DEFINE(ncclResult_t, ncclSend,
                 (const void *sendbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm, cudaStream_t stream)) {
-  ISSUE("ncclSend", hfreduceSend(sendbuff, count, TYPE, peer, call.core, stream));
+  ISSUE_MESSAGE("ncclSend", 1, hfreduceSend(sendbuff, count, TYPE, peer, call.core, stream));
 }
 HFR_NCCL_DEFINE(ncclResult_t, ncclRecv,
                 (void *recvbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm, cudaStream_t stream)) {
-  ISSUE("ncclRecv", hfreduceRecv(recvbuff, count, TYPE, peer, call.core, stream));
+  ISSUE_MESSAGE("ncclRecv", -1, hfreduceRecv(recvbuff, count, TYPE, peer, call.core, stream));
 }
 
 /* ---------------------------------------------------------------- user-made ops */

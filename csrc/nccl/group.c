@@ -21,6 +21,7 @@ static _Thread_local struct {
   int waiting; /* a call without a stream is among them, so somebody has to wait for it */
   struct hfr_nccl_job *jobs, **jobs_tail;
   ncclComm_t *comms; /* that have calls in it, entered once each */
+  int *self;         /* of each: sends to itself less receives from itself */
   int ncomms, cap;
 } group;
 
@@ -55,13 +56,35 @@ static ncclResult_t group_take(const char *f, ncclComm_t comm, int waiting) {
     if (group.comms[i] == comm) return ncclSuccess;
   if (group.ncomms == group.cap) {
     int cap = group.cap ? 2 * group.cap : 8;
-    ncclComm_t *grown = realloc(group.comms, (size_t)cap * sizeof *grown);
-    if (!grown) return hfr_nccl_fail(ncclSystemError, "%s: out of memory for a group of %d communicators", f, cap);
-    group.comms = grown;
+    ncclComm_t *comms = realloc(group.comms, (size_t)cap * sizeof *comms);
+    if (comms) group.comms = comms;
+    int *self = realloc(group.self, (size_t)cap * sizeof *self);
+    if (self) group.self = self;
+    if (!comms || !self) return hfr_nccl_fail(ncclSystemError, "%s: out of memory for a group of %d communicators", f, cap);
     group.cap = cap;
   }
   hfr_nccl_enter_again(comm);
+  group.self[group.ncomms] = 0;
   group.comms[group.ncomms++] = comm;
+  return ncclSuccess;
+}
+
+ncclResult_t hfr_nccl_self(const char *f, ncclComm_t comm, int sends) {
+  if (!group.depth)
+    return hfr_nccl_latch(hfr_nccl_fail(
+        ncclInvalidUsage, "%s: rank %d: a send to this rank itself and its receive must be in one group", f, comm->rank));
+  for (int i = 0; i < group.ncomms; i++)
+    if (group.comms[i] == comm) group.self[i] += sends;
+  return ncclSuccess;
+}
+
+/* What a rank sends to itself it has to receive in the same group, or it would wait for itself. */
+static ncclResult_t check_selves(void) {
+  for (int i = 0; i < group.ncomms; i++)
+    if (group.self[i])
+      return hfr_nccl_fail(ncclInvalidUsage, "ncclGroupEnd: rank %d has %d %s in the group than the other way round",
+                           group.comms[i]->rank, abs(group.self[i]),
+                           group.self[i] > 0 ? "more sends to itself" : "more receives from itself");
   return ncclSuccess;
 }
 
@@ -69,6 +92,7 @@ void hfr_nccl_group_forget(ncclComm_t comm) {
   for (int i = 0; i < group.ncomms; i++)
     if (group.comms[i] == comm) {
       group.comms[i] = group.comms[--group.ncomms];
+      group.self[i] = group.self[group.ncomms];
       hfr_nccl_latch(hfr_nccl_fail(ncclInvalidUsage, "a communicator was ended in the group that has calls on it"));
       hfr_nccl_leave(comm);
       return;
@@ -161,6 +185,15 @@ ncclResult_t hfr_nccl_end(struct hfr_nccl_call *call, hfreduceResult_t result) {
   return hfr_nccl_latch(r);
 }
 
+void hfr_nccl_drop(struct hfr_nccl_call *call) {
+  if (call->alone) {
+    hfreduceGroupCancel(hfreduceInvalidUsage);
+    hfreduceGroupEnd();
+  }
+  if (!group.depth) atomic_fetch_sub_explicit(&call->comm->calling, 1, memory_order_relaxed);
+  hfr_nccl_leave(call->comm);
+}
+
 /* ---------------------------------------------------------------- the group's life */
 
 HFR_NCCL_DEFINE(ncclResult_t, ncclGroupStart, (void)) {
@@ -187,7 +220,9 @@ static ncclResult_t cancel_all(void) {
 static void let_go(void) {
   for (int i = 0; i < group.ncomms; i++) hfr_nccl_leave(group.comms[i]);
   free(group.comms);
+  free(group.self);
   group.comms = NULL;
+  group.self = NULL;
   group.ncomms = group.cap = 0;
   group.jobs = NULL;
 }
@@ -217,6 +252,7 @@ static ncclResult_t without_start(const char *f) {
 
 HFR_NCCL_DEFINE(ncclResult_t, ncclGroupEnd, (void)) {
   if (!group.depth) return without_start("ncclGroupEnd");
+  if (group.depth == 1) hfr_nccl_latch(check_selves());
   if (--group.depth) return ncclSuccess;
   ncclResult_t r = group.error ? cancel_all() : launch_all();
   let_go();

@@ -128,6 +128,8 @@ int hfr_nccl_grouped(void);
 ncclResult_t hfr_nccl_latch(ncclResult_t code);
 /* The group takes a job. */
 ncclResult_t hfr_nccl_group_job(const char *f, struct hfr_nccl_job *job);
+/* A call in it sends to its own rank (1) or receives from it (-1): its counterpart must be in the same group. */
+ncclResult_t hfr_nccl_self(const char *f, ncclComm_t comm, int sends);
 /* The communicator goes: a group of this thread that holds calls on it comes to nothing, and lets go of it. */
 void hfr_nccl_group_forget(ncclComm_t comm);
 
@@ -139,6 +141,8 @@ struct hfr_nccl_call {
 };
 ncclResult_t hfr_nccl_begin(struct hfr_nccl_call *call, const char *f, ncclComm_t comm, cudaStream_t stream);
 ncclResult_t hfr_nccl_end(struct hfr_nccl_call *call, hfreduceResult_t result);
+/* It is not issued after all. */
+void hfr_nccl_drop(struct hfr_nccl_call *call);
 /* Under comm->lock: what non-blocking calls have come to, noted in comm. 1: they are under way. */
 int hfr_nccl_flying(ncclComm_t comm);
 /* The communicator goes: let go of them. */

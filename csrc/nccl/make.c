@@ -16,18 +16,26 @@ static hfreduceResult_t id_from_environment(hfreduceUniqueId *id, const char *ad
   return hfreduceUniqueIdFromAddress(id, address, getenv("HFREDUCE_SECRET"), atomic_fetch_add(&made, 1));
 }
 
+/* An id that nobody else can make, with its rendezvous in this process. */
+static ncclResult_t fresh_id(ncclUniqueId *out) {
+  hfreduceUniqueId id;
+  hfreduceResult_t r = hfreduceGetUniqueId(&id);
+  if (r) {
+    hfr_nccl_took(NULL, r);
+    hfr_nccl_log(hfreduceLogInfo, "only ranks of this machine can join: %s", hfr_nccl_text());
+    r = hfreduceGetUniqueIdLocal(&id);
+  }
+  if (!r) memcpy(out, &id, sizeof id);
+  return hfr_nccl_took(NULL, r);
+}
+
 HFR_NCCL_DEFINE(ncclResult_t, ncclGetUniqueId, (ncclUniqueId * uniqueId)) {
   hfreduceUniqueId id;
   const char *address = getenv("NCCL_COMM_ID");
   if (!uniqueId) return hfr_nccl_fail(ncclInvalidArgument, "ncclGetUniqueId: uniqueId is NULL");
   hfr_nccl_look_around();
-  hfreduceResult_t r = address && *address ? id_from_environment(&id, address) : hfreduceGetUniqueId(&id);
-  if (r && !(address && *address)) {
-    hfr_nccl_took(NULL, r);
-    hfr_nccl_log(hfreduceLogInfo, "only ranks of this machine can join: %s", hfr_nccl_text());
-    r = hfreduceGetUniqueIdLocal(&id);
-  }
-  HFR_NCCL_TRY(hfr_nccl_took(NULL, r));
+  if (!address || !*address) return fresh_id(uniqueId);
+  HFR_NCCL_TRY(hfr_nccl_took(NULL, id_from_environment(&id, address)));
   memcpy(uniqueId, &id, sizeof id);
   return ncclSuccess;
 }
@@ -256,7 +264,7 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclCommGetUniqueId, (ncclComm_t comm, ncclUniqueI
   if (open)
     r = hfr_nccl_fail(ncclInvalidUsage, "%s: rank %d: the id that it gave before was not used by ncclCommGrow yet", f,
                       comm->rank);
-  if (!r) r = pncclGetUniqueId(uniqueId);
+  if (!r) r = fresh_id(uniqueId); /* only this rank makes one: NCCL_COMM_ID's would be counted on all */
   if (!r) {
     pthread_mutex_lock(&comm->lock);
     comm->grow_open = 1;

@@ -213,7 +213,9 @@ static void calls(void) {
   BAD_ARGUMENT("root is 1", ncclScatter(send, recv, 8, ncclFloat, 1, comm, NULL));
   BAD_ARGUMENT("datatype is -1", ncclAlltoAll(send, recv, 8, (ncclDataType_t)-1, comm, NULL));
   BAD_ARGUMENT("peer is 1", ncclSend(send, 8, ncclFloat, 1, comm, NULL));
+  OK(ncclGroupStart());
   BAD_ARGUMENT("recvbuff is NULL", ncclRecv(NULL, 8, ncclFloat, 0, comm, NULL));
+  BAD_ARGUMENT("recvbuff is NULL", ncclGroupEnd());
   OK(ncclAllReduce(NULL, NULL, 0, ncclFloat, ncclSum, comm, NULL)); /* nothing is nothing */
   BAD_ARGUMENT("datatype", ncclAllReduce(NULL, NULL, 0, (ncclDataType_t)77, ncclSum, comm, NULL));
   ncclRedOp_t op;

@@ -132,6 +132,24 @@ static void errors(void) {
   sum_over(comms, N, "after another");
 }
 
+/* What a rank sends to itself has to be received in the same group. */
+static void to_itself(void) {
+  float x = 3, y = -1;
+  FAILS(ncclInvalidUsage, "must be in one group", ncclSend(&x, 1, ncclFloat, 0, comms[0], NULL));
+  FAILS(ncclInvalidUsage, "must be in one group", ncclRecv(&y, 1, ncclFloat, 1, comms[1], NULL));
+  OK(ncclGroupStart());
+  OK(ncclSend(&x, 1, ncclFloat, 1, comms[1], NULL));
+  FAILS(ncclInvalidUsage, "1 more sends to itself", ncclGroupEnd());
+  OK(ncclGroupStart());
+  OK(ncclRecv(&y, 1, ncclFloat, 2, comms[2], NULL));
+  OK(ncclGroupStart());
+  OK(ncclSend(&x, 1, ncclFloat, 2, comms[2], NULL));
+  OK(ncclGroupEnd()); /* an inner end does not count */
+  all_settle(comms, N, ncclGroupEnd(), "to itself");
+  CHECK(y == 3, "from itself: %g", y);
+  sum_over(comms, N, "after messages to itself");
+}
+
 static void simulated(void) {
   ncclSimInfo_t info = NCCL_SIM_INFO_INITIALIZER, blank;
   float x = 1, y = -1;
@@ -233,6 +251,7 @@ int main(int argc, char **argv) {
   many_calls();
   split_in_a_group();
   errors();
+  to_itself();
   simulated();
   mixed();
   disagree();
