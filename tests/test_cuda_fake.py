@@ -163,6 +163,27 @@ def test_host_calls_make_no_context(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_declarations_against_nvidias_header(tmp_path: Path) -> None:
+    need_compiler()
+    found = next((ROOT / "build" / "cuda").glob("nvidia/*/include/cuda.h"), None)
+    if not found:
+        pytest.skip("no cuda.h: unpack the package nvidia-cuda-runtime-cu12 in build/cuda, as .ci/run does")
+    command = [
+        *shlex.split(os.environ.get("CC", "gcc")),
+        "-std=gnu11",
+        "-Werror",
+        "-I",
+        str(ROOT / "csrc"),
+        "-I",
+        str(found.parent),
+    ]
+    done = subprocess.run(
+        [*command, str(SOURCES / "test_cuda_abi.c"), "-o", str(tmp_path / "abi")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "our declarations agree" in subprocess.run([str(tmp_path / "abi")], capture_output=True, text=True, check=True).stdout
+
+
 DESCRIBE = "from hfreduce.params import describe; print('\\n'.join(f'{k}: {v}' for k, v in describe()))"
 
 
