@@ -43,6 +43,17 @@ struct hfr_staging {
   struct hfr_captured *captured; /* the capture that goes on, or the last one */
 };
 
+/* --- resolve.c --- */
+/* The public name of a call, for messages. */
+const char *hfr_stream_name(const struct hfr_call *call);
+/* Elements of the largest block of an uneven call; extent: where its last one ends. */
+size_t hfr_stream_uneven(const struct hfr_call *call, int recv, int nranks, int extent);
+/* Memory that no CPU may touch while streams run. */
+static inline int hfr_is_device(const struct hfr_memory *m) {
+  return m->kind == HFR_MEMORY_DEVICE || m->kind == HFR_MEMORY_MANAGED;
+}
+
+/* --- staging.c --- */
 /* The communicator's device side, made at its first call. InvalidArgument when it was made for another device. */
 hfreduceResult_t hfr_staging_get(struct hfreduceComm *comm, const char *who, const struct hfr_stream *stream);
 /* Between enter and leave: make the ring unless it is there. bytes: what a slot must hold, if the ring is wide. */

@@ -10,131 +10,9 @@
  */
 #include "staging.h"
 
-#include "../base/param.h"
-
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/uio.h>
-#include <unistd.h>
-
-static const char *name_of(const struct hfr_call *call) {
-  static const char *const name[HFR_NCOLL] = {"hfreduceAllReduce", "hfreduceReduce",        "hfreduceBroadcast",
-                                              "hfreduceAllGather", "hfreduceReduceScatter", "hfreduceAlltoAll",
-                                              "hfreduceGather",    "hfreduceScatter",       "hfreduceBarrier"};
-  if (call->coll == HFR_P2P) return call->receiving ? "hfreduceRecv" : "hfreduceSend";
-  return call->sendcounts ? "hfreduceAlltoAllv" : name[call->coll];
-}
-
-/* ---------------------------------------------------------------- which way */
-
-static int is_device(const struct hfr_memory *m) { return m->kind == HFR_MEMORY_DEVICE || m->kind == HFR_MEMORY_MANAGED; }
-
-/* Elements of the largest block of an uneven call, or where its last one ends. */
-static size_t uneven(const struct hfr_call *c, int recv, int nranks, int extent) {
-  const size_t *count = recv ? c->recvcounts : c->sendcounts, *at = recv ? c->recvdispls : c->senddispls;
-  size_t most = 0;
-  for (int r = 0; r < nranks; r++) {
-    size_t n = extent && count[r] ? at[r] + count[r] : count[r];
-    if (n > most) most = n;
-  }
-  return most;
-}
-
-/* Bytes of a buffer that the call works on at this rank; 0: it leaves it alone. */
-static size_t extent(const struct hfreduceComm *c, const struct hfr_call *call, int recv) {
-  struct hfr_plan p = {.layout = &c->layout, .call = *call};
-  size_t esize = hfr_dtype_size(call->dtype);
-  if (call->sendcounts) return uneven(call, recv, c->nranks, 1) * esize;
-  return (size_t)hfr_window_rows(&p, recv) * call->count * esize;
-}
-
-/* Does the process have this byte? Host memory that was freed, and device memory that was, look alike to the driver: unknown. */
-static int readable(const void *at) {
-  char byte;
-  struct iovec mine = {&byte, 1}, theirs = {(void *)(uintptr_t)at, 1};
-  return process_vm_readv(getpid(), &mine, 1, &theirs, 1, 0) == 1 || errno != EFAULT;
-}
-
-static hfreduceResult_t check_buffer(const struct hfreduceComm *c, const struct hfr_call *call, int recv, size_t bytes,
-                                     const struct hfr_memory *m) {
-  const char *f = name_of(call), *what = recv ? "recvbuff" : "sendbuff";
-  const uint8_t *p = recv ? call->recv : call->send;
-  if (m->kind == HFR_MEMORY_HOST) {
-    if (readable(p) && readable(p + bytes - 1)) return hfreduceSuccess;
-    return hfr_fail(hfreduceInvalidArgument,
-                    "%s: rank %d: %s %p is neither memory of a device nor mapped host memory over its %zu bytes: was it freed?",
-                    f, c->rank, what, (const void *)p, bytes);
-  }
-  size_t left = m->start + m->bytes - (uintptr_t)p;
-  if (!m->bytes || bytes <= left) return hfreduceSuccess;
-  return hfr_fail(hfreduceInvalidArgument,
-                  "%s: rank %d: %s %p has %zu bytes to the end of its allocation, but the call needs %zu (count %zu of %s)", f,
-                  c->rank, what, (const void *)p, left, bytes, call->count, hfr_dtype_name(call->dtype));
-}
-
-static hfreduceResult_t check_device(const struct hfreduceComm *c, const struct hfr_call *call, int recv,
-                                     const struct hfr_memory *m, const struct hfr_stream *s) {
-  const char *f = name_of(call), *what = recv ? "recvbuff" : "sendbuff";
-  if (m->kind != HFR_MEMORY_DEVICE) return hfreduceSuccess; /* managed memory belongs to all */
-  if (m->device >= 0 && m->device != s->device)
-    return hfr_fail(hfreduceInvalidArgument, "%s: rank %d: %s lies on device %d, but the stream belongs to device %d", f, c->rank,
-                    what, m->device, s->device);
-  if (m->context && m->context != s->context)
-    return hfr_fail(hfreduceInvalidArgument,
-                    "%s: rank %d: %s belongs to another CUDA context of device %d than the stream; use one context for both", f,
-                    c->rank, what, s->device);
-  return hfreduceSuccess;
-}
-
-/* The context whose default stream is meant by NULL: where the data is. */
-static hfreduceResult_t context_of(const struct hfr_memory m[2], void **context) {
-  *context = NULL;
-  for (int recv = 0; recv < 2; recv++) {
-    if (!is_device(&m[recv])) continue;
-    *context = m[recv].context ? m[recv].context : hfr_device_context(m[recv].device);
-    return *context ? hfreduceSuccess : (hfreduceResult_t)hfr_last_error()->code;
-  }
-  return hfreduceSuccess;
-}
-
-hfreduceResult_t hfr_stream_resolve(struct hfreduceComm *c, struct hfr_call *call, hfreduceStream_t stream,
-                                    struct hfr_ordered *o) {
-  const char *f = name_of(call);
-  struct hfr_memory m[2];
-  size_t bytes[2];
-  void *context;
-  *o = (struct hfr_ordered){0};
-  if (stream && !hfr_device_present())
-    return hfr_fail(hfreduceInvalidArgument,
-                    "%s: rank %d: a stream was given, but there is no device layer: %s; pass NULL with "
-                    "host memory",
-                    f, c->rank, hfr_device_cuda.why_absent());
-  for (int recv = 0; recv < 2; recv++) {
-    bytes[recv] = extent(c, call, recv);
-    hfr_memory_of(bytes[recv] ? (recv ? call->recv : call->send) : NULL, &m[recv]);
-    o->staged[recv] = is_device(&m[recv]);
-  }
-  o->on = stream || o->staged[0] || o->staged[1];
-  for (int recv = 0; recv < 2; recv++)
-    if (bytes[recv] && (o->on || c->staging)) HFR_TRY(check_buffer(c, call, recv, bytes[recv], &m[recv]));
-  if (!o->on) {
-    if (!call->scalar_from) return hfreduceSuccess;
-    hfreduceResult_t r =
-        hfr_device_read(call->scalar, call->scalar_from, sizeof call->scalar / (call->scalar_bytes == 4 ? 2 : 1));
-    call->scalar_from = NULL;
-    return r;
-  }
-  HFR_TRY(context_of(m, &context));
-  HFR_TRY(hfr_stream_look(f, stream, context, &o->stream));
-  for (int recv = 0; recv < 2; recv++) HFR_TRY(check_device(c, call, recv, &m[recv], &o->stream));
-  return hfr_staging_get(c, f, &o->stream);
-}
-
-int hfr_stream_is_copy(const struct hfreduceComm *c, const struct hfr_call *call, const struct hfr_ordered *o) {
-  return o->on && c->nranks == 1 && !call->premul && !call->sendcounts && o->staged[0] && o->staged[1] && call->coll != HFR_P2P;
-}
 
 /* ---------------------------------------------------------------- segments */
 
@@ -191,7 +69,8 @@ static void measure(const struct hfr_ordered_call *call, struct cut *cut) {
   if (!cut->unit) cut->unit = 1;
   for (int recv = 0; recv < 2; recv++) {
     int rows = hfr_window_rows(p, recv);
-    size_t row = p->call.sendcounts ? uneven(&p->call, recv, p->layout->nranks, 0) * p->esize : p->call.count * p->esize;
+    size_t row =
+        p->call.sendcounts ? hfr_stream_uneven(&p->call, recv, p->layout->nranks, 0) * p->esize : p->call.count * p->esize;
     if (p->call.sendcounts) cut->row[recv] = 0;
     if (rows > 1 && !p->call.sendcounts) cut->row[recv] = row;
     if (!call->ordered->staged[recv] || !rows) continue;
@@ -293,8 +172,8 @@ static void place_scalar(struct turn *t, uint8_t *pinned) {
   struct hfr_memory m;
   if (t->segment || !t->call->call->scalar_from) return;
   hfr_memory_of(t->call->call->scalar_from, &m);
-  t->call->request->window->scalar = is_device(&m) ? pinned : (const uint8_t *)t->call->call->scalar_from;
-  t->copy_scalar = is_device(&m);
+  t->call->request->window->scalar = hfr_is_device(&m) ? pinned : (const uint8_t *)t->call->call->scalar_from;
+  t->copy_scalar = hfr_is_device(&m);
 }
 
 static void place_areas(struct turn *t, const struct hfr_stage_ring *ring) {
@@ -405,8 +284,8 @@ static hfreduceResult_t check_captures(const struct hfr_ordered_call *call, int 
           hfreduceInvalidUsage,
           "hfreduceGroupEnd: %s is on a stream that is captured and %s is not, or in another graph; capture all calls of "
           "a group, or none",
-          name_of(call[call[i].ordered->stream.capture ? i : 0].call),
-          name_of(call[call[i].ordered->stream.capture ? 0 : i].call));
+          hfr_stream_name(call[call[i].ordered->stream.capture ? i : 0].call),
+          hfr_stream_name(call[call[i].ordered->stream.capture ? 0 : i].call));
   return hfreduceSuccess;
 }
 
@@ -572,28 +451,39 @@ static void let_go(const struct hfr_streams *s, int failed) {
   }
 }
 
-hfreduceResult_t hfr_streams_run(struct hfr_streams *s) {
-  hfreduceResult_t result = hfreduceSuccess;
-  hfreduceErrorInfo_t why;
-  int capturing = s->call[0].ordered->stream.capture != 0, more = 1;
-  for (int phase = BEGIN; phase <= END && !result; phase += phase != STEP || !more) {
-    more = 0;
-    for (int i = 0; i < s->nbatches && !result; i++) {
-      struct batch *b = &s->batch[i];
-      struct hfr_copier *copier = b->comm->staging->copier;
-      if (!(result = hfr_copier_enter(copier, capturing))) {
-        result = run_phase(s, b, (enum phase)phase);
-        hfr_copier_leave(copier);
-      }
-      more |= b->came_in < b->nturns;
-      if (!result) continue;
-      why = *hfr_last_error();
-      why.rank = b->comm->rank;
-      snprintf(why.op, sizeof why.op, "%s", hfr_coll_name(s->call[0].call->coll));
-      snprintf(why.phase, sizeof why.phase, "launch");
+/* One phase on all communicators, in turn. *more: segments are left for STEP. An error tells where it came from. */
+static hfreduceResult_t run_all(const struct hfr_streams *s, enum phase phase, int *more) {
+  int capturing = s->call[0].ordered->stream.capture != 0;
+  *more = 0;
+  for (int i = 0; i < s->nbatches; i++) {
+    struct batch *b = &s->batch[i];
+    struct hfr_copier *copier = b->comm->staging->copier;
+    hfreduceResult_t r = hfr_copier_enter(copier, capturing);
+    if (!r) {
+      r = run_phase(s, b, phase);
+      hfr_copier_leave(copier);
     }
+    if (r) {
+      hfreduceErrorInfo_t *why = hfr_last_error();
+      why->rank = b->comm->rank;
+      snprintf(why->op, sizeof why->op, "%s", hfr_coll_name(s->call[0].call->coll));
+      snprintf(why->phase, sizeof why->phase, "launch");
+      return r;
+    }
+    *more |= b->came_in < b->nturns;
   }
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_streams_run(struct hfr_streams *s) {
+  int capturing = s->call[0].ordered->stream.capture != 0, more;
+  hfreduceResult_t result = run_all(s, BEGIN, &more);
+  if (!result) result = run_all(s, FILL, &more);
+  while (!result && more) result = run_all(s, STEP, &more);
+  if (!result) result = run_all(s, END, &more);
+  hfreduceErrorInfo_t why = *hfr_last_error();
   let_go(s, result != hfreduceSuccess);
+  /* What is in the queues already waits for this rank's part, here and elsewhere: only an error ends that. */
   for (int i = 0; result && !capturing && i < s->nbatches; i++) hfr_engine_fail(&s->batch[i].comm->engine, &why);
   if (result) *hfr_last_error() = why;
   hfr_streams_drop(s);

@@ -169,7 +169,7 @@ void hfr_request_start(struct hfr_request *r) {
 
 /* What the device or the stream had to bring first has come: the factor, and what an operation in place would overwrite. */
 static void take_late_input(struct hfr_request *r) {
-  if (r->window && r->window->scalar) memcpy(r->plan.call.scalar, r->window->scalar, sizeof r->plan.call.scalar);
+  if (r->window && r->window->scalar) memcpy(r->plan.call.scalar, r->window->scalar, r->plan.call.scalar_bytes);
   if (r->temp_from) memcpy(r->temp, r->temp_from, r->temp_bytes);
 }
 
