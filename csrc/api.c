@@ -455,4 +455,10 @@ hfreduceResult_t hfreduceMemAlloc(void **ptr, size_t size) {
   return hfr_device_host.alloc(ptr, size);
 }
 
+hfreduceResult_t hfreduceDeviceMemAlloc(void **ptr, size_t size) {
+  if (!ptr) return hfr_fail(hfreduceInvalidArgument, "hfreduceDeviceMemAlloc: ptr is NULL");
+  *ptr = NULL;
+  return (hfr_device_cuda.why_absent() ? &hfr_device_host : &hfr_device_cuda)->alloc(ptr, size);
+}
+
 hfreduceResult_t hfreduceMemFree(void *ptr) { return ptr ? hfr_device_of(ptr)->release(ptr) : hfreduceSuccess; }

@@ -20,6 +20,7 @@ import pytest
 
 import hfreduce
 from hfreduce import nccl
+from hfreduce._ffi import BINARY_DIRECTORY
 from hfreduce.distributed import init_process_group
 
 STAND_IN = programs.SOURCES / "fake" / "cuda"
@@ -229,3 +230,20 @@ def unused_tcp_port() -> Iterator[int]:
 
     with reserved_address() as address:
         yield int(address.rpartition(":")[2])
+
+
+def nccls_memory(rank: int, path: str) -> None:
+    driver = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(Path(BINARY_DIRECTORY) / "lib" / "libnccl.so.2"))
+    place, kind, freed = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_void_p(8)
+    driver.cuInit(0)
+    assert library.ncclMemAlloc(ctypes.byref(place), ctypes.c_size_t(1 << 20)) == 0  # no context was made current
+    attribute, data = (ctypes.c_int * 1)(2), (ctypes.c_void_p * 1)(ctypes.addressof(kind))
+    assert driver.cuPointerGetAttributes(1, attribute, data, ctypes.c_uint64(place.value or 0)) == 0
+    assert kind.value == 2, "CU_MEMORYTYPE_DEVICE"
+    assert library.ncclMemFree(place) == 0
+    assert library.ncclMemFree(freed) == 4
+
+
+def test_memory_of_nccls_allocator_is_the_devices(run_ranks: Any, driver: str) -> None:
+    run_ranks(nccls_memory, 1, driver, comm=False)

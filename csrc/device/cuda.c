@@ -221,11 +221,17 @@ static int cuda_owns(const void *ptr) {
   return m.kind == HFR_MEMORY_DEVICE || m.kind == HFR_MEMORY_MANAGED;
 }
 
-/* In the thread's current context. */
+/* In the thread's current context; as for the runtime, that is device 0's where none was chosen. */
 static hfreduceResult_t cuda_alloc(void **ptr, size_t bytes) {
   const struct hfr_cu *cu = hfr_cuda();
+  hfr_cu_context current = NULL;
   if (!cu) return hfr_fail(hfreduceInvalidUsage, "no device memory: %s", cuda_why_absent());
+  cu->context_current(&current);
+  void *preset = current ? NULL : hfr_device_context(0);
+  if (!current && !preset) return (hfreduceResult_t)hfr_last_error()->code;
+  if (preset) cu->context_push(preset);
   int r = cu->mem_alloc((hfr_cu_ptr *)ptr, bytes ? bytes : 1);
+  if (preset) cu->context_pop(&current);
   return r ? hfr_cuda_fail("cuMemAlloc", r) : hfreduceSuccess;
 }
 

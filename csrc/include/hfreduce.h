@@ -318,6 +318,9 @@ hfreduceResult_t hfreduceCompletionQueueDestroy(hfreduceCompletionQueue_t queue)
 
 /* --- memory that is cheap to communicate from: page-aligned, huge pages where the system grants them --- */
 hfreduceResult_t hfreduceMemAlloc(void **ptr, size_t size);
+/* Memory of the thread's current device (none chosen: device 0), as ncclMemAlloc gives it; where there is none, as above. */
+hfreduceResult_t hfreduceDeviceMemAlloc(void **ptr, size_t size);
+/* Takes what either gave. */
 hfreduceResult_t hfreduceMemFree(void *ptr);
 
 /* ---- [cffi end] ---- */

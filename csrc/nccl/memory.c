@@ -17,7 +17,7 @@ struct hfr_nccl_region {
 
 HFR_NCCL_DEFINE(ncclResult_t, ncclMemAlloc, (void **ptr, size_t size)) {
   if (!ptr) return hfr_nccl_fail(ncclInvalidArgument, "ncclMemAlloc: ptr is NULL");
-  return hfr_nccl_took(NULL, hfreduceMemAlloc(ptr, size));
+  return hfr_nccl_took(NULL, hfreduceDeviceMemAlloc(ptr, size));
 }
 
 HFR_NCCL_DEFINE(ncclResult_t, ncclMemFree, (void *ptr)) { return hfr_nccl_took(NULL, hfreduceMemFree(ptr)); }
