@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import human, markdown, micros, rule, spread
+from measuring import human, markdown, micros, rule, spread
 from peers import OURS
 
 #: A cell: {"collective", "dtype", "size", "nranks", "runs"}; a run: {"times": {library: [us]}, "limit": us or None}.

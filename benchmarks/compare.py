@@ -27,8 +27,8 @@ from typing import Any
 
 import cells
 import targets
-from harness import COLLECTIVES, DTYPES, line_up, machine, markdown, measure, whole_size
 from limits import ADD, COPY, SMALLEST, kernels, limit
+from measuring import COLLECTIVES, DTYPES, line_up, machine, markdown, measure, whole_size
 from peers import NAMES, OURS, Library, note, open_all
 
 import hfreduce

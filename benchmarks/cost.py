@@ -24,7 +24,7 @@ from time import process_time
 from typing import Any
 
 import numpy as np
-from harness import human, line_up, machine, markdown, measure, rule, spread
+from measuring import human, line_up, machine, markdown, measure, rule, spread
 from peers import NAMES, OURS, CannotError, Library, note, open_all
 
 import hfreduce

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from harness import Entry
+from measuring import Entry
 
 import hfreduce
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cells import Ratio, can_plot
-from harness import human, line_up, machine, markdown, measure, micros, rule, spread
+from measuring import human, line_up, machine, markdown, measure, micros, rule, spread
 from peers import OURS, open_all
 
 import hfreduce

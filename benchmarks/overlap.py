@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from gradient_sizes import MODELS, Shape, count
-from harness import human, machine, markdown, rule, spread
+from measuring import human, machine, markdown, rule, spread
 from peers import NAMES, CannotError, Library, agreed, note, open_all
 
 import hfreduce

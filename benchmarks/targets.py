@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cells import Cell, of_limit, of_peer
-from harness import human
+from measuring import human
 
 KIB, MIB = 1 << 10, 1 << 20
 _SWEEP = [8, KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]

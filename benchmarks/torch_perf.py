@@ -24,7 +24,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import numpy as np
 from gradient_sizes import Shape, resnet50
-from harness import human, processor
+from measuring import human, processor
 
 try:
     import torch

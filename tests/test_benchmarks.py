@@ -25,8 +25,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import cells  # noqa: E402
 import gradient_sizes  # noqa: E402
-import harness  # noqa: E402
 import limits  # noqa: E402
+import measuring  # noqa: E402
 import network  # noqa: E402
 import peers  # noqa: E402
 import targets  # noqa: E402
@@ -78,9 +78,9 @@ def test_compare(tmp_path: Path) -> None:
     options = ["--rounds", "2", "--batch", "0", "--collectives", "all", "--dtypes", "float32", "float16", "--sizes", *sizes]
     text = run("compare.py", "--ranks", "2", *options, "--libraries", "hfreduce", "numpy", "gloo", "--json", str(path))
     found = json.loads(path.read_text())["cells"]
-    assert len(found) == (len(harness.COLLECTIVES) - 1) * 2 * len(sizes) + 1
+    assert len(found) == (len(measuring.COLLECTIVES) - 1) * 2 * len(sizes) + 1
     blocks = tables(text)
-    assert len(blocks) == (len(harness.COLLECTIVES) - 1) * 2 + 1, text
+    assert len(blocks) == (len(measuring.COLLECTIVES) - 1) * 2 + 1, text
     libraries = ["hfreduce", "numpy", *(["gloo"] if has_torch else [])]
     for block in blocks:
         assert block[0] == cells.head(libraries), text
@@ -89,7 +89,7 @@ def test_compare(tmp_path: Path) -> None:
         (one,) = cell["runs"]
         assert set(one["times"]) == set(libraries) and all(len(times) == 2 and min(times) > 0 for times in one["times"].values())
         columns = dict(zip(cells.head(libraries), row))
-        assert columns["size"] == harness.human(cell["size"])
+        assert columns["size"] == measuring.human(cell["size"])
         assert (one["limit"] is not None) == (cell["size"] >= limits.SMALLEST) == bool(columns["limit"])
         if has_torch:
             ratio = float(np.median(one["times"]["numpy"]) / np.median(one["times"]["gloo"]))
@@ -178,7 +178,7 @@ def inject(comm: hfreduce.Communicator, collective: str, who: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("collective", harness.COLLECTIVES)
+@pytest.mark.parametrize("collective", measuring.COLLECTIVES)
 def test_wrong_values_are_caught(collective: str, who: int) -> None:
     """On any rank, and all ranks learn of it; the library's times do not get into the table."""
     if collective == "reduce" and who == 1:
@@ -560,9 +560,9 @@ def measure_naps(comm: hfreduce.Communicator) -> list[float]:
     def nap() -> None:
         time.sleep(0.01)
 
-    plain = [harness.Entry("plain", nap, barrier)]
-    alone = [harness.Entry("alone", nap, barrier, alone=True)]
-    return [float(harness.measure(comm, entry, 1, 0.0)[0][0, 0]) for entry in (plain, alone)]
+    plain = [measuring.Entry("plain", nap, barrier)]
+    alone = [measuring.Entry("alone", nap, barrier, alone=True)]
+    return [float(measuring.measure(comm, entry, 1, 0.0)[0][0, 0]) for entry in (plain, alone)]
 
 
 def test_measure() -> None:
@@ -579,7 +579,9 @@ def measure_counts(comm: hfreduce.Communicator) -> list[Any]:
         calls[0] += 1
         time.sleep(0.02 if comm.rank else 0.005)
 
-    times, counts, grown = harness.measure(comm, [harness.Entry("nap", call, comm.barrier)], 3, 0.09, [lambda: float(calls[0])])
+    times, counts, grown = measuring.measure(
+        comm, [measuring.Entry("nap", call, comm.barrier)], 3, 0.09, [lambda: float(calls[0])]
+    )
     return [counts, times.shape, grown.tolist()]
 
 
@@ -597,14 +599,14 @@ def test_limit() -> None:
     times = {limits.COPY: [2.0, 1.0, 3.0], limits.ADD: [2.0, 2.0, 2.0]}
     assert limits.bandwidth(times, 1000, 2) == 3000
     least = {"all_reduce": 4, "all_to_all": 4, "all_gather": 3, "reduce_scatter": 3, "reduce": 3, "broadcast": 2, "barrier": 0}
-    assert {name: limits.least_bytes(name, 1000, 2) / 1000 for name in harness.COLLECTIVES} == least
+    assert {name: limits.least_bytes(name, 1000, 2) / 1000 for name in measuring.COLLECTIVES} == least
     assert limits.limit("all_reduce", times, 1000, 2) == 4000 / 3000
 
 
 def test_sizes() -> None:
     """Whole elements, at least one of each part."""
-    assert harness.whole_size("all_reduce", "float32", 8, 8) == 8
-    assert harness.whole_size("all_gather", "float32", 8, 8) == 32
-    assert harness.whole_size("all_to_all", "float16", 1000, 3) == 996
-    assert harness.whole_size("barrier", "float32", 8, 8) == 0
-    assert [harness.human(size) for size in (8, 1000, 1024, 1536, 64 << 20)] == ["8 B", "1000 B", "1 KiB", "1536 B", "64 MiB"]
+    assert measuring.whole_size("all_reduce", "float32", 8, 8) == 8
+    assert measuring.whole_size("all_gather", "float32", 8, 8) == 32
+    assert measuring.whole_size("all_to_all", "float16", 1000, 3) == 996
+    assert measuring.whole_size("barrier", "float32", 8, 8) == 0
+    assert [measuring.human(size) for size in (8, 1000, 1024, 1536, 64 << 20)] == ["8 B", "1000 B", "1 KiB", "1536 B", "64 MiB"]
