@@ -33,6 +33,7 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("faults", "plain", "test_cuda_faults", "", {}),
     ("jitter", "plain", "test_cuda", "--quick collectives 1 2 3 1,1 2,2 t4", JITTER),
     ("jitter-messages", "plain", "test_cuda", "--quick messages 2 3,1 t4", JITTER),
+    ("jitter-backlog", "plain", "test_cuda", "backlog", {**JITTER, **SMALL_RING}),
     ("jitter-streams", "plain", "test_cuda", "--quick streams", JITTER),
     ("jitter-graphs", "plain", "test_cuda_graph", "--quick", JITTER),
     ("small-ring", "plain", "test_cuda", "collectives 1 2 1,1 3,1", SMALL_RING),

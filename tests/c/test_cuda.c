@@ -484,6 +484,35 @@ static int patience(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* Many calls at once, and a rank that comes late: segments wait for those before them in their slots, on both sides. */
+static int backlog(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { CALLS = 24, COUNT = 50000 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc((size_t)CALLS * COUNT * 4), *got = malloc((size_t)CALLS * COUNT * 4);
+  (void)arg;
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < CALLS; i++) {
+      float value = (float)(i + 1);
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      CU(gpu.cu->set_async((hfr_cu_ptr)(x + (size_t)i * COUNT), bits, COUNT, stream));
+    }
+    CU(gpu.stream_sync(stream));
+    if (rank == round % n) usleep(60000);
+    OK(hfreduceGroupStart());
+    for (int i = 0; i < CALLS; i++)
+      OK(hfreduceAllReduce(x + (size_t)i * COUNT, x + (size_t)i * COUNT, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+    OK(hfreduceGroupEnd());
+    gpu_read(got, x, (size_t)CALLS * COUNT * 4, stream);
+    for (size_t i = 0; i < (size_t)CALLS * COUNT; i++) WANT(got[i] == (float)n * (float)(i / COUNT + 1));
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  free(got);
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct gpu_case cases[] = {
       {"collectives", collectives, "1 2 3 1,1 1,1,1 2,2 3,1 t2 t4"},
@@ -495,6 +524,7 @@ int main(int argc, char **argv) {
       {"kinds", kinds, "1 2 1,1"},
       {"streams", streams, "2 3,1 t2"},
       {"patience", patience, "2"},
+      {"backlog", backlog, "2 1,1"},
   };
   return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
 }
