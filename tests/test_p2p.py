@@ -421,6 +421,7 @@ def test_deadline_of_any_source(run_ranks: Any, nodes: tuple[int, ...]) -> None:
 def bereaved(comm: Any) -> float:
     comm.barrier()
     if comm.rank == 2:
+        time.sleep(0.5)  # until the others have left the barrier too
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(PeerLostError, match="rank 2"):
