@@ -73,6 +73,28 @@ def built(program: str, variant: str = "plain") -> Path:
     return path
 
 
+def cuda_stand_in(variant: str = "plain") -> Path:
+    """Build the stand-in for CUDA's driver, plain or under a sanitizer, and return the directory in which it lies as libcuda.so.1."""
+    need_compiler()
+    double = SOURCES / "fake" / "cuda"
+    flags = (
+        "-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1".split()
+    )
+    with building(f"cuda-{variant}") as out:
+        target = out / "libcuda.so.1"
+        newest = max(p.stat().st_mtime for p in (*double.iterdir(), *(ROOT / "csrc" / "device").glob("*.h")))
+        if not target.exists() or target.stat().st_mtime < newest:
+            command = [
+                *shlex.split(os.environ.get("CC", "gcc")),
+                *flags,
+                *build.SANITIZERS["" if variant == "plain" else variant],
+            ]
+            command += ["-I", str(ROOT / "csrc"), "-o", str(target), *map(str, sorted(double.glob("*.c"))), "-lpthread", "-ldl"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert not done.returncode, done.stderr
+    return BUILD / f"cuda-{variant}"
+
+
 def environment(**more: str) -> dict[str, str]:
     """This process' environment without the caller's own parameters, and more."""
     return {name: value for name, value in os.environ.items() if not name.startswith("HFREDUCE_")} | more

@@ -14,13 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD, BUILD_LIMIT, ROOT, SOURCES, build, building, built, environment, need_compiler, shorten
+from programs import BUILD_LIMIT, ROOT, SOURCES, built, cuda_stand_in, environment, need_compiler, shorten
 from test_c import OPTIONS, need_sanitizer
 
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 100
 pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
-DOUBLE = SOURCES / "fake" / "cuda"
 JITTER = {"FAKE_CUDA": "delay=200 seed=7"}
 HOST_FUNCTIONS = {"FAKE_CUDA": "memops=0", "HFREDUCE_DEBUG": "NONE"}
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HFREDUCE_DEBUG": "NONE"}
@@ -79,32 +78,11 @@ FAILURES = [
 ]
 
 
-def stand_in(variant: str) -> Path:
-    """Build the stand-in and return the directory in which it lies as libcuda.so.1."""
-    need_compiler()
-    flags = (
-        "-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1".split()
-    )
-    with building(f"cuda-{variant}") as out:
-        target = out / "libcuda.so.1"
-        newest = max(p.stat().st_mtime for p in (*DOUBLE.iterdir(), *(ROOT / "csrc" / "device").glob("*.h")))
-        if not target.exists() or target.stat().st_mtime < newest:
-            command = [
-                *shlex.split(os.environ.get("CC", "gcc")),
-                *flags,
-                *build.SANITIZERS["" if variant == "plain" else variant],
-            ]
-            command += ["-I", str(ROOT / "csrc"), "-o", str(target), *map(str, sorted(DOUBLE.glob("*.c"))), "-lpthread", "-ldl"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert not done.returncode, done.stderr
-    return BUILD / f"cuda-{variant}"
-
-
 def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str) -> tuple[int | None, str]:
     """Build the program, run it on the stand-in; its exit status (None: it did not end) and output."""
     if variant != "plain":
         need_sanitizer(variant, tmp_path)
-    library = stand_in(variant)
+    library = cuda_stand_in(variant)
     target = built(program, variant)
     leaks = tmp_path / "leaks"  # the stand-in keeps streams and nodes for ever
     leaks.write_text("leak:libcuda.so.1\n")
@@ -157,7 +135,7 @@ def test_a_failing_driver(failure: str, tmp_path: Path) -> None:
 
 def test_host_calls_make_no_context(tmp_path: Path) -> None:
     """Ranks on host memory work beside a driver that nobody initialised, and one that does not initialise at all."""
-    library = stand_in("plain")
+    library = cuda_stand_in("plain")
     target = built("test_collectives", "plain")
     env = environment(LD_LIBRARY_PATH=str(library), FAKE_CUDA="fail=cuInit:0:100 fail=cuDevicePrimaryCtxRetain:0:100")
     done = subprocess.run([str(target), "--quick", "2", "1,1"], capture_output=True, text=True, env=env, timeout=RUN_LIMIT)
@@ -207,7 +185,7 @@ DESCRIBE = "from hfreduce.params import describe; print('\\n'.join(f'{k}: {v}' f
     ],
 )
 def test_what_info_tells(more: dict[str, str], expected: list[str]) -> None:
-    env = environment(LD_LIBRARY_PATH=str(stand_in("plain")), **more)
+    env = environment(LD_LIBRARY_PATH=str(cuda_stand_in("plain")), **more)
     done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     for words in expected:

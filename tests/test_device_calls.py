@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shlex
-import subprocess
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,20 +21,6 @@ from hfreduce import nccl
 from hfreduce._ffi import BINARY_DIRECTORY
 from hfreduce.distributed import init_process_group
 
-STAND_IN = programs.SOURCES / "fake" / "cuda"
-
-
-def build_stand_in() -> Path:
-    with programs.building("cuda-stand-in") as out:
-        library = out / "libcuda.so.1"
-        sources = sorted(STAND_IN.glob("*.c"))
-        if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in STAND_IN.iterdir()):
-            flags = "-D_GNU_SOURCE -std=gnu11 -O1 -g -shared -fPIC -pthread -Wl,-soname,libcuda.so.1"
-            include = f"-I{programs.ROOT / 'csrc'} -I{programs.ROOT / 'csrc' / 'include'}"
-            command = [*shlex.split(f"gcc {flags}"), *shlex.split(include), "-o", str(library), *map(str, sources), "-ldl"]
-            subprocess.run(command, check=True, timeout=programs.BUILD_LIMIT)
-    return library
-
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[str]:
@@ -44,10 +28,7 @@ def driver() -> Iterator[str]:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        if not STAND_IN.is_dir():
-            pytest.skip("no CUDA driver, and no stand-in for it in this tree (tests/c/fake/cuda)")
-        programs.need_compiler("gcc")
-        yield str(build_stand_in())
+        yield str(programs.cuda_stand_in() / "libcuda.so.1")
     else:
         yield "libcuda.so.1"
 
