@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,25 @@ def cuda_stand_in(variant: str = "plain") -> Path:
             done = subprocess.run(command, capture_output=True, text=True)
             assert not done.returncode, done.stderr
     return BUILD / f"cuda-{variant}"
+
+
+def run_to_end(command: list[str], folder: Path, limit: float, env: dict[str, str]) -> tuple[int | None, str]:
+    """Run a program in `folder`, and end it and its ranks after `limit` seconds; its exit status (None: it still ran), its output.
+
+    Output goes to a file: ranks that outlive the program cannot hold a pipe open.
+    """
+    with (folder / "output").open("w+", errors="replace") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=folder, start_new_session=True)
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:  # also when pytest gives up
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read()
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, SOURCES, build, building, built, environment, need_compiler, need_sanitizer, shorten
+from programs import BUILD_LIMIT, SOURCES, build, building, built, environment, need_compiler, need_sanitizer, run_to_end, shorten
 
 #: Arguments by program and variant; a sanitized program costs 5 to 20 times as much.
 QUICK = {
@@ -46,27 +43,8 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
         need_sanitizer(sanitize, tmp_path)
     target = built(program, variant)
     arguments = QUICK.get(program, []) if sanitize else []
-    with (tmp_path / "output").open(
-        "w+", errors="replace"
-    ) as output:  # a file: ranks that outlive the program cannot hold a pipe open
-        process = subprocess.Popen(
-            [str(target), *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(**OPTIONS.get(variant, {})),
-            cwd=tmp_path,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(RUN_LIMIT)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:  # also when pytest gives up
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        text = output.read()
+    env = environment(**OPTIONS.get(variant, {}))
+    code, text = run_to_end([str(target), *arguments], tmp_path, RUN_LIMIT, env)
     if code == SKIPPED:
         pytest.skip(text.strip() or f"{program} says that it cannot run here")
     if code != 0:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, ROOT, SOURCES, built, cuda_stand_in, environment, need_compiler, shorten
+from programs import BUILD_LIMIT, ROOT, SOURCES, built, cuda_stand_in, environment, need_compiler, run_to_end, shorten
 from test_c import OPTIONS, need_sanitizer
 
 #: Seconds that a program may run. Building comes on top.
@@ -87,24 +86,7 @@ def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str)
     leaks = tmp_path / "leaks"  # the stand-in keeps streams and nodes for ever
     leaks.write_text("leak:libcuda.so.1\n")
     more = {"LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0", **OPTIONS.get(variant, {}), **more}
-    with (tmp_path / "output").open("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            [str(target), *arguments.split()],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(LD_LIBRARY_PATH=str(library), **more),
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(RUN_LIMIT)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        return code, output.read()
+    return run_to_end([str(target), *arguments.split()], tmp_path, RUN_LIMIT, environment(LD_LIBRARY_PATH=str(library), **more))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import struct
 import subprocess
 from pathlib import Path
 
 import pytest
-from programs import BUILD, BUILD_LIMIT, SOURCES, building, built, environment, need_compiler, shorten
+from programs import BUILD, BUILD_LIMIT, SOURCES, building, built, environment, need_compiler, run_to_end, shorten
 from test_c import OPTIONS, need_sanitizer
 
 #: Seconds that a program may run. Building comes on top.
@@ -78,20 +77,7 @@ def run(variant: str, program: str, arguments: str, libibverbs: Path, devices: P
         need_sanitizer(variant, devices.parent)
     target = built(program, variant)
     env = environment(**OPTIONS.get(variant, {}), HFREDUCE_TEST_SYSFS=str(devices), LD_LIBRARY_PATH=str(libibverbs), **more)
-    with (devices.parent / "output").open("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            [str(target), *arguments.split()], stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(RUN_LIMIT)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        text = output.read()
+    code, text = run_to_end([str(target), *arguments.split()], devices.parent, RUN_LIMIT, env)
     if "process_vm_writev is not permitted here" in text:
         pytest.skip("process_vm_writev, which the fake writes with, is not permitted here")
     how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"

@@ -175,6 +175,7 @@ static hfreduceResult_t launch(struct grouped *g, int n, int all, struct hfreduc
         if (r[i]) hfr_request_put(&g[i].comm->engine, r[i]);
       if (streams) hfr_streams_drop(streams);
       free(host);
+      free(others);
     }
   }
   for (int i = 0; !result && i < n; i++) {
