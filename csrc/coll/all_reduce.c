@@ -1,5 +1,6 @@
 /*
- * all_reduce. On one node: one-shot (small) or staged chunks of which each rank reduces its share. Between nodes each lane
+ * all_reduce. On one node: one-shot (small) or staged chunks of which each rank reduces its share; what only it needs of them it
+ * reads and writes in the user's buffers. Between nodes each lane
  * carries a slice of every chunk, over the double binary tree (even chunks one tree, odd chunks the other) or, for few nodes, by
  * direct exchange:
  *
@@ -20,7 +21,7 @@ static struct hfr_loc mine(const struct hfr_plan *p, int64_t k, size_t off) {
   return hfr_slot(HFR_RES, p->layout->local, k, bytes_of(p, off));
 }
 
-/* User chunk k -> my IN slot. Also used by nothing else: rooted operations stage differently. */
+/* User chunk k -> my IN slot. */
 static void step_in(const struct hfr_plan *p, int64_t k, struct hfr_step *s) {
   hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_OUT, k + 1 - p->geometry.slots);
   s->nparts = 1;
@@ -33,15 +34,32 @@ static void part_in(const struct hfr_plan *p, int64_t k, struct hfr_part *part) 
 
 /* ---------------------------------------------------------------- one node */
 
+/* My own share is read where it lies: no other rank needs it. Not if the factor has still to be applied. */
+static int own_in_place(const struct hfr_plan *p) { return p->count[ROLE_RED] && !p->call.premul; }
+
+/* Share `local` of chunk k: its offset in the chunk and its bytes. */
+static size_t share(const struct hfr_plan *p, int64_t k, int local, size_t *off) {
+  size_t len = bytes_of(p, hfr_split(hfr_chunk_len(p, p->call.count, k), p->layout->nlocal, local, p->esize, off));
+  *off = bytes_of(p, *off);
+  return len;
+}
+static struct hfr_loc user_share(const struct hfr_plan *p, enum hfr_space space, int64_t k, size_t off) {
+  return hfr_user(space, bytes_of(p, (size_t)k * p->elems) + off);
+}
+
 static void step_node(const struct hfr_plan *p, int stage, int64_t k, struct hfr_step *s) {
   const struct hfr_layout *l = p->layout;
   size_t off;
   switch (p->stage[stage].role) {
-    case ROLE_IN: step_in(p, k, s); break;
+    case ROLE_IN:
+      step_in(p, k, s);
+      if (own_in_place(p)) s->nparts = 2; /* what lies before and behind my share */
+      break;
     case ROLE_RED: /* that my RES slot is free follows: who has staged chunk k has seen all ranks take out chunk k - slots */
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
-      s->bytes = bytes_of(p, hfr_split(hfr_chunk_len(p, p->call.count, k), l->nlocal, l->local, p->esize, &off));
-      s->dst = hfr_slot(HFR_RES, l->local, k, 0);
+      s->bytes = share(p, k, l->local, &off);
+      s->dst = user_share(p, HFR_RECV, k, off);
+      s->also = hfr_slot(HFR_RES, l->local, k, 0);
       s->nparts = l->nlocal;
       break;
     default:
@@ -52,24 +70,35 @@ static void step_node(const struct hfr_plan *p, int stage, int64_t k, struct hfr
         s->bytes = bytes_of(p, p->call.count);
         s->dst = hfr_user(HFR_RECV, 0);
       }
-      s->nparts = l->nlocal;
+      s->nparts = p->count[ROLE_RED] ? l->nlocal - 1 : l->nlocal;
   }
+}
+
+static void part_in_of_others(const struct hfr_plan *p, int64_t k, int j, struct hfr_part *part) {
+  size_t off, mine = share(p, k, p->layout->local, &off), end = bytes_of(p, hfr_chunk_len(p, p->call.count, k));
+  size_t at = j ? off + mine : 0;
+  *part = (struct hfr_part){user_share(p, HFR_SEND, k, at), hfr_slot(HFR_IN, p->layout->local, k, at), j ? end - at : off};
 }
 
 static void part_node(const struct hfr_plan *p, int stage, int64_t k, int j, struct hfr_part *part) {
   const struct hfr_layout *l = p->layout;
   size_t off, len;
   switch (p->stage[stage].role) {
-    case ROLE_IN: part_in(p, k, part); break;
+    case ROLE_IN:
+      if (own_in_place(p))
+        part_in_of_others(p, k, j, part);
+      else
+        part_in(p, k, part);
+      break;
     case ROLE_RED:
-      hfr_split(hfr_chunk_len(p, p->call.count, k), l->nlocal, l->local, p->esize, &off);
-      part->src = hfr_slot(HFR_IN, j, k, bytes_of(p, off));
+      share(p, k, l->local, &off);
+      part->src = j == l->local && own_in_place(p) ? user_share(p, HFR_SEND, k, off) : hfr_slot(HFR_IN, j, k, off);
       break;
     default:
       if (p->count[ROLE_RED]) {
-        len = hfr_split(hfr_chunk_len(p, p->call.count, k), l->nlocal, j, p->esize, &off);
-        *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, 0), hfr_user(HFR_RECV, bytes_of(p, (size_t)k * p->elems + off)),
-                                  bytes_of(p, len)};
+        if (j >= l->local) j++; /* mine is there */
+        len = share(p, k, j, &off);
+        *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, 0), user_share(p, HFR_RECV, k, off), len};
       } else {
         part->src = hfr_slot(HFR_IN, j, k, 0);
       }
@@ -88,7 +117,7 @@ static hfreduceResult_t plan_node(struct hfr_plan *p) {
   if (!oneshot) {
     HFR_ADD(red, p, ROLE_RED, HFR_STAGE_REDUCE, p->nchunks, "local reduce");
     red->ctr = HFR_CTR_RED;
-    red->final = 1;
+    red->final = red->doubled = 1;
   }
   HFR_ADD(out, p, ROLE_OUT, oneshot ? HFR_STAGE_REDUCE : HFR_STAGE_COPY, p->nchunks, oneshot ? "local reduce" : "copy-out");
   out->ctr = HFR_CTR_OUT;

@@ -99,6 +99,11 @@ static hfreduceResult_t plan_alone(struct hfr_plan *p) {
   return hfreduceSuccess;
 }
 
+/* Blocks of `count` elements that a rank stages in a slot. */
+static int blocks_in_slot(const struct hfr_plan *p) {
+  return p->call.coll == HFR_REDUCE_SCATTER || p->call.coll == HFR_ALL_TO_ALL ? p->layout->nranks : 1;
+}
+
 hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *layout, const struct hfr_geometry *geometry,
                                 const struct hfr_call *call) {
   p->layout = layout;
@@ -119,12 +124,15 @@ hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *lay
   p->avg_pre = call->op == hfreduceAvg && layout->nnodes > 1 &&
                (call->dtype == hfreduceFloat16 || call->dtype == hfreduceFloat8e4m3 || call->dtype == hfreduceFloat8e5m2);
   p->direct = layout->max_local == 1 && !call->premul && !p->avg_pre;
+  hfreduceResult_t r;
   switch (call->coll) {
-    case HFR_ALL_REDUCE: return hfr_plan_all_reduce(p);
-    case HFR_REDUCE: return hfr_plan_reduce(p);
-    case HFR_BROADCAST: return hfr_plan_broadcast(p);
-    case HFR_ALL_GATHER: return hfr_plan_all_gather(p);
-    case HFR_REDUCE_SCATTER: return hfr_plan_reduce_scatter(p);
-    default: return hfr_plan_exchange(p);
+    case HFR_ALL_REDUCE: r = hfr_plan_all_reduce(p); break;
+    case HFR_REDUCE: r = hfr_plan_reduce(p); break;
+    case HFR_BROADCAST: r = hfr_plan_broadcast(p); break;
+    case HFR_ALL_GATHER: r = hfr_plan_all_gather(p); break;
+    case HFR_REDUCE_SCATTER: r = hfr_plan_reduce_scatter(p); break;
+    default: r = hfr_plan_exchange(p);
   }
+  if (layout->nnodes == 1 && p->nchunks == 1) p->staged = call->count * p->esize * (size_t)blocks_in_slot(p);
+  return r;
 }

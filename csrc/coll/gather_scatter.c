@@ -145,6 +145,9 @@ hfreduceResult_t hfr_plan_all_gather(struct hfr_plan *p) {
 
 /* ---------------------------------------------------------------- reduce_scatter */
 
+/* My own block is read where it lies: no other rank needs it. Not if the factor has still to be applied. */
+static int own_in_place(const struct hfr_plan *p) { return !p->direct && !p->call.premul; }
+
 static void step_scatter(const struct hfr_plan *p, int stage, int64_t k, struct hfr_step *s) {
   const struct hfr_stage *st = &p->stage[stage];
   const struct hfr_layout *l = p->layout;
@@ -153,7 +156,7 @@ static void step_scatter(const struct hfr_plan *p, int stage, int64_t k, struct 
   switch (st->role) {
     case ROLE_IN:
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_OUT, k + 1 - p->geometry.slots);
-      s->nparts = l->nranks;
+      s->nparts = l->nranks - own_in_place(p);
       break;
     case ROLE_PARTIAL:
       nth = stage - p->first[ROLE_PARTIAL];
@@ -183,13 +186,15 @@ static void part_scatter(const struct hfr_plan *p, int stage, int64_t k, int j, 
   int local = p->direct ? 1 : l->nlocal;
   switch (st->role) {
     case ROLE_IN:
+      j += own_in_place(p) && j >= l->rank;
       *part = (struct hfr_part){block_of(p, HFR_SEND, j, k), hfr_slot(HFR_IN, l->local, k, bytes_of(p, (size_t)j * elems)),
                                 bytes_of(p, len(p, k))};
       break;
     case ROLE_PARTIAL: part->src = hfr_slot(HFR_IN, j, k, bytes_of(p, (size_t)st->arg * elems)); break;
     default:
       if (j < local) {
-        part->src = p->direct ? block_of(p, HFR_SEND, l->rank, k) : hfr_slot(HFR_IN, j, k, bytes_of(p, (size_t)l->rank * elems));
+        part->src = p->direct || (j == l->local && own_in_place(p)) ? block_of(p, HFR_SEND, l->rank, k)
+                                                                    : hfr_slot(HFR_IN, j, k, bytes_of(p, (size_t)l->rank * elems));
       } else {
         int node = j - local;
         if (node >= l->node) node++;
@@ -203,7 +208,8 @@ hfreduceResult_t hfr_plan_reduce_scatter(struct hfr_plan *p) {
   p->algo = l->nnodes == 1 ? "node" : "direct";
   p->step = step_scatter;
   p->part = part_scatter;
-  hfr_cut(p, piece(p, p->direct ? 1 : l->nranks));
+  size_t elems = piece(p, p->direct ? 1 : l->nranks);
+  hfr_cut(p, p->call.count < elems ? p->call.count : elems); /* blocks of one chunk lie close together */
   if (!p->direct) {
     HFR_ADD(in, p, ROLE_IN, HFR_STAGE_COPY, p->nchunks, "copy-in");
     in->ctr = HFR_CTR_IN;

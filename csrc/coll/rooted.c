@@ -43,6 +43,9 @@ static size_t share(const struct hfr_plan *p, int64_t k, int local, size_t *off)
 
 /* ---------------------------------------------------------------- reduce */
 
+/* On one node my own share is read where it lies: no other rank needs it. Not if the factor has still to be applied. */
+static int own_in_place(const struct hfr_plan *p) { return p->layout->nnodes == 1 && !p->call.premul; }
+
 /* Guard of a RES slot of mine against what still forwards chunk k - slots. */
 static void after_forwarding(const struct hfr_plan *p, struct hfr_step *s, int role, int t, int64_t i) {
   for (int d = p->first[role]; d < p->first[role] + p->count[role]; d++)
@@ -60,12 +63,12 @@ static void step_reduce(const struct hfr_plan *p, int stage, int64_t i, struct h
   switch (role) {
     case ROLE_IN:
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_OUT, k + 1 - p->geometry.slots);
-      s->nparts = 1;
+      s->nparts = 1 + own_in_place(p); /* what lies before and behind my share */
       return;
-    case ROLE_RED: /* one node */
+    case ROLE_RED: /* one node; the root's share is in its place then */
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
       s->bytes = bytes_of(p, share(p, k, l->local, &off));
-      s->dst = hfr_slot(HFR_RES, l->local, k, 0);
+      s->dst = at_root(p) ? user_chunk(p, HFR_RECV, k, off) : hfr_slot(HFR_RES, l->local, k, 0);
       s->nparts = l->nlocal;
       return;
     case ROLE_PUB: {
@@ -81,7 +84,7 @@ static void step_reduce(const struct hfr_plan *p, int stage, int64_t i, struct h
       } else if (in_lane(p)) {
         hfr_after_stage(s, hfr_tree_stage(p, ROLE_UP, t), i / 2 + 1);
       }
-      s->nparts = !at_root(p) ? 0 : l->nnodes == 1 ? l->nlocal : l->lanes;
+      s->nparts = !at_root(p) ? 0 : l->nnodes == 1 ? l->nlocal - 1 : l->lanes;
       return;
     default: break;
   }
@@ -105,14 +108,23 @@ static void part_reduce(const struct hfr_plan *p, int stage, int64_t i, int j, s
   size_t off, len;
   switch (st->role) {
     case ROLE_IN:
+      len = own_in_place(p) ? share(p, i, l->local, &off) : 0;
       *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), hfr_slot(HFR_IN, l->local, i, 0), chunk_bytes(p, i)};
+      if (own_in_place(p) && !j) part->bytes = bytes_of(p, off);
+      if (own_in_place(p) && j) {
+        off += len;
+        *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, off), hfr_slot(HFR_IN, l->local, i, bytes_of(p, off)),
+                                  chunk_bytes(p, i) - bytes_of(p, off)};
+      }
       return;
     case ROLE_RED:
       share(p, i, l->local, &off);
-      part->src = hfr_slot(HFR_IN, j, i, bytes_of(p, off));
+      part->src =
+          j == l->local && own_in_place(p) ? user_chunk(p, HFR_SEND, i, off) : hfr_slot(HFR_IN, j, i, bytes_of(p, off));
       return;
     case ROLE_OUT:
       if (l->nnodes == 1) {
+        if (j >= l->local) j++; /* mine is there */
         len = share(p, i, j, &off);
         *part = (struct hfr_part){hfr_slot(HFR_RES, j, i, 0), user_chunk(p, HFR_RECV, i, off), bytes_of(p, len)};
       } else {

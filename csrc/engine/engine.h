@@ -34,6 +34,7 @@ struct hfr_request {
   struct hfr_plan plan;
   struct hfr_fingerprint fp;
   uint64_t base;       /* chunks staged before this operation */
+  size_t place;        /* hfr_slot_place() */
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;

@@ -73,13 +73,14 @@ static enum outcome exchange(struct hfr_engine *e, const struct hfr_call *call, 
   int64_t give_up_ns = 0;
   enum outcome o = slot_free(e, r, &give_up_ns);
   if (o != CAME) return o;
-  memcpy(hfr_arena_in(a, a->local, r->base), call->send, bytes);
+  size_t place = hfr_slot_place(&e->geometry, r->base, bytes);
+  hfr_writer_copy(&a->writer, hfr_arena_in(a, a->local, r->base) + place, call->send, bytes);
   atomic_store_explicit(&me->in, r->base + 1,
                         memory_order_release); /* pairs with await() and counter_reached(): slot and fingerprint are whole */
   hfr_arena_notify(a);
   *copied = 1;
   for (int i = 0; i < a->nlocal; i++) {
-    e->sources[i] = hfr_arena_in(a, i, r->base);
+    e->sources[i] = hfr_arena_in(a, i, r->base) + place;
     if (i == a->local) continue;
     struct awaited w = {r, &give_up_ns, &a->ctrl[i].in, r->base + 1, i};
     o = await(e, &w);

@@ -86,6 +86,7 @@ struct hfr_step {
   int nguards;
   struct hfr_guard guard[HFR_MAX_GUARDS];
   struct hfr_loc src, dst; /* SEND: src; RECV, REDUCE: dst */
+  struct hfr_loc also;     /* REDUCE, of a `doubled` stage: the result goes there too */
   size_t bytes;            /* of dst (REDUCE, RECV) or src (SEND) */
   int nparts;              /* COPY: parts; REDUCE: sources; enumerated by plan->part */
 };
@@ -100,6 +101,7 @@ struct hfr_stage {
   uint8_t vc;
   uint8_t premul; /* COPY: apply the call's factor */
   uint8_t final;  /* REDUCE: the result is complete (avg divides here) */
+  uint8_t doubled; /* REDUCE: to two places, step.also is the other */
   uint8_t tree;   /* the planner's: which tree */
   int16_t npre;   /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
   int32_t peer;   /* SEND, RECV: global rank */
@@ -120,6 +122,7 @@ struct hfr_plan {
   int16_t first[HFR_MAX_ROLES], count[HFR_MAX_ROLES]; /* stages of a role: contiguous */
   int64_t nchunks;  /* by which IN, RED and OUT grow over the operation, on every local rank alike */
   size_t elems;     /* elements of a chunk */
+  size_t staged;    /* one node, one chunk: what a rank has of a slot, in bytes; else 0 */
   int direct;       /* one rank a node: no staging */
   int avg_pre;      /* avg scales before the first rounding (npre) instead of dividing at the end */
   int temp;         /* the send buffer is copied first (in-place all_to_all) */
@@ -138,6 +141,15 @@ void hfr_plan_fini(struct hfr_plan *plan);
 static inline int64_t hfr_oneshot_bytes(const struct hfr_geometry *g, int nlocal) {
   int64_t limit = 65536 / (nlocal > 1 ? nlocal : 1);
   return limit < (int64_t)g->chunk ? limit : (int64_t)g->chunk;
+}
+
+/* Where in its slot an operation of one chunk lies, of which a rank stages `bytes`: each time the slots have been round, in a
+   place of its own, so that the readers' caches have let go of a line before it is written again (node/writer.h). base: chunks
+   staged before. Very small ones stay where they are: their memory is to stay small too. */
+#define HFR_ROTATED_MIN 4096
+static inline size_t hfr_slot_place(const struct hfr_geometry *g, uint64_t base, size_t bytes) {
+  size_t pitch = (bytes + 127) / 128 * 128;
+  return bytes < HFR_ROTATED_MIN || pitch > g->chunk ? 0 : base / (unsigned)g->slots % (g->chunk / pitch) * pitch;
 }
 
 /* Largest message to or from a peer, in whole elements; more goes in parts of this size. */

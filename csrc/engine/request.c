@@ -177,6 +177,7 @@ static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
   struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
   r->fp.seq = ++e->seq;
   r->base = e->base;
+  r->place = hfr_slot_place(&e->geometry, r->base, r->plan.staged);
   me->fp[r->fp.seq & 1] = r->fp;
   atomic_store_explicit(&me->start, r->fp.seq, memory_order_release); /* pairs with verify(): the fingerprint is whole */
   hfr_arena_notify(e->arena);
@@ -228,6 +229,7 @@ void hfr_engine_adopt(struct hfr_engine *e, struct hfr_request *r, int copied) {
   r->next = NULL;
   r->fp.seq = e->seq;
   r->base = e->base;
+  r->place = hfr_slot_place(&e->geometry, r->base, r->plan.staged);
   atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
   if (rewind_stages(e, r) && copied) { /* the plan "one-shot" begins with its copy-in */
     r->cursor[0].done = r->plan.stage[0].niter;
@@ -286,8 +288,8 @@ uint8_t *hfr_place(const struct hfr_engine *e, const struct hfr_request *r, cons
   switch (l->space) {
     case HFR_SEND: return (uint8_t *)(uintptr_t)r->plan.call.send + l->off;
     case HFR_RECV: return (uint8_t *)r->plan.call.recv + l->off;
-    case HFR_IN: return hfr_arena_in(e->arena, l->index, r->base + (uint64_t)l->chunk) + l->off;
-    default: return hfr_arena_res(e->arena, l->index, r->base + (uint64_t)l->chunk) + l->off;
+    case HFR_IN: return hfr_arena_in(e->arena, l->index, r->base + (uint64_t)l->chunk) + r->place + l->off;
+    default: return hfr_arena_res(e->arena, l->index, r->base + (uint64_t)l->chunk) + r->place + l->off;
   }
 }
 
@@ -328,10 +330,35 @@ static int do_copy(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i
     uint8_t *dst = hfr_place(e, r, &p.dst), *src = hfr_place(e, r, &p.src);
     if (st->premul)
       hfr_premul(dst, src, p.bytes / r->plan.esize, r->plan.call.dtype, r->plan.call.scalar);
+    else if (dst != src && (p.dst.space == HFR_IN || p.dst.space == HFR_RES) && e->arena->nlocal > 1)
+      hfr_writer_copy(&e->arena->writer, dst, src, p.bytes);
     else if (dst != src && p.bytes)
       memcpy(dst, src, p.bytes);
   }
   return 1;
+}
+
+#define TILE 8192 /* bytes of a result that the innermost cache still has when they are copied on */
+
+/* Reduce e->sources to dst, and also to `also` unless it is NULL. shared: other ranks read dst. */
+static void reduce_into(struct hfr_engine *e, uint8_t *dst, uint8_t *also, int shared, int nsources, size_t bytes,
+                        hfreduceDataType_t dtype, enum hfr_op op, const struct hfr_scale *scale) {
+  struct hfr_writer *writer = &e->arena->writer;
+  size_t size = hfr_dtype_size(dtype);
+  int by_tile = shared && e->arena->nlocal > 1 && writer->streams;
+  if (!also && !by_tile) {
+    hfr_reduce(dst, e->sources, nsources, bytes / size, dtype, op, scale);
+    return;
+  }
+  uint8_t scratch[TILE];
+  for (size_t at = 0; at < bytes; at += TILE) {
+    size_t n = bytes - at < TILE ? bytes - at : TILE;
+    uint8_t *to = by_tile ? scratch : dst + at;
+    hfr_reduce(to, e->sources, nsources, n / size, dtype, op, scale);
+    if (by_tile) hfr_writer_copy(writer, dst + at, to, n);
+    if (also) hfr_writer_copy(writer, also + at, to, n);
+    for (int j = 0; j < nsources; j++) e->sources[j] = (const uint8_t *)e->sources[j] + n;
+  }
 }
 
 static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i, const struct hfr_step *step) {
@@ -359,8 +386,8 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
     scale.div = (uint64_t)e->layout->nranks;
   }
   if (step->bytes)
-    hfr_reduce(hfr_place(e, r, &step->dst), e->sources, step->nparts, step->bytes / r->plan.esize, call->dtype, (enum hfr_op)op,
-               &scale);
+    reduce_into(e, hfr_place(e, r, &step->dst), st->doubled ? hfr_place(e, r, &step->also) : NULL, step->dst.space != HFR_RECV,
+                step->nparts, step->bytes, call->dtype, (enum hfr_op)op, &scale);
   for (int j = 0; j < step->nparts; j++) {
     if (from[j].space != HFR_MSG) continue;
     struct hfr_link *l = hfr_engine_link(e, from[j].index, from[j].vc);

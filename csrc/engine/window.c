@@ -30,8 +30,7 @@ int hfr_window_rows(const struct hfr_plan *p, int recv) {
 }
 
 size_t hfr_window_unit(const struct hfr_plan *p) {
-  int by_messages = p->call.coll == HFR_P2P || p->call.coll == HFR_ALL_TO_ALL || p->call.coll == HFR_GATHER ||
-                    p->call.coll == HFR_SCATTER || p->layout->nranks == 1;
+  int by_messages = !p->nchunks || p->layout->nranks == 1;
   return by_messages ? p->geometry.chunk : p->elems * p->esize; /* a chunk holds whole messages, also those between local ranks */
 }
 

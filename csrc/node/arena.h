@@ -9,6 +9,7 @@
 #ifndef HFR_NODE_ARENA_H_
 #define HFR_NODE_ARENA_H_
 #include "../base/status.h"
+#include "writer.h"
 #include <stdatomic.h>
 
 /* START: sequence number of the collective a rank has begun. IN, RED, OUT: chunks staged, reduced, taken out, since the arena was
@@ -72,6 +73,7 @@ struct hfr_arena {
   uint8_t *data, *rings;
   size_t rank_stride, ring_stride;
   int bell_fd;
+  struct hfr_writer writer; /* the driver's: for slots and rings */
 };
 
 /* Create (leader): memfd of the right size, sealed against resizing. */

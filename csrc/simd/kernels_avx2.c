@@ -36,6 +36,13 @@ HFR_INLINE vu half_high(vu x) { return (vu)_mm256_cvtph_ps(_mm256_extracti128_si
 /* The low 16 bits of the lanes of a, then of b. The instruction interleaves by 128 bits; the permutation undoes that. */
 HFR_INLINE vu pack_words(vu a, vu b) { return (vu)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)a, (__m256i)b), 0xd8); }
 
+#define HFR_HAVE_STREAM
+HFR_INLINE void stream_block(unsigned char *dst, const unsigned char *src) {
+  __m256i low = _mm256_loadu_si256((const __m256i *)src), high = _mm256_loadu_si256((const __m256i *)(src + 32));
+  _mm256_stream_si256((__m256i *)dst, low);
+  _mm256_stream_si256((__m256i *)(dst + 32), high);
+}
+
 #include "kernels.inc"
 #else
 typedef int hfr_simd_no_avx2; /* a translation unit may not be empty */

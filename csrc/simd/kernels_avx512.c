@@ -51,6 +51,11 @@ HFR_INLINE vu pack_words(vu a, vu b) {
 HFR_INLINE vu load_partial(const void *p, size_t n) { return (vu)_mm512_maskz_loadu_epi8(~0ull >> (64 - n), p); }
 HFR_INLINE void store_partial(void *p, vu v, size_t n) { _mm512_mask_storeu_epi8(p, ~0ull >> (64 - n), (__m512i)v); }
 
+#define HFR_HAVE_STREAM
+HFR_INLINE void stream_block(unsigned char *dst, const unsigned char *src) {
+  _mm512_stream_si512((void *)dst, _mm512_loadu_si512(src));
+}
+
 #include "kernels.inc"
 #else
 typedef int hfr_simd_no_avx512; /* a translation unit may not be empty */

@@ -211,6 +211,22 @@ void hfr_premul(void *dst, const void *src, size_t count, hfreduceDataType_t dty
   kernels()->reduce[dtype][HFR_OP_SUM](dst, one, 1, count * dtypes[dtype].size, &scale);
 }
 
+int hfr_can_stream(void) { return kernels()->stream != NULL; }
+
+void hfr_stream_copy(void *dst, const void *src, size_t bytes) {
+  unsigned char *d = dst;
+  const unsigned char *s = src;
+  size_t head = -(uintptr_t)d % 64, blocks = bytes > head ? (bytes - head) / 64 : 0;
+  if (!blocks || !kernels()->stream) {
+    if (bytes) memcpy(d, s, bytes);
+    return;
+  }
+  if (head) memcpy(d, s, head);
+  kernels()->stream(d + head, s + head, blocks);
+  size_t done = head + 64 * blocks;
+  if (done < bytes) memcpy(d + done, s + done, bytes - done);
+}
+
 /* Round to odd: the last bit records that something was cut off, so that a second rounding, to 11 bits or fewer, is as good as a
  * single one. */
 static float float_from_double_odd(double x) {

@@ -37,6 +37,11 @@ void hfr_premul(void *dst, const void *src, size_t count, hfreduceDataType_t dty
 hfreduceResult_t hfr_convert(void *dst, hfreduceDataType_t dst_dtype, const void *src, hfreduceDataType_t src_dtype,
                              size_t count);
 
+/* memcpy whose stores go past the caches to memory: they need not ask who holds the lines. As memcpy where the level has no such
+   stores (hfr_can_stream 0). Stores that follow are seen after it. */
+void hfr_stream_copy(void *dst, const void *src, size_t bytes);
+int hfr_can_stream(void);
+
 /* "avx512", ... : the level in use; and why a higher one is not ("" if it is the highest built). */
 const char *hfr_simd_level(void);
 const char *hfr_simd_reason(void);

@@ -38,6 +38,8 @@ struct hfr_simd_kernels {
   /* count elements of fp16, bf16 or fp8 to float32 and back; no overlap. */
   void (*widen)(float *dst, const unsigned char *src, size_t count, hfreduceDataType_t src_dtype);
   void (*narrow)(unsigned char *dst, const float *src, size_t count, hfreduceDataType_t dst_dtype);
+  /* Copy blocks of 64 bytes to dst, which is aligned to 64, past the caches; whole before any later store. NULL: it cannot. */
+  void (*stream)(unsigned char *dst, const unsigned char *src, size_t blocks);
 };
 
 extern const struct hfr_simd_kernels hfr_simd_kernels_scalar;

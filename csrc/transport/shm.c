@@ -41,7 +41,7 @@ static int shm_post_send(struct hfr_link *link, const struct hfr_msg_header *hea
     return HFR_LINK_FAILED;
   }
   l->tx->header[head % HFR_RING_SLOTS] = *header;
-  if (header->bytes) memcpy(hfr_ring_data(l->arena, l->tx, head), data, header->bytes);
+  hfr_writer_copy(&l->arena->writer, hfr_ring_data(l->arena, l->tx, head), data, header->bytes);
   atomic_store_explicit(&l->tx->head, head + 1, memory_order_release); /* pairs with the load in shm_recv */
   hfr_link_count_sent(link, header->bytes);
   hfr_arena_notify(l->arena);

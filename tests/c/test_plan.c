@@ -347,6 +347,8 @@ static int do_reduce(int me, struct request *q, int stage, int64_t i, const stru
       if (!apart(dst, source[j], s->bytes)) TROUBLE(me, q, stage, "source %d overlaps the result", j);
     if (sim.trouble) return 0;
     hfr_reduce(dst, source, s->nparts, s->bytes / q->plan.esize, call->dtype, avg ? HFR_OP_SUM : (enum hfr_op)call->op, &scale);
+    uint8_t *also = st->doubled ? place(me, q, stage, &s->also, s->bytes, 1) : NULL;
+    if (also) memcpy(also, dst, s->bytes);
   }
   for (int j = 0; j < s->nparts; j++)
     if (from[j].space == HFR_MSG) release(me, from[j].index, from[j].vc);
