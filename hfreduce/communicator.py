@@ -24,9 +24,15 @@ from hfreduce.types import DTYPE_NAMES, OPS, dtype_code, numpy_dtype, op_code
 from hfreduce.unique_id import UniqueId
 from hfreduce.work import Sender, Work, reap
 
-# Bound once: the fast path of all_reduce makes no attribute chain.
+# Bound once: the fast paths make no attribute chain.
 _ndarray = np.ndarray
-_fast_all_reduce = lib.hfr_ndarray_all_reduce
+_fast = lib.hfr_ndarray_call
+_BROADCAST, _ALL_GATHER, _ALL_TO_ALL = lib.HFR_NDARRAY_BROADCAST, lib.HFR_NDARRAY_ALL_GATHER, lib.HFR_NDARRAY_ALL_TO_ALL
+_ALL_REDUCE, _REDUCE, _REDUCE_SCATTER = (
+    {op: which | code << 8 for op, code in OPS.items()}
+    for which in (lib.HFR_NDARRAY_ALL_REDUCE, lib.HFR_NDARRAY_REDUCE, lib.HFR_NDARRAY_REDUCE_SCATTER)
+)
+_barrier = lib.hfreduceBarrier
 _INVALID_ARGUMENT = lib.hfreduceInvalidArgument
 _IN_PROGRESS = lib.hfreduceInProgress
 # A blocking call comes back to Python after so many seconds, to see whether a signal (Ctrl-C) waits to be handled.
@@ -282,16 +288,14 @@ class Communicator:
 
     def all_reduce(self, x: Any, out: Any = None, op: Any = "sum", *, async_op: bool = False, stream: Any = None) -> Any:
         """Reduce x over all ranks with op into out on every rank; in place when out is None. out has x's count and dtype."""
-        # Most calls are of this kind, and small ones take less than a microsecond in all: each look-up here shows.
+        # Most calls are of this kind, and small ones take less than a microsecond in all: each look-up here shows. What is wrong
+        # (a negative code), or special, the general path finds out and says. So in the other collectives.
         if out is None and type(x) is _fast_type and not (async_op or _open_groups or self._running or stream is not None):
-            code = _fast_all_reduce(id(x), OPS.get(op, -1) if type(op) is str else -1, self._handle)
+            code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), 0, 0, self._handle)
             if code == 0:
                 return x
-            if code == _IN_PROGRESS:
-                return self._wait_out(x, x)
             if code > 0 and code != _INVALID_ARGUMENT:
-                raise self._failure(code)
-            # what is wrong, or special, the general path below finds out and says
+                return self._not_at_once(code, x, x)
         source, target, result = self._in_place_or_out(x, out, stream)
         return self._issue(
             lib.hfreduceAllReduce,
@@ -309,6 +313,18 @@ class Communicator:
 
         Elsewhere out is ignored and x is only read. out has x's count and dtype. Returns the array written on root, x elsewhere.
         """
+        if (
+            out is None
+            and type(x) is _fast_type
+            and type(root) is int
+            and type(op) is str
+            and not (async_op or _open_groups or self._running or stream is not None)
+        ):
+            code = _fast(_REDUCE.get(op, -1), id(x), 0, root, self._handle)
+            if code == 0:
+                return x
+            if code > 0 and code != _INVALID_ARGUMENT:
+                return self._not_at_once(code, x, x)
         root = self._root(root)
         if root == self._rank:
             source, target, result = self._in_place_or_out(x, out, stream)
@@ -328,6 +344,17 @@ class Communicator:
 
         With out, x is only read, and only on root.
         """
+        if (
+            out is None
+            and type(x) is _fast_type
+            and type(root) is int
+            and not (async_op or _open_groups or self._running or stream is not None)
+        ):
+            code = _fast(_BROADCAST, id(x), 0, root, self._handle)
+            if code == 0:
+                return x
+            if code > 0 and code != _INVALID_ARGUMENT:
+                return self._not_at_once(code, x, x)
         root = self._root(root)
         if out is None:
             source = target = resolve(x, "x", writable=root != self._rank, stream=stream)
@@ -349,6 +376,16 @@ class Communicator:
 
         In place: x is out's own part.
         """
+        if (
+            type(x) is _fast_type
+            and type(out) is _fast_type
+            and not (async_op or _open_groups or self._running or stream is not None)
+        ):
+            code = _fast(_ALL_GATHER, id(x), id(out), 0, self._handle)
+            if code == 0:
+                return out
+            if code > 0 and code != _INVALID_ARGUMENT:
+                return self._not_at_once(code, (x, out), out)
         source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
         self._parts(source, "x", target, "out")
         return self._issue(
@@ -365,6 +402,16 @@ class Communicator:
 
         x has nranks times out's count. In place: out is x's own part.
         """
+        if (
+            type(x) is _fast_type
+            and type(out) is _fast_type
+            and not (async_op or _open_groups or self._running or stream is not None)
+        ):
+            code = _fast(_REDUCE_SCATTER.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, self._handle)
+            if code == 0:
+                return out
+            if code > 0 and code != _INVALID_ARGUMENT:
+                return self._not_at_once(code, (x, out), out)
         source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
         self._parts(target, "out", source, "x")
         return self._issue(
@@ -391,6 +438,18 @@ class Communicator:
         Without counts the nranks parts are equal, and out may be x. With both, send_counts[p] and recv_counts[p] are the
         elements for and from rank p, the parts lie one after the other, and x and out must not overlap.
         """
+        if (
+            type(x) is _fast_type
+            and type(out) is _fast_type
+            and send_counts is None
+            and recv_counts is None
+            and not (async_op or _open_groups or self._running or stream is not None)
+        ):
+            code = _fast(_ALL_TO_ALL, id(x), id(out), 0, self._handle)
+            if code == 0:
+                return out
+            if code > 0 and code != _INVALID_ARGUMENT:
+                return self._not_at_once(code, (x, out), out)
         source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
         self._same_dtype(source, target)
         if send_counts is None and recv_counts is None:
@@ -526,6 +585,9 @@ class Communicator:
 
     def barrier(self, *, async_op: bool = False, stream: Any = None) -> Any:
         """Wait until all ranks have come here."""
+        if not (async_op or _open_groups or self._running or stream is not None):
+            code = _barrier(self._handle, _NULL)
+            return None if code == 0 else self._not_at_once(code, (), None)
         return self._issue(lib.hfreduceBarrier, (), (), None, async_op, common_stream(stream, None, None))
 
     def group(self, *, async_op: bool = False) -> _group.Group:
@@ -655,6 +717,12 @@ class Communicator:
         if error is not None or code:
             raise error if error is not None else self._failure(code)
         return Work(work[0], (keep,), result, self._running, ordered=stream is not None and type(result) is not Sender)
+
+    def _not_at_once(self, code: int, keep: Any, result: Any) -> Any:
+        """What a fast path does with a code other than success."""
+        if code == _IN_PROGRESS:
+            return self._wait_out(keep, result)
+        raise self._failure(code)
 
     def _wait_out(self, keep: Any, result: Any) -> Any:
         """Wait for what the C call began and has not ended; an exception from a signal handler leaves it running, as async work."""

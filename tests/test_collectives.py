@@ -563,6 +563,50 @@ def test_hostile_values(run_ranks: Any, nodes: tuple[int, ...]) -> None:
 # --- one run that must not depend on how calls are made ---
 
 
+def _in_a_way(comm: Any, way: int, call: Any) -> None:
+    if way == 0:
+        call()
+    elif way == 1:
+        call(async_op=True).wait()
+    else:
+        with comm.group():
+            call()
+
+
+def _small_and_mixed(comm: Any) -> list[bytes]:
+    """Every collective that has a short way when it is small, over the size where that ends, as the ranks take it or not."""
+    n, me, digests = comm.nranks, comm.rank, []
+    for number, (count, way) in enumerate(itertools.product((1, 7, 300, 341, 342, 1024, 1366, 3000), range(4))):
+        root, mine = number % n, (way + me) % 3 if way < 3 else 0
+        blocks = np.stack([np.arange(n * count, dtype=np.int32) * (r + 1) + number for r in range(n)])  # what each rank has
+        total, own = blocks.sum(0), slice(me * count, (me + 1) * count)
+        out, part = np.zeros(n * count, np.int32), np.zeros(count, np.int32)
+        x = blocks[me].copy()
+        _in_a_way(comm, mine, functools.partial(comm.broadcast, x, root))
+        np.testing.assert_array_equal(x, blocks[root], err_msg=f"broadcast {count}")
+        x = blocks[me].copy()
+        _in_a_way(comm, mine, functools.partial(comm.reduce, x, root=root))
+        np.testing.assert_array_equal(x, total if me == root else blocks[me], err_msg=f"reduce {count}")
+        _in_a_way(comm, mine, functools.partial(comm.all_gather, blocks[me][:count].copy(), out))
+        np.testing.assert_array_equal(out, blocks[:, :count].ravel(), err_msg=f"all_gather {count}")
+        _in_a_way(comm, mine, functools.partial(comm.reduce_scatter, blocks[me].copy(), part))
+        np.testing.assert_array_equal(part, total[own], err_msg=f"reduce_scatter {count}")
+        _in_a_way(comm, mine, functools.partial(comm.all_to_all, blocks[me].copy(), out))
+        np.testing.assert_array_equal(out, blocks[:, own].ravel(), err_msg=f"all_to_all {count}")
+        x = blocks[me].copy()  # in place
+        _in_a_way(comm, mine, functools.partial(comm.all_to_all, x, x))
+        np.testing.assert_array_equal(x, blocks[:, own].ravel(), err_msg=f"all_to_all in place {count}")
+        x = blocks[me].copy()
+        _in_a_way(comm, mine, functools.partial(comm.all_gather, x[own], x))
+        np.testing.assert_array_equal(x, blocks[np.arange(n).repeat(count), np.arange(n * count)], err_msg="all_gather in place")
+        x = blocks[me].copy()
+        _in_a_way(comm, mine, functools.partial(comm.reduce_scatter, x, x[own]))
+        np.testing.assert_array_equal(x[own], total[own], err_msg=f"reduce_scatter in place {count}")
+        _in_a_way(comm, mine, comm.barrier)
+        digests.append(total.tobytes())
+    return digests
+
+
 def blocking_and_async(comm: Any) -> list[bytes]:
     """The same operations, some ranks blocking, others not, others in a group: one wire protocol."""
     digests = []
@@ -580,6 +624,7 @@ def blocking_and_async(comm: Any) -> list[bytes]:
             n = comm.nranks
             np.testing.assert_array_equal(x, np.arange(count) * (n * (n + 1) // 2) + n * number)
             digests.append(x.tobytes())
+    digests += _small_and_mixed(comm)
     works, arrays = [], []
     for number in range(40):  # many in flight
         arrays.append(np.full(1 + number * 97, comm.rank + number, np.int64))
@@ -590,7 +635,7 @@ def blocking_and_async(comm: Any) -> list[bytes]:
     return digests
 
 
-@pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 1, 2), (0, 0, 1, 1)], ids=str)
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 0, 0), (0, 1, 2), (0, 0, 1, 1)], ids=str)
 def test_blocking_and_async_mix(run_ranks: Any, nodes: tuple[int, ...]) -> None:
     results = run_ranks(blocking_and_async, len(nodes), env=Environment(Layout("mix", nodes)))
     assert all(result == results[0] for result in results)

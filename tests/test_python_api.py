@@ -459,7 +459,7 @@ def test_stub_names_the_header() -> None:
     """_core.pyi and the cffi module declare the same names."""
     stub = set(
         re.findall(
-            r"^    (?:def )?(h?freduce\w+|HFREDUCE\w+|hfr_\w+)",
+            r"^    (?:def )?(h?freduce\w+|HFREDUCE\w+|hfr_\w+|HFR_\w+)",
             Path(hfreduce.__file__).with_name("_core.pyi").read_text(),
             re.MULTILINE,
         )
@@ -471,7 +471,7 @@ def test_stub_names_the_header() -> None:
     "name", ["i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "longlong", "ulonglong", ">f4", "i2", "?", "c8"]
 )
 def test_fast_path_takes_what_it_understands(name: str) -> None:
-    """The short way from an array to all_reduce (csrc/python/ndarray.h): every dtype arrives as itself, or goes the long way."""
+    """The short way from an array to a call (csrc/python/ndarray.h): every dtype arrives as itself, or goes the long way."""
     from hfreduce.communicator import _known_layout
 
     assert _known_layout(), "NumPy's arrays lie otherwise than csrc/python/ndarray.h says: small calls are slow"
@@ -479,9 +479,13 @@ def test_fast_path_takes_what_it_understands(name: str) -> None:
         handle, dtype = comm._handle, np.dtype(name)
         plain = (dtype.isnative and dtype.kind in "iuf" and dtype.itemsize != 2) or dtype == np.float16
         for x in (np.ones(7, dtype), np.ones((2, 3, 4), dtype), np.ones((), dtype), np.ones((0, 4), dtype)):
-            assert (errors.lib.hfr_ndarray_all_reduce(id(x), 0, handle) == 0) == plain
+            for call in range(6):  # in place, and from one array to another
+                other = np.ones_like(x)
+                out = 0 if call < 3 else id(other)
+                assert (errors.lib.hfr_ndarray_call(call, id(x), out, 0, handle) == 0) == plain
         for x in (np.ones((4, 5), dtype).T, np.ones(8, dtype)[::2], np.frombuffer(b"12345678" * 2, dtype)):
-            assert errors.lib.hfr_ndarray_all_reduce(id(x), 0, handle) == -1
+            assert errors.lib.hfr_ndarray_call(0, id(x), 0, 0, handle) == -1
+            assert errors.lib.hfr_ndarray_call(3, id(np.ones(x.size, dtype)), id(x), 0, handle) == -1
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -34,31 +34,18 @@ static void part_in(const struct hfr_plan *p, int64_t k, struct hfr_part *part) 
 
 /* ---------------------------------------------------------------- one node */
 
-/* My own share is read where it lies: no other rank needs it. Not if the factor has still to be applied. */
-static int own_in_place(const struct hfr_plan *p) { return p->count[ROLE_RED] && !p->call.premul; }
-
-/* Share `local` of chunk k: its offset in the chunk and its bytes. */
-static size_t share(const struct hfr_plan *p, int64_t k, int local, size_t *off) {
-  size_t len = bytes_of(p, hfr_split(hfr_chunk_len(p, p->call.count, k), p->layout->nlocal, local, p->esize, off));
-  *off = bytes_of(p, *off);
-  return len;
-}
-static struct hfr_loc user_share(const struct hfr_plan *p, enum hfr_space space, int64_t k, size_t off) {
-  return hfr_user(space, bytes_of(p, (size_t)k * p->elems) + off);
-}
-
 static void step_node(const struct hfr_plan *p, int stage, int64_t k, struct hfr_step *s) {
   const struct hfr_layout *l = p->layout;
   size_t off;
   switch (p->stage[stage].role) {
     case ROLE_IN:
       step_in(p, k, s);
-      if (own_in_place(p)) s->nparts = 2; /* what lies before and behind my share */
+      s->nparts = hfr_copy_in_parts(p);
       break;
     case ROLE_RED: /* that my RES slot is free follows: who has staged chunk k has seen all ranks take out chunk k - slots */
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
-      s->bytes = share(p, k, l->local, &off);
-      s->dst = user_share(p, HFR_RECV, k, off);
+      s->bytes = hfr_share(p, k, l->local, &off);
+      s->dst = hfr_user_at(p, HFR_RECV, k, off);
       s->also = hfr_slot(HFR_RES, l->local, k, 0);
       s->nparts = l->nlocal;
       break;
@@ -74,31 +61,20 @@ static void step_node(const struct hfr_plan *p, int stage, int64_t k, struct hfr
   }
 }
 
-static void part_in_of_others(const struct hfr_plan *p, int64_t k, int j, struct hfr_part *part) {
-  size_t off, mine = share(p, k, p->layout->local, &off), end = bytes_of(p, hfr_chunk_len(p, p->call.count, k));
-  size_t at = j ? off + mine : 0;
-  *part = (struct hfr_part){user_share(p, HFR_SEND, k, at), hfr_slot(HFR_IN, p->layout->local, k, at), j ? end - at : off};
-}
-
 static void part_node(const struct hfr_plan *p, int stage, int64_t k, int j, struct hfr_part *part) {
   const struct hfr_layout *l = p->layout;
   size_t off, len;
   switch (p->stage[stage].role) {
-    case ROLE_IN:
-      if (own_in_place(p))
-        part_in_of_others(p, k, j, part);
-      else
-        part_in(p, k, part);
-      break;
+    case ROLE_IN: *part = hfr_copy_in_part(p, k, j); break;
     case ROLE_RED:
-      share(p, k, l->local, &off);
-      part->src = j == l->local && own_in_place(p) ? user_share(p, HFR_SEND, k, off) : hfr_slot(HFR_IN, j, k, off);
+      hfr_share(p, k, l->local, &off);
+      part->src = j == l->local && hfr_own_in_place(p) ? hfr_user_at(p, HFR_SEND, k, off) : hfr_slot(HFR_IN, j, k, off);
       break;
     default:
       if (p->count[ROLE_RED]) {
-        if (j >= l->local) j++; /* mine is there */
-        len = share(p, k, j, &off);
-        *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, 0), user_share(p, HFR_RECV, k, off), len};
+        j += j >= l->local; /* mine is there */
+        len = hfr_share(p, k, j, &off);
+        *part = (struct hfr_part){hfr_slot(HFR_RES, j, k, 0), hfr_user_at(p, HFR_RECV, k, off), len};
       } else {
         part->src = hfr_slot(HFR_IN, j, k, 0);
       }

@@ -17,6 +17,18 @@ hfreduceResult_t hfr_add_dsends(struct hfr_plan *p, int t, int arrival, int skip
   return hfreduceSuccess;
 }
 
+struct hfr_part hfr_copy_in_part(const struct hfr_plan *p, int64_t k, int j) {
+  size_t off, begin = 0, end = hfr_chunk_len(p, p->call.count, k) * p->esize;
+  if (hfr_own_in_place(p)) {
+    size_t mine = hfr_share(p, k, p->layout->local, &off);
+    if (j)
+      begin = off + mine;
+    else
+      end = off;
+  }
+  return (struct hfr_part){hfr_user_at(p, HFR_SEND, k, begin), hfr_slot(HFR_IN, p->layout->local, k, begin), end - begin};
+}
+
 /* ---------------------------------------------------------------- agreement between nodes */
 
 hfreduceResult_t hfr_plan_agree(struct hfr_plan *p) {

@@ -83,6 +83,23 @@ static inline struct hfr_part hfr_copy_part(const struct hfr_plan *p, struct hfr
   dst.off += at;
   return (struct hfr_part){src, dst, bytes - at < unit ? bytes - at : unit};
 }
+/* --- one node, where each rank reduces its share of each chunk --- */
+/* My own share is read where it lies: no other rank needs it. Not if the factor has still to be applied. */
+static inline int hfr_own_in_place(const struct hfr_plan *p) { return p->count[ROLE_RED] && !p->call.premul; }
+/* The share of chunk k that local rank `local` reduces: its bytes, and in *off where it begins in the chunk, in bytes. */
+static inline size_t hfr_share(const struct hfr_plan *p, int64_t k, int local, size_t *off) {
+  size_t elems = hfr_split(hfr_chunk_len(p, p->call.count, k), p->layout->nlocal, local, p->esize, off);
+  *off *= p->esize;
+  return elems * p->esize;
+}
+/* A place in chunk k of a user's buffer. */
+static inline struct hfr_loc hfr_user_at(const struct hfr_plan *p, enum hfr_space space, int64_t k, size_t off) {
+  return hfr_user(space, (size_t)k * p->elems * p->esize + off);
+}
+/* The j-th part of copy-in: all of the chunk; or, of two, what lies before and behind my share. */
+struct hfr_part hfr_copy_in_part(const struct hfr_plan *p, int64_t k, int j);
+static inline int hfr_copy_in_parts(const struct hfr_plan *p) { return 1 + hfr_own_in_place(p); }
+
 /* Stages that hand a tree's result to the children, but for the node `skip` (-1: none). */
 hfreduceResult_t hfr_add_dsends(struct hfr_plan *plan, int t, int arrival, int skip);
 #endif

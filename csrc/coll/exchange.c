@@ -81,8 +81,7 @@ static void part_node(const struct hfr_plan *p, int stage, int64_t k, int j, str
 }
 
 static hfreduceResult_t plan_node(struct hfr_plan *p) {
-  size_t room = p->geometry.chunk / (size_t)p->layout->nranks / p->esize, grain = 64 / p->esize;
-  if (room >= grain) room = room / grain * grain;
+  size_t room = hfr_block_bytes(&p->geometry, p->layout->nranks, p->esize) / p->esize;
   p->algo = "node";
   p->step = step_node;
   p->part = part_node;

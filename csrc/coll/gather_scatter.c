@@ -37,10 +37,7 @@ static int most_carried(const struct hfr_layout *l) {
 }
 
 /* Elements of a piece when `pieces` of them share a slot. */
-static size_t piece(const struct hfr_plan *p, int pieces) {
-  size_t bytes = p->geometry.chunk / (size_t)(pieces > 1 ? pieces : 1), grain = bytes >= 64 ? 64 : p->esize;
-  return bytes / grain * grain / p->esize;
-}
+static size_t piece(const struct hfr_plan *p, int pieces) { return hfr_block_bytes(&p->geometry, pieces, p->esize) / p->esize; }
 
 static size_t len(const struct hfr_plan *p, int64_t k) { return hfr_chunk_len(p, p->call.count, k); }
 /* Chunk k of rank r's block in the large buffer. */
@@ -193,8 +190,9 @@ static void part_scatter(const struct hfr_plan *p, int stage, int64_t k, int j, 
     case ROLE_PARTIAL: part->src = hfr_slot(HFR_IN, j, k, bytes_of(p, (size_t)st->arg * elems)); break;
     default:
       if (j < local) {
-        part->src = p->direct || (j == l->local && own_in_place(p)) ? block_of(p, HFR_SEND, l->rank, k)
-                                                                    : hfr_slot(HFR_IN, j, k, bytes_of(p, (size_t)l->rank * elems));
+        part->src = p->direct || (j == l->local && own_in_place(p))
+                        ? block_of(p, HFR_SEND, l->rank, k)
+                        : hfr_slot(HFR_IN, j, k, bytes_of(p, (size_t)l->rank * elems));
       } else {
         int node = j - local;
         if (node >= l->node) node++;

@@ -36,15 +36,10 @@ static hfreduceResult_t add_link(struct hfr_plan *p, int role, enum hfr_stage_ki
   return hfreduceSuccess;
 }
 
-/* My share of chunk k when the node alone reduces: offset and length. */
-static size_t share(const struct hfr_plan *p, int64_t k, int local, size_t *off) {
-  return hfr_split(hfr_chunk_len(p, p->call.count, k), p->layout->nlocal, local, p->esize, off);
-}
-
 /* ---------------------------------------------------------------- reduce */
 
-/* On one node my own share is read where it lies: no other rank needs it. Not if the factor has still to be applied. */
-static int own_in_place(const struct hfr_plan *p) { return p->layout->nnodes == 1 && !p->call.premul; }
+/* Small: the root adds all of it up. */
+static int one_shot(const struct hfr_plan *p) { return p->layout->nnodes == 1 && !p->count[ROLE_RED]; }
 
 /* Guard of a RES slot of mine against what still forwards chunk k - slots. */
 static void after_forwarding(const struct hfr_plan *p, struct hfr_step *s, int role, int t, int64_t i) {
@@ -63,12 +58,12 @@ static void step_reduce(const struct hfr_plan *p, int stage, int64_t i, struct h
   switch (role) {
     case ROLE_IN:
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_OUT, k + 1 - p->geometry.slots);
-      s->nparts = 1 + own_in_place(p); /* what lies before and behind my share */
+      s->nparts = hfr_copy_in_parts(p);
       return;
     case ROLE_RED: /* one node; the root's share is in its place then */
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
-      s->bytes = bytes_of(p, share(p, k, l->local, &off));
-      s->dst = at_root(p) ? user_chunk(p, HFR_RECV, k, off) : hfr_slot(HFR_RES, l->local, k, 0);
+      s->bytes = hfr_share(p, k, l->local, &off);
+      s->dst = at_root(p) ? hfr_user_at(p, HFR_RECV, k, off) : hfr_slot(HFR_RES, l->local, k, 0);
       s->nparts = l->nlocal;
       return;
     case ROLE_PUB: {
@@ -77,6 +72,14 @@ static void step_reduce(const struct hfr_plan *p, int stage, int64_t i, struct h
       return;
     }
     case ROLE_OUT: /* publishing it also says that I no longer read the others' IN slots */
+      if (one_shot(p)) {
+        if (!at_root(p)) return;
+        hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
+        s->bytes = chunk_bytes(p, k);
+        s->dst = user_chunk(p, HFR_RECV, k, 0);
+        s->nparts = l->nlocal;
+        return;
+      }
       if (l->nnodes == 1) {
         hfr_after_peers(s, at_root(p) ? HFR_ALL : HFR_ONE, l->local, HFR_CTR_RED, k + 1);
       } else if (in_root_node(p)) {
@@ -107,26 +110,18 @@ static void part_reduce(const struct hfr_plan *p, int stage, int64_t i, int j, s
   const struct hfr_layout *l = p->layout;
   size_t off, len;
   switch (st->role) {
-    case ROLE_IN:
-      len = own_in_place(p) ? share(p, i, l->local, &off) : 0;
-      *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, 0), hfr_slot(HFR_IN, l->local, i, 0), chunk_bytes(p, i)};
-      if (own_in_place(p) && !j) part->bytes = bytes_of(p, off);
-      if (own_in_place(p) && j) {
-        off += len;
-        *part = (struct hfr_part){user_chunk(p, HFR_SEND, i, off), hfr_slot(HFR_IN, l->local, i, bytes_of(p, off)),
-                                  chunk_bytes(p, i) - bytes_of(p, off)};
-      }
-      return;
+    case ROLE_IN: *part = hfr_copy_in_part(p, i, j); return;
     case ROLE_RED:
-      share(p, i, l->local, &off);
-      part->src =
-          j == l->local && own_in_place(p) ? user_chunk(p, HFR_SEND, i, off) : hfr_slot(HFR_IN, j, i, bytes_of(p, off));
+      hfr_share(p, i, l->local, &off);
+      part->src = j == l->local && hfr_own_in_place(p) ? hfr_user_at(p, HFR_SEND, i, off) : hfr_slot(HFR_IN, j, i, off);
       return;
     case ROLE_OUT:
-      if (l->nnodes == 1) {
-        if (j >= l->local) j++; /* mine is there */
-        len = share(p, i, j, &off);
-        *part = (struct hfr_part){hfr_slot(HFR_RES, j, i, 0), user_chunk(p, HFR_RECV, i, off), bytes_of(p, len)};
+      if (one_shot(p)) {
+        part->src = hfr_slot(HFR_IN, j, i, 0);
+      } else if (l->nnodes == 1) {
+        j += j >= l->local; /* mine is there */
+        len = hfr_share(p, i, j, &off);
+        *part = (struct hfr_part){hfr_slot(HFR_RES, j, i, 0), hfr_user_at(p, HFR_RECV, i, off), len};
       } else {
         len = hfr_lane_slice(p, i, j, &off);
         *part = (struct hfr_part){hfr_slot(HFR_RES, j, i, bytes_of(p, off)), user_chunk(p, HFR_RECV, i, off), bytes_of(p, len)};
@@ -163,16 +158,17 @@ static hfreduceResult_t plan_reduce_network(struct hfr_plan *p) {
 }
 
 hfreduceResult_t hfr_plan_reduce(struct hfr_plan *p) {
-  p->algo = p->layout->nnodes == 1 ? "node" : "tree";
+  int one_node = p->layout->nnodes == 1;
+  int oneshot = one_node && (int64_t)bytes_of(p, p->call.count) <= hfr_oneshot_bytes(&p->geometry, p->layout->nlocal);
+  p->algo = oneshot ? "one-shot" : one_node ? "node" : "tree";
   p->step = step_reduce;
   p->part = part_reduce;
   hfr_cut(p, p->geometry.chunk / p->esize);
   HFR_TRY(add_published(p, ROLE_IN, HFR_STAGE_COPY, HFR_CTR_IN, "copy-in"));
-  if (p->layout->nnodes == 1)
-    HFR_TRY(add_published(p, ROLE_RED, HFR_STAGE_REDUCE, HFR_CTR_RED, "local reduce"));
-  else
-    HFR_TRY(plan_reduce_network(p));
-  HFR_TRY(add_published(p, ROLE_OUT, HFR_STAGE_COPY, HFR_CTR_OUT, "copy-out"));
+  if (one_node && !oneshot) HFR_TRY(add_published(p, ROLE_RED, HFR_STAGE_REDUCE, HFR_CTR_RED, "local reduce"));
+  if (!one_node) HFR_TRY(plan_reduce_network(p));
+  HFR_TRY(add_published(p, ROLE_OUT, oneshot ? HFR_STAGE_REDUCE : HFR_STAGE_COPY, HFR_CTR_OUT,
+                        oneshot ? "local reduce" : "copy-out"));
   return hfr_plan_agree(p);
 }
 

@@ -66,11 +66,7 @@ static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_ca
     hfr_request_put(e, r);
     return result;
   }
-  r->fp = (struct hfr_fingerprint){.count = mine.count,
-                                   .root = mine.coll == HFR_P2P ? mine.tag : mine.root,
-                                   .coll = (uint8_t)mine.coll,
-                                   .op = (uint8_t)(mine.premul ? 5 : mine.op),
-                                   .dtype = (uint8_t)mine.dtype};
+  r->fp = hfr_call_fingerprint(&mine);
   r->timeout_ns = e->timeout_ns;
   *out = r;
   return hfreduceSuccess;
@@ -259,7 +255,7 @@ static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *cal
 
 static hfreduceResult_t issue_at_once(struct hfreduceComm *c, const struct hfr_call *call) {
   hfreduceResult_t r;
-  enum hfr_oneshot how = call->coll == HFR_ALL_REDUCE ? hfr_oneshot_all_reduce(&c->engine, call, &r) : HFR_ONESHOT_NO;
+  enum hfr_oneshot how = hfr_oneshot(&c->engine, call, &r);
   if (how == HFR_ONESHOT_DONE) return r;
   return how == HFR_ONESHOT_NO ? run_patiently(c, call) : adopt(c, call, how == HFR_ONESHOT_COPIED);
 }

@@ -156,7 +156,7 @@ static inline int hfr_engine_looks(const struct hfr_engine *engine) {
   return atomic_load_explicit(&engine->windows, memory_order_relaxed) ||
          atomic_load_explicit(&engine->armed, memory_order_relaxed);
 }
-/* Go on with what hfr_oneshot_all_reduce began and lost patience with, as a request; copied: its data lies in the arena. The
+/* Go on with what hfr_oneshot began and lost patience with, as a request; copied: its data lies in the arena. The
  * caller drives the engine, and still does afterwards. */
 void hfr_engine_adopt(struct hfr_engine *engine, struct hfr_request *request, int copied);
 /* Do what can be done now for all requests. 1: something moved. Driver only. */
@@ -200,14 +200,22 @@ void hfr_drive_stop(struct hfr_engine *engine);
 /* In a forked child: there is no progress thread; the next hfr_drive_async starts one. */
 void hfr_drive_after_fork(void);
 
-/* Fast path for small blocking all_reduce on one node: one synchronisation, no request (engine/oneshot.c). */
+/* Fast path for small blocking collectives on one node: one synchronisation, no request (engine/oneshot.c). */
 enum hfr_oneshot {
   HFR_ONESHOT_NO,     /* take the normal way */
   HFR_ONESHOT_DONE,   /* done or failed: *result */
   HFR_ONESHOT_BEGUN,  /* patience is over; the caller drives the engine now and goes on with hfr_engine_adopt(.., 0) */
   HFR_ONESHOT_COPIED, /* ... with hfr_engine_adopt(.., 1) */
 };
-enum hfr_oneshot hfr_oneshot_all_reduce(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);
+enum hfr_oneshot hfr_oneshot(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);
+/* What a rank says of a call; its number comes when it begins. */
+static inline struct hfr_fingerprint hfr_call_fingerprint(const struct hfr_call *call) {
+  return (struct hfr_fingerprint){.count = call->count,
+                                  .root = call->coll == HFR_P2P ? call->tag : call->root,
+                                  .coll = (uint8_t)call->coll,
+                                  .op = (uint8_t)(call->premul ? 5 : call->op),
+                                  .dtype = (uint8_t)call->dtype};
+}
 
 /* --- completion.c --- */
 /* A work has ended: tell its queue. */

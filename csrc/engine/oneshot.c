@@ -1,6 +1,7 @@
 /*
- * The short way for a small blocking all_reduce on one node: what the plan "one-shot" does, written out, with no request, no lock
- * and no system call. On the wire the two are one: a rank may take this way while another executes the plan.
+ * The short way for small blocking collectives on one node: what their plans of one chunk do, written out, with no request, no
+ * lock and no system call. Every rank puts what others need into its slot, waits until all have, and takes what it needs from
+ * theirs. On the wire the two are one: a rank may take this way while another executes the plan.
  */
 #include "engine.h"
 #include "internal.h"
@@ -63,27 +64,104 @@ static enum outcome slot_free(struct hfr_engine *e, struct hfr_request *r, int64
   return CAME;
 }
 
+/* ---------------------------------------------------------------- what goes in, and what is made of it */
+
+/* Bytes that a rank stages, the same on all; -1: the call is not small, or of another kind. */
+static int64_t staged_bytes(const struct hfr_engine *e, const struct hfr_call *call) {
+  int n = e->arena->nlocal;
+  int64_t limit = hfr_oneshot_bytes(&e->geometry, call->coll == HFR_BROADCAST ? 1 : n);
+  int blocks = call->coll == HFR_REDUCE_SCATTER || call->coll == HFR_ALL_TO_ALL ? n : 1;
+  switch (call->coll) {
+    case HFR_BARRIER: return 0;
+    case HFR_ALL_REDUCE:
+    case HFR_REDUCE:
+    case HFR_BROADCAST:
+    case HFR_ALL_GATHER:
+    case HFR_REDUCE_SCATTER:
+    case HFR_ALL_TO_ALL: break;
+    default: return -1;
+  }
+  if (blocks > 1) {
+    int64_t block = (int64_t)hfr_block_bytes(&e->geometry, n, hfr_dtype_size(call->dtype));
+    if (block < limit) limit = block;
+  }
+  if (!call->count || call->count > (size_t)limit || call->premul || call->sendcounts) return -1;
+  int64_t bytes = (int64_t)(call->count * hfr_dtype_size(call->dtype));
+  return bytes <= limit ? bytes * blocks : -1;
+}
+
+/* What is mine, of several blocks, nobody else reads: what lies before and behind it goes in. */
+static void put_in(struct hfr_engine *e, const struct hfr_call *call, const struct hfr_request *r, size_t bytes) {
+  struct hfr_arena *a = e->arena;
+  size_t per = call->count * hfr_dtype_size(call->dtype);
+  size_t before = per < bytes ? per * (size_t)a->local : bytes, after = per < bytes ? before + per : bytes;
+  uint8_t *slot = hfr_arena_in(a, a->local, r->base) + r->place;
+  if (call->coll == HFR_BROADCAST && call->root != e->layout->rank) return;
+  hfr_writer_copy(&a->writer, slot, call->send, before);
+  if (after < bytes) hfr_writer_copy(&a->writer, slot + after, (const uint8_t *)call->send + after, bytes - after);
+}
+
+static void reduce_all(struct hfr_engine *e, const struct hfr_call *call) {
+  int n = e->arena->nlocal, avg = call->op == hfreduceAvg;
+  struct hfr_scale scale = {.div = avg ? (uint64_t)n : 0};
+  hfr_reduce(call->recv, e->sources, n, call->count, call->dtype, avg ? HFR_OP_SUM : (enum hfr_op)call->op, &scale);
+}
+
+static void copy_unless_there(void *dst, const void *src, size_t bytes) {
+  if (dst != src) memcpy(dst, src, bytes);
+}
+
+/* e->sources: the slots. */
+static void take_out(struct hfr_engine *e, const struct hfr_call *call) {
+  int me = e->layout->rank, n = e->arena->nlocal;
+  size_t per = call->count * hfr_dtype_size(call->dtype), mine = per * (size_t)me;
+  const uint8_t *send = call->send;
+  uint8_t *recv = call->recv;
+  switch (call->coll) {
+    case HFR_ALL_REDUCE: reduce_all(e, call); break;
+    case HFR_REDUCE:
+      if (me == call->root) reduce_all(e, call);
+      break;
+    case HFR_BROADCAST: copy_unless_there(recv, me == call->root ? call->send : e->sources[call->root], per); break;
+    case HFR_REDUCE_SCATTER:
+      for (int i = 0; i < n; i++) e->sources[i] = (i == me ? send : (const uint8_t *)e->sources[i]) + mine;
+      reduce_all(e, call);
+      break;
+    case HFR_ALL_GATHER:
+      for (int i = 0; i < n; i++) copy_unless_there(recv + per * (size_t)i, i == me ? call->send : e->sources[i], per);
+      break;
+    case HFR_ALL_TO_ALL:
+      for (int i = 0; i < n; i++)
+        copy_unless_there(recv + per * (size_t)i, (i == me ? send : (const uint8_t *)e->sources[i]) + mine, per);
+      break;
+    default: break; /* a barrier */
+  }
+}
+
+/* ---------------------------------------------------------------- the exchange */
+
 /* *copied: the data lies in the arena, and the others may have seen it. */
 static enum outcome exchange(struct hfr_engine *e, const struct hfr_call *call, struct hfr_request *r, size_t bytes,
                              int *copied) {
   struct hfr_arena *a = e->arena;
   struct hfr_rank_ctrl *me = &a->ctrl[a->local];
+  int64_t give_up_ns = 0;
   me->fp[r->fp.seq & 1] = r->fp;
   atomic_store_explicit(&me->start, r->fp.seq, memory_order_release);
-  int64_t give_up_ns = 0;
-  enum outcome o = slot_free(e, r, &give_up_ns);
-  if (o != CAME) return o;
-  size_t place = hfr_slot_place(&e->geometry, r->base, bytes);
-  hfr_writer_copy(&a->writer, hfr_arena_in(a, a->local, r->base) + place, call->send, bytes);
-  atomic_store_explicit(&me->in, r->base + 1,
-                        memory_order_release); /* pairs with await() and counter_reached(): slot and fingerprint are whole */
+  if (bytes) {
+    enum outcome o = slot_free(e, r, &give_up_ns);
+    if (o != CAME) return o;
+    put_in(e, call, r, bytes);
+    atomic_store_explicit(&me->in, r->base + 1,
+                          memory_order_release); /* pairs with await() and counter_reached(): slot and fingerprint are whole */
+    *copied = 1;
+  }
   hfr_arena_notify(a);
-  *copied = 1;
   for (int i = 0; i < a->nlocal; i++) {
-    e->sources[i] = hfr_arena_in(a, i, r->base) + place;
+    e->sources[i] = hfr_arena_in(a, i, r->base) + r->place;
     if (i == a->local) continue;
-    struct awaited w = {r, &give_up_ns, &a->ctrl[i].in, r->base + 1, i};
-    o = await(e, &w);
+    struct awaited w = {r, &give_up_ns, bytes ? &a->ctrl[i].in : &a->ctrl[i].start, bytes ? r->base + 1 : r->fp.seq, i};
+    enum outcome o = await(e, &w);
     if (o != CAME) return o;
     const struct hfr_fingerprint *theirs = &a->ctrl[i].fp[r->fp.seq & 1];
     if (!hfr_fingerprint_equal(theirs, &r->fp)) {
@@ -93,9 +171,8 @@ static enum outcome exchange(struct hfr_engine *e, const struct hfr_call *call, 
     }
   }
   e->out_known = r->base;
-  struct hfr_scale scale = {.div = call->op == hfreduceAvg ? (uint64_t)a->nlocal : 0};
-  hfr_reduce(call->recv, e->sources, a->nlocal, call->count, call->dtype,
-             call->op == hfreduceAvg ? HFR_OP_SUM : (enum hfr_op)call->op, &scale);
+  take_out(e, call);
+  if (!bytes) return CAME;
   atomic_store_explicit(&me->red, r->base + 1, memory_order_relaxed);
   /* Pairs with slot_free(). No notify, which is a fence: who sleeps for this slot needs my next operation as well, and that one
    * notifies. */
@@ -103,17 +180,14 @@ static enum outcome exchange(struct hfr_engine *e, const struct hfr_call *call, 
   return CAME;
 }
 
-enum hfr_oneshot hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_call *call, hfreduceResult_t *result) {
-  size_t bytes = call->count * hfr_dtype_size(call->dtype);
+enum hfr_oneshot hfr_oneshot(struct hfr_engine *e, const struct hfr_call *call, hfreduceResult_t *result) {
   int idle = 0;
-  if (e->layout->nnodes != 1 || !bytes || call->premul || (int64_t)bytes > hfr_oneshot_bytes(&e->geometry, e->arena->nlocal) ||
-      call->count > (size_t)hfr_oneshot_bytes(&e->geometry, e->arena->nlocal))
-    return HFR_ONESHOT_NO;
-  if (atomic_load_explicit(&e->active, memory_order_acquire) ||
+  int64_t bytes = e->layout->nnodes == 1 ? staged_bytes(e, call) : -1;
+  if (bytes < 0 || atomic_load_explicit(&e->active, memory_order_acquire) ||
       !atomic_compare_exchange_strong_explicit(&e->driver, &idle, 1, memory_order_acquire, memory_order_relaxed))
     return HFR_ONESHOT_NO;
   if (e->layout->nlocal == 1) {
-    if (call->recv != call->send) memcpy(call->recv, call->send, bytes);
+    if (bytes) copy_unless_there(call->recv, call->send, (size_t)bytes);
     e->seq++;
     atomic_store_explicit(&e->driver, 0, memory_order_release);
     *result = hfreduceSuccess;
@@ -124,21 +198,18 @@ enum hfr_oneshot hfr_oneshot_all_reduce(struct hfr_engine *e, const struct hfr_c
   r.next = NULL;
   r.plan.nstages = 0;
   r.plan.call = *call;
-  r.fp = (struct hfr_fingerprint){.seq = ++e->seq,
-                                  .count = call->count,
-                                  .root = -1,
-                                  .coll = HFR_ALL_REDUCE,
-                                  .op = (uint8_t)call->op,
-                                  .dtype = (uint8_t)call->dtype};
+  r.fp = hfr_call_fingerprint(call);
+  r.fp.seq = ++e->seq;
   r.base = e->base;
+  r.place = hfr_slot_place(&e->geometry, r.base, (size_t)bytes);
   r.timeout_ns = e->timeout_ns;
   r.deadline_ns = 0; /* looked up when a wait gets long: reading the clock costs as much as the exchange */
   r.started = 1;
   r.verified = 0;
   int copied = 0;
-  enum outcome outcome = exchange(e, call, &r, bytes, &copied);
+  enum outcome outcome = exchange(e, call, &r, (size_t)bytes, &copied);
   if (outcome == IMPATIENT) return copied ? HFR_ONESHOT_COPIED : HFR_ONESHOT_BEGUN;
-  e->base++;
+  e->base += bytes > 0;
   e->collectives++;
   e->fast++;
   atomic_store_explicit(&e->driver, 0, memory_order_release);

@@ -99,14 +99,14 @@ struct hfr_stage {
   uint8_t kind, role; /* role: the planner's own numbering */
   uint8_t ctr;        /* counter published after each iteration, or HFR_CTR_NONE */
   uint8_t vc;
-  uint8_t premul; /* COPY: apply the call's factor */
-  uint8_t final;  /* REDUCE: the result is complete (avg divides here) */
+  uint8_t premul;  /* COPY: apply the call's factor */
+  uint8_t final;   /* REDUCE: the result is complete (avg divides here) */
   uint8_t doubled; /* REDUCE: to two places, step.also is the other */
-  uint8_t tree;   /* the planner's: which tree */
-  int16_t npre;   /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
-  int32_t peer;   /* SEND, RECV: global rank */
-  int32_t arg;    /* the planner's: a rank, a child, a node */
-  int16_t passes; /* SEND: 1 + the RECV stage whose messages it passes on, iteration by iteration; RECV: how many do so */
+  uint8_t tree;    /* the planner's: which tree */
+  int16_t npre;    /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
+  int32_t peer;    /* SEND, RECV: global rank */
+  int32_t arg;     /* the planner's: a rank, a child, a node */
+  int16_t passes;  /* SEND: 1 + the RECV stage whose messages it passes on, iteration by iteration; RECV: how many do so */
   int64_t niter;
   const char *name; /* phase, as errors name it */
 };
@@ -141,6 +141,12 @@ void hfr_plan_fini(struct hfr_plan *plan);
 static inline int64_t hfr_oneshot_bytes(const struct hfr_geometry *g, int nlocal) {
   int64_t limit = 65536 / (nlocal > 1 ? nlocal : 1);
   return limit < (int64_t)g->chunk ? limit : (int64_t)g->chunk;
+}
+
+/* Bytes of a block when `blocks` of them share a slot; whole lines if it holds so many. */
+static inline size_t hfr_block_bytes(const struct hfr_geometry *g, int blocks, size_t esize) {
+  size_t bytes = g->chunk / (size_t)(blocks > 1 ? blocks : 1), grain = bytes >= 64 ? 64 : esize;
+  return bytes / grain * grain;
 }
 
 /* Where in its slot an operation of one chunk lies, of which a rank stages `bytes`: each time the slots have been round, in a

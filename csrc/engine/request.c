@@ -231,11 +231,11 @@ void hfr_engine_adopt(struct hfr_engine *e, struct hfr_request *r, int copied) {
   r->base = e->base;
   r->place = hfr_slot_place(&e->geometry, r->base, r->plan.staged);
   atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
-  if (rewind_stages(e, r) && copied) { /* the plan "one-shot" begins with its copy-in */
+  if (rewind_stages(e, r) && copied) { /* plans on one node begin with their copy-in */
     r->cursor[0].done = r->plan.stage[0].niter;
     r->left--;
   }
-  *e->queue_tail = r; /* empty: hfr_oneshot_all_reduce saw to that */
+  *e->queue_tail = r; /* empty: hfr_oneshot saw to that */
   e->queue_tail = &r->next;
 }
 

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-#define STREAM_MIN 1024         /* bytes; below, the fence costs more than it saves */
+#define STREAM_MIN 1024          /* bytes; below, the fence costs more than it saves */
 #define ALWAYS_TIMED (16u << 10) /* bytes; shorter copies are timed each TIMED_EVERY-th time, to save the clock */
 #define TIMED_EVERY 16
 #define PROBE_EVERY 64 /* timed copies do it the other way each so many turns */

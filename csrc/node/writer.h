@@ -13,7 +13,7 @@
 
 struct hfr_writer {
   uint32_t turn;
-  int streams;   /* what is done now */
+  int streams;    /* what is done now */
   double cost[2]; /* time a byte, smoothed, of plain and of streaming stores; 0: not known. In the clock's own unit */
 };
 

@@ -14,9 +14,18 @@
 /* Does the object at `array` lie as we think? Expected: its data address, number of dimensions, first dimension, id of its dtype,
  * NumPy's type number. */
 int hfr_ndarray_known(uintptr_t array, uintptr_t data, int ndim, size_t dim0, uintptr_t dtype, int type_num);
-/* all_reduce in place of a plain, writable, C-contiguous, aligned array in native byte order. -1: not such an array; nothing was
- * done. */
-int hfr_ndarray_all_reduce(uintptr_t array, int op, hfreduceComm_t comm);
+enum {
+  HFR_NDARRAY_ALL_REDUCE,
+  HFR_NDARRAY_REDUCE,
+  HFR_NDARRAY_BROADCAST,
+  HFR_NDARRAY_ALL_GATHER,
+  HFR_NDARRAY_REDUCE_SCATTER,
+  HFR_NDARRAY_ALL_TO_ALL
+};
+/* A collective on plain, C-contiguous, aligned arrays in native byte order: in place of `array`; or from it to `out`, unless that
+ * is 0. call: which, plus 256 times the op. Few arguments, because each is converted. -1: they are not such arrays, or do not
+ * fit; nothing was done. */
+int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm);
 /* ---- [cffi end] ---- */
 
 struct hfr_ndarray {
@@ -34,27 +43,48 @@ struct hfr_ndarray {
   } * dtype;
   int flags;
 };
-#define HFR_NDARRAY_FLAGS (0x0001 | 0x0100 | 0x0400) /* C-contiguous, aligned, writable */
+#define HFR_NDARRAY_READ (0x0001 | 0x0100)            /* C-contiguous, aligned */
+#define HFR_NDARRAY_WRITE (HFR_NDARRAY_READ | 0x0400) /* and writable */
 
 int hfr_ndarray_known(uintptr_t array, uintptr_t data, int ndim, size_t dim0, uintptr_t dtype, int type_num) {
   const struct hfr_ndarray *a = (const struct hfr_ndarray *)array;
   return (uintptr_t)a->data == data && a->ndim == ndim && (uintptr_t)a->dtype == dtype && (size_t)a->dims[0] == dim0 &&
-         (a->flags & HFR_NDARRAY_FLAGS) == HFR_NDARRAY_FLAGS && a->dtype->type_num == type_num;
+         (a->flags & HFR_NDARRAY_WRITE) == HFR_NDARRAY_WRITE && a->dtype->type_num == type_num;
 }
 
-int hfr_ndarray_all_reduce(uintptr_t array, int op, hfreduceComm_t comm) {
+/* The array's datatype, or -1; flags: HFR_NDARRAY_*. */
+static int hfr_ndarray_look(const struct hfr_ndarray *a, int flags, size_t *count) {
   /* by NumPy's type number: int8 uint8, int32 uint32, int64 uint64 as long and as long long, float32 float64, float16 */
   static const signed char datatype[24] = {
       -1, 0,  1,  -1, -1, 2,  3, sizeof(long) == 8 ? 4 : 2, sizeof(long) == 8 ? 5 : 3, 4, 5, 7, 8, -1, -1, -1, -1,
       -1, -1, -1, -1, -1, -1, 6};
-  const struct hfr_ndarray *a = (const struct hfr_ndarray *)array;
   const struct hfr_ndarray_dtype *d = a->dtype;
-  if ((a->flags & HFR_NDARRAY_FLAGS) != HFR_NDARRAY_FLAGS || (unsigned)d->type_num >= sizeof datatype ||
-      datatype[d->type_num] < 0 || (d->byteorder != '=' && d->byteorder != '|'))
+  if ((a->flags & flags) != flags || (unsigned)d->type_num >= sizeof datatype || (d->byteorder != '=' && d->byteorder != '|'))
     return -1;
-  size_t count = 1;
-  for (int i = 0; i < a->ndim; i++) count *= (size_t)a->dims[i];
-  return (int)hfreduceAllReduce(a->data, a->data, count, (hfreduceDataType_t)datatype[d->type_num], (hfreduceRedOp_t)op, comm,
-                                NULL);
+  *count = 1;
+  for (int i = 0; i < a->ndim; i++) *count *= (size_t)a->dims[i];
+  return datatype[d->type_num];
+}
+
+int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm) {
+  const struct hfr_ndarray *a = (const struct hfr_ndarray *)array, *b = (const struct hfr_ndarray *)out;
+  size_t count, other = 0;
+  int type = hfr_ndarray_look(a, b ? HFR_NDARRAY_READ : HFR_NDARRAY_WRITE, &count), n = 0;
+  if (type < 0 || (b && hfr_ndarray_look(b, HFR_NDARRAY_WRITE, &other) != type)) return -1;
+  hfreduceDataType_t t = (hfreduceDataType_t)type;
+  hfreduceRedOp_t op = (hfreduceRedOp_t)(call >> 8);
+  if (b && (hfreduceCommCount(comm, &n) || n < 1)) return -1;
+  switch (call & 255) {
+    case HFR_NDARRAY_ALL_REDUCE: return (int)hfreduceAllReduce(a->data, a->data, count, t, op, comm, NULL);
+    case HFR_NDARRAY_REDUCE: return (int)hfreduceReduce(a->data, a->data, count, t, op, root, comm, NULL);
+    case HFR_NDARRAY_BROADCAST: return (int)hfreduceBroadcast(a->data, a->data, count, t, root, comm, NULL);
+    case HFR_NDARRAY_ALL_GATHER:
+      return other != count * (size_t)n ? -1 : (int)hfreduceAllGather(a->data, b->data, count, t, comm, NULL);
+    case HFR_NDARRAY_REDUCE_SCATTER:
+      return count != other * (size_t)n ? -1 : (int)hfreduceReduceScatter(a->data, b->data, other, t, op, comm, NULL);
+    case HFR_NDARRAY_ALL_TO_ALL:
+      return count != other || count % (size_t)n ? -1 : (int)hfreduceAlltoAll(a->data, b->data, count / (size_t)n, t, comm, NULL);
+    default: return -1;
+  }
 }
 #endif

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "check.h"
+#include "node/writer.h"
 #include "simd/simd.h"
 #include "simd/simd_internal.h"
 
@@ -301,6 +302,44 @@ static void test_convert(void) {
     }
 }
 
+/* Every length and both alignments around whole lines: the bytes, and nothing beside them. */
+static void test_stream_copy(void) {
+  enum { MOST = 700 };
+  _Alignas(64) static unsigned char from[MOST + 2 * GUARD], to[MOST + 2 * GUARD];
+  for (size_t i = 0; i < sizeof from; i++) from[i] = (unsigned char)random_bits();
+  for (const char *const *level = (const char *const[]){"scalar", "avx2", "avx512", "neon", NULL}; *level; level++) {
+    if (!hfr_simd_select(*level)) continue;
+    for (size_t bytes = 0; bytes <= MOST; bytes += bytes < 200 ? 1 : 37)
+      for (size_t shift = 0; shift < 66; shift += 13) {
+        size_t back = shift * 5 % 64;
+        memset(to, 0xa5, sizeof to);
+        hfr_stream_copy(to + shift, from + back, bytes);
+        int beside = 0;
+        for (size_t i = 0; i < sizeof to; i++) beside += (i < shift || i >= shift + bytes) && to[i] != 0xa5;
+        CHECK(!memcmp(to + shift, from + back, bytes) && !beside, "%s: %zu bytes from %zu to %zu", *level, bytes, back, shift);
+      }
+  }
+  hfr_simd_select(NULL);
+}
+
+/* The way that costs less is taken, and the bytes arrive by both. */
+static void test_writer(void) {
+  enum { BYTES = 40000 };
+  static unsigned char from[BYTES], to[BYTES];
+  for (int dear = 0; dear < 2; dear++) {
+    struct hfr_writer w = {.cost = {dear ? 1e9 : 1e-9, dear ? 1e-9 : 1e9}};
+    for (int i = 0; i < 200; i++) {
+      size_t bytes = i % 3 ? 1 + random_bits() % BYTES : BYTES;
+      for (size_t j = 0; j < bytes; j += 97) from[j] = (unsigned char)random_bits();
+      hfr_writer_copy(&w, to, from, bytes);
+      CHECK(!memcmp(to, from, bytes));
+      if (i == 1)
+        CHECK(w.streams == (dear && hfr_can_stream()), "plain stores %s: streams %d", dear ? "dear" : "cheap", w.streams);
+    }
+    CHECK(!hfr_can_stream() || (w.cost[0] < 9e8 && w.cost[1] < 9e8), "both ways are timed again: %g %g", w.cost[0], w.cost[1]);
+  }
+}
+
 static void test_names(void) {
   CHECK(hfr_dtype_size(hfreduceFloat64) == 8 && hfr_dtype_size(hfreduceFloat8e5m2) == 1 && hfr_dtype_size(hfreduceNumTypes) == 0);
   CHECK(!strcmp(hfr_dtype_name(hfreduceBfloat16), "bfloat16") && !strcmp(hfr_dtype_name((hfreduceDataType_t)-1), "?"));
@@ -315,5 +354,7 @@ int main(void) {
   test_reductions();
   test_premul();
   test_convert();
+  test_stream_copy();
+  test_writer();
   return check_done();
 }
