@@ -453,7 +453,9 @@ class Environment:
         own = {"HFREDUCE_ADDR": self.address} if self.address else {}
         # Ranks that play different nodes do not know that they share the cores: do not spin where there are too few.
         spin = {"HFREDUCE_SPIN": "16"} if len(layout.nodes) > (os.cpu_count() or 1) else {}
-        return {"HFREDUCE_HOSTID": f"node{layout.nodes[rank]}", "HFREDUCE_CHUNK": str(layout.chunk), **spin, **layout.env, **own}
+        place = {"HFREDUCE_HOSTID": f"node{layout.nodes[rank]}", "HFREDUCE_CHUNK": str(layout.chunk)}
+        slots = {"HFREDUCE_SLOTS": "4"} if layout.chunk == CHUNK else {}  # so that they go round often
+        return {**place, **slots, **spin, **layout.env, **own}
 
 
 def _free_ipv6() -> str | None:

@@ -90,6 +90,16 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
                   c->rank, whom, text, c->timeout, *refusal ? refusal : strerror(error));
 }
 
+#define SLOTS_MAX 64
+
+/* Even, for two trees. Unless told otherwise so many that a rank's slots are twice its cache: those who read them have then let
+   go of a line when it is written again (node/writer.h). */
+static int choose_slots(int told, uint64_t chunk) {
+  uint64_t slots = told ? (uint64_t)told : 2 * hfr_cache_bytes(2) / chunk;
+  if (!told) slots = slots < 4 ? 4 : slots > 32 ? 32 : slots;
+  return (int)((slots + 1) / 2 * 2);
+}
+
 static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, struct hfr_record *r) {
   memset(r, 0, sizeof *r);
   r->rank = c->rank;
@@ -100,8 +110,8 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   r->pid = (uint32_t)getpid();
   r->members = c->uid.members;
   memcpy(r->transports, c->offer.number, sizeof r->transports);
-  r->slots = (uint32_t)((hfr_param_int(HFR_PARAM_SLOTS) + 1) / 2 * 2);
   r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
+  r->slots = (uint32_t)choose_slots((int)hfr_param_int(HFR_PARAM_SLOTS), r->chunk);
   const char *algo = hfr_param_text(HFR_PARAM_ALGO);
   r->algo = !strcmp(algo, "tree") ? HFR_ALGO_TREE : !strcmp(algo, "direct") ? HFR_ALGO_DIRECT : HFR_ALGO_AUTO;
   if (*algo && r->algo == HFR_ALGO_AUTO)
@@ -220,7 +230,7 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
   c->engine.remote = &hfr_transport_tcp;
   if (c->layout.nnodes > 1) HFR_TRY(choose_transport(c, table));
   const struct hfr_record *zero = &table[0];
-  if (zero->slots < 2 || zero->slots > 16 || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) ||
+  if (zero->slots < 2 || zero->slots > SLOTS_MAX || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) ||
       zero->chunk % 4096 || zero->streams < 1 || zero->streams > HFR_MAX_STREAMS)
     return hfr_fail(hfreduceInternalError, "rank 0 announced impossible parameters: %u slots of %llu bytes, %u streams",
                     zero->slots, (unsigned long long)zero->chunk, zero->streams);

@@ -35,6 +35,7 @@ struct hfr_request {
   struct hfr_fingerprint fp;
   uint64_t base;       /* chunks staged before this operation */
   size_t place;        /* hfr_slot_place() */
+  int streams_out;     /* the results go past the caches */
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;
@@ -126,6 +127,7 @@ struct hfr_engine {
   int64_t timeout_ns;
   int64_t patience_ns; /* a blocking call hands its request to the progress thread after this long; 0: never */
   int spins, yields;   /* polls before sleeping */
+  size_t stream_from;  /* bytes of results on a node from which no cache holds them */
   const char *host;
   /* told once, by whichever thread found the error, without locks held */
   void (*on_error)(void *arg, const hfreduceErrorInfo_t *info);

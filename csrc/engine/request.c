@@ -4,6 +4,7 @@
 
 #include "../base/log.h"
 #include "../base/thread.h"
+#include "../topo/host.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -183,10 +184,20 @@ static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
   hfr_arena_notify(e->arena);
 }
 
+/* Results that the cache cannot hold, in memory that nobody has just read, are better not fetched before they are written. */
+static int streams_out(const struct hfr_engine *e, const struct hfr_request *r) {
+  const struct hfr_call *c = &r->plan.call;
+  size_t blocks = c->coll == HFR_ALL_GATHER || c->coll == HFR_ALL_TO_ALL ? (size_t)e->layout->nranks : 1;
+  int in_place = c->send == c->recv && (c->coll == HFR_ALL_REDUCE || c->coll == HFR_REDUCE);
+  return !in_place && !c->windowed && c->coll != HFR_P2P &&
+         c->count * blocks * r->plan.esize * (size_t)e->arena->nlocal >= e->stream_from;
+}
+
 /* Set the cursors of a request to its beginning. 0: a link cannot be made. */
 static int rewind_stages(struct hfr_engine *e, struct hfr_request *r) {
   hfr_request_start(r);
   take_late_input(r);
+  r->streams_out = streams_out(e, r);
   if (r->cursors_cap < r->plan.nstages) {
     free(r->cursor);
     r->cursor = malloc((size_t)r->plan.nstages * sizeof *r->cursor);
@@ -332,6 +343,8 @@ static int do_copy(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i
       hfr_premul(dst, src, p.bytes / r->plan.esize, r->plan.call.dtype, r->plan.call.scalar);
     else if (dst != src && (p.dst.space == HFR_IN || p.dst.space == HFR_RES) && e->arena->nlocal > 1)
       hfr_writer_copy(&e->arena->writer, dst, src, p.bytes);
+    else if (dst != src && p.dst.space == HFR_RECV && r->streams_out)
+      hfr_stream_copy(dst, src, p.bytes);
     else if (dst != src && p.bytes)
       memcpy(dst, src, p.bytes);
   }
@@ -340,12 +353,12 @@ static int do_copy(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i
 
 #define TILE 8192 /* bytes of a result that the innermost cache still has when they are copied on */
 
-/* Reduce e->sources to dst, and also to `also` unless it is NULL. shared: other ranks read dst. */
-static void reduce_into(struct hfr_engine *e, uint8_t *dst, uint8_t *also, int shared, int nsources, size_t bytes,
+/* Reduce e->sources to dst, and also to `also` unless it is NULL. shared: other ranks read dst; past: it goes past the caches. */
+static void reduce_into(struct hfr_engine *e, uint8_t *dst, uint8_t *also, int shared, int past, int nsources, size_t bytes,
                         hfreduceDataType_t dtype, enum hfr_op op, const struct hfr_scale *scale) {
   struct hfr_writer *writer = &e->arena->writer;
   size_t size = hfr_dtype_size(dtype);
-  int by_tile = shared && e->arena->nlocal > 1 && writer->streams;
+  int by_tile = past || (shared && e->arena->nlocal > 1 && writer->streams);
   if (!also && !by_tile) {
     hfr_reduce(dst, e->sources, nsources, bytes / size, dtype, op, scale);
     return;
@@ -355,7 +368,10 @@ static void reduce_into(struct hfr_engine *e, uint8_t *dst, uint8_t *also, int s
     size_t n = bytes - at < TILE ? bytes - at : TILE;
     uint8_t *to = by_tile ? scratch : dst + at;
     hfr_reduce(to, e->sources, nsources, n / size, dtype, op, scale);
-    if (by_tile) hfr_writer_copy(writer, dst + at, to, n);
+    if (by_tile && past)
+      hfr_stream_copy(dst + at, to, n);
+    else if (by_tile)
+      hfr_writer_copy(writer, dst + at, to, n);
     if (also) hfr_writer_copy(writer, also + at, to, n);
     for (int j = 0; j < nsources; j++) e->sources[j] = (const uint8_t *)e->sources[j] + n;
   }
@@ -387,7 +403,7 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
   }
   if (step->bytes)
     reduce_into(e, hfr_place(e, r, &step->dst), st->doubled ? hfr_place(e, r, &step->also) : NULL, step->dst.space != HFR_RECV,
-                step->nparts, step->bytes, call->dtype, (enum hfr_op)op, &scale);
+                step->dst.space == HFR_RECV && r->streams_out, step->nparts, step->bytes, call->dtype, (enum hfr_op)op, &scale);
   for (int j = 0; j < step->nparts; j++) {
     if (from[j].space != HFR_MSG) continue;
     struct hfr_link *l = hfr_engine_link(e, from[j].index, from[j].vc);
@@ -595,7 +611,8 @@ hfreduceResult_t hfr_engine_init(struct hfr_engine *e) {
   e->queue_tail = &e->queue;
   e->p2p_tail = &e->p2p;
   e->pid = getpid();
-  e->base = (uint64_t)e->geometry.slots; /* so that needs of earlier operations never go below zero */
+  e->stream_from = hfr_cache_bytes(3) / 4; /* the inputs and the slots want room too */
+  e->base = (uint64_t)e->geometry.slots;   /* so that needs of earlier operations never go below zero */
   e->link = calloc((size_t)n * HFR_NVC, sizeof *e->link);
   e->linked = calloc((size_t)n, sizeof *e->linked);
   e->left_ns = calloc((size_t)n, sizeof *e->left_ns);

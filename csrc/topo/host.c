@@ -22,6 +22,11 @@ static void read_line(const char *path, char *text, size_t size) {
   text[strcspn(text, "\n")] = '\0';
 }
 
+size_t hfr_cache_bytes(int level) {
+  long bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+  return bytes > 0 ? (size_t)bytes : level == 2 ? (size_t)1 << 20 : (size_t)32 << 20;
+}
+
 void hfr_host_name(char name[64]) {
   if (gethostname(name, 64)) name[0] = '\0';
   name[63] = '\0';

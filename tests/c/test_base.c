@@ -222,8 +222,8 @@ static void test_param_bounds(void) {
   CHECK(!strcmp(hfr_param_value(HFR_PARAM_CHUNK), "4096") && hfr_param_is_set(HFR_PARAM_CHUNK));
   CHECK(!*read_log(), "warned of once");
   CHECK(int_from(HFR_PARAM_CHUNK, "9999999999G") == 16777216);
-  CHECK(int_from(HFR_PARAM_SLOTS, "99999999999999999999999") == 16);
-  CHECK(int_from(HFR_PARAM_SLOTS, "-99999999999999999999999") == 2);
+  CHECK(int_from(HFR_PARAM_SLOTS, "99999999999999999999999") == 64);
+  CHECK(int_from(HFR_PARAM_SLOTS, "-99999999999999999999999") == 0);
   CHECK(real_from(HFR_PARAM_TIMEOUT, "-3") == 0);
   CHECK(real_from(HFR_PARAM_TIMEOUT, "inf") == 1000000);
   CHECK(*read_log());
@@ -236,7 +236,7 @@ static void test_param_malformed(void) {
     CHECK(!hfr_param_is_set(HFR_PARAM_CHUNK));
     CHECK(strstr(read_log(), "is not a size") != NULL, "\"%s\"", bad[i]);
   }
-  CHECK(int_from(HFR_PARAM_SLOTS, "4K") == 4, "suffixes are for sizes");
+  CHECK(int_from(HFR_PARAM_SLOTS, "4K") == 0, "suffixes are for sizes");
   CHECK(real_from(HFR_PARAM_TIMEOUT, "nan") == 30);
   CHECK(real_from(HFR_PARAM_TIMEOUT, "3s") == 30);
   CHECK(strstr(read_log(), "HFREDUCE_TIMEOUT=3s (from the environment) is not a number: taking 30") != NULL);
@@ -337,14 +337,14 @@ static void test_param_nccl_net(void) {
 static void test_param_odd_files(void) {
   setenv("HFREDUCE_CONF_FILE", scratch_path("absent"), 1);
   hfr_param_reload();
-  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 4 && strstr(read_log(), "cannot be read"));
+  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 0 && strstr(read_log(), "cannot be read"));
   setenv("HFREDUCE_CONF_FILE", scratch, 1);
   hfr_param_reload();
-  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 4 && strstr(read_log(), "cannot be read"));
+  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 0 && strstr(read_log(), "cannot be read"));
   CHECK(!mkfifo(scratch_path("fifo"), 0600));
   setenv("HFREDUCE_CONF_FILE", scratch_path("fifo"), 1);
   hfr_param_reload();
-  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 4 && strstr(read_log(), "cannot be read"));
+  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 0 && strstr(read_log(), "cannot be read"));
   unlink(scratch_path("fifo"));
   char *big = malloc(70001);
   memset(big, '\n', 70000);
@@ -352,7 +352,7 @@ static void test_param_odd_files(void) {
   write_file("conf", big);
   setenv("HFREDUCE_CONF_FILE", scratch_path("conf"), 1);
   hfr_param_reload();
-  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 4 && strstr(read_log(), "longer than 64 KiB"));
+  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 0 && strstr(read_log(), "longer than 64 KiB"));
   memset(big, 'x', 60000);
   memcpy(big, "HFREDUCE_ADDR=", 14);
   strcpy(big + 60000, "\nHFREDUCE_SLOTS=5\n");
