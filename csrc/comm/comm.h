@@ -98,6 +98,8 @@ void hfr_runtime_linger(const struct hfr_uid *uid, int64_t limit_ns);
 hfreduceResult_t hfr_runtime_add(struct hfreduceComm *comm);
 /* Leave: say BYE if the communicator stood, forget the connections. */
 void hfr_runtime_remove(struct hfreduceComm *comm);
+/* Ranks of this communicator that this process has, this one among them. */
+int hfr_runtime_ranks_here(const struct hfreduceComm *comm);
 /* Hand an authenticated control connection to the watcher (ranks other than 0). */
 void hfr_runtime_control(struct hfreduceComm *comm, int fd);
 /* Send a frame on all control connections but `except`. */

@@ -790,6 +790,14 @@ hfreduceResult_t hfr_runtime_add(struct hfreduceComm *c) {
   return hfreduceSuccess;
 }
 
+int hfr_runtime_ranks_here(const struct hfreduceComm *c) {
+  int n = 0;
+  pthread_mutex_lock(&rt.lock);
+  for (const struct hfreduceComm *each = rt.comms; each; each = each->next) n += each->uid.comm_id == c->uid.comm_id;
+  pthread_mutex_unlock(&rt.lock);
+  return n;
+}
+
 void hfr_runtime_remove(struct hfreduceComm *c) {
   int32_t rank = c->rank;
   pthread_mutex_lock(&rt.lock);

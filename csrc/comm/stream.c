@@ -289,6 +289,19 @@ static hfreduceResult_t check_captures(const struct hfr_ordered_call *call, int 
   return hfreduceSuccess;
 }
 
+/* A host function that waits may keep all others of the process from running: what it waits for must be in the queues before it.
+ * So ranks of one communicator, if they share a process, come together: the launch puts all copies out in front of all waits. */
+static hfreduceResult_t check_ranks_here(const struct hfr_streams *s, const struct batch *b) {
+  if (!hfr_copier_by_host(b->comm->staging->copier)) return hfreduceSuccess;
+  int here = hfr_runtime_ranks_here(b->comm), come = 0;
+  for (int i = 0; i < s->nbatches; i++) come += s->batch[i].ncalls && s->batch[i].comm->uid.comm_id == b->comm->uid.comm_id;
+  if (come >= here) return hfreduceSuccess;
+  return hfr_fail(hfreduceInvalidUsage,
+                  "%s: rank %d: device %d has no stream memory operations, and this process has %d ranks of the communicator, of "
+                  "which %d call; call for all of them in one group of one thread, or give each rank a process of its own",
+                  hfr_stream_name(b->call[0]->call), b->comm->rank, hfr_copier_device(b->comm->staging->copier), here, come);
+}
+
 static struct batch *batch_of(struct hfr_streams *s, struct hfreduceComm *c) {
   for (int i = 0; i < s->nbatches; i++)
     if (s->batch[i].comm == c) return &s->batch[i];
@@ -312,6 +325,8 @@ hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, stru
   for (int i = 0; !r && i < s->nbatches; i++) {
     struct batch *b = &s->batch[i];
     if (!b->ncalls) continue;
+    r = check_ranks_here(s, b);
+    if (r) break;
     r = hfr_copier_enter(b->comm->staging->copier, b->call[0]->ordered->stream.capture != 0);
     if (r) break;
     r = prepare_batch(b);

@@ -5,8 +5,11 @@
  *                  └─event─► [to device: wait for "done", copy, write "taken"]◄┘ event ──► user's stream
  *
  * Captured calls have a pair of streams of their own, so that an ordinary call beside a capture does not end up in the graph.
- * Where streams cannot wait for memory, host functions do. A driver may run those of all streams one after the other, so a
- * function that waits must never stand before the one that it waits for: then both directions share one stream.
+ *
+ * Where streams cannot wait for memory, host functions do. A driver may run those of all streams one after the other, in any
+ * order, so a function that waits must never stand before one that it waits for. Hence words are written by the device even then,
+ * both directions of a copier share one stream, and the functions of all copiers of the process stand in one line, in the order
+ * of the calls: as on the other ranks.
  */
 #include "cuda.h"
 
@@ -27,11 +30,18 @@ struct hfr_copier {
   hfr_cu_context context;
   hfr_cu_stream stream[2][2]; /* [capturing][queue]; the captured pair is made with the first capture */
   hfr_cu_event begun[2], joined[2], ended[2];
+  hfr_cu_event waited;             /* by_host: behind its last host function outside graphs */
   hfr_cu_event mark[2][HFR_MARKS]; /* made when they are needed */
   int capturing;                   /* between enter and leave */
   int mode;                        /* the thread's capture mode, to be put back */
   struct host_op *kept;            /* what host functions in graphs read */
 };
+
+/* The line of host functions: where it ends now. */
+static struct {
+  pthread_mutex_t lock;
+  hfr_cu_event end; /* some copier's `waited`; NULL: nobody is in it */
+} line = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 #define TRY_CU(copier, member, call, ...)       \
   do {                                          \
@@ -49,6 +59,7 @@ static hfreduceResult_t open_pair(struct hfr_copier *c, int capturing) {
   hfr_cu_event *event[3] = {&c->begun[capturing], &c->joined[capturing], &c->ended[capturing]};
   for (int i = 0; i < 3; i++)
     if (!*event[i]) TRY_CU(c, event_create, "cuEventCreate", event[i], HFR_CU_EVENT_DISABLE_TIMING);
+  if (c->by_host && !c->waited) TRY_CU(c, event_create, "cuEventCreate", &c->waited, HFR_CU_EVENT_DISABLE_TIMING);
   return hfreduceSuccess;
 }
 
@@ -60,8 +71,8 @@ static void warn_once(const struct hfr_copier *c) {
         "CUDA_DEVICE_MAX_CONNECTIONS=1: while a collective waits for other ranks, other streams of this process wait with it");
   if (c->by_host && !atomic_flag_test_and_set(&host))
     HFR_WARN(
-        "CUDA device %d: no stream memory operations (%s); host functions do their work, which is slower, and keeps other host "
-        "functions of the process waiting",
+        "CUDA device %d: no stream memory operations (%s); host functions wait instead, which is slower, and keeps other host "
+        "functions of the process, and its other communicators, waiting",
         c->device, hfr_cuda_mem_ops_wanted() ? "the driver has none" : "HFREDUCE_CUDA_MEMOPS=0");
 }
 
@@ -82,11 +93,11 @@ hfreduceResult_t hfr_copier_create(int device, void *context, struct hfr_copier 
   return hfreduceSuccess;
 }
 
+/* A host function's argument. */
 struct host_op {
   struct host_op *next; /* in a graph: kept until the copier goes */
   _Atomic uint32_t *word;
   uint32_t value;
-  size_t count;
   int in_graph;
 };
 
@@ -102,8 +113,16 @@ static int drain(struct hfr_copier *c, int64_t limit_ns) {
   return 1;
 }
 
+/* Whoever comes next in the line need not wait for this one's functions: nothing keeps those waiting any more. */
+static void leave_line(const struct hfr_copier *c) {
+  pthread_mutex_lock(&line.lock);
+  if (line.end == c->waited) line.end = NULL;
+  pthread_mutex_unlock(&line.lock);
+}
+
 int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
   int drained = 1;
+  leave_line(c);
   if (!hfr_copier_enter(c, 0)) {
     drained = drain(c, limit_ns);
     if (!drained)
@@ -111,6 +130,7 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
           "CUDA device %d: copies of a communicator still wait for the user's stream after %.3g s; their memory is left to the "
           "process",
           c->device, (double)limit_ns * 1e-9);
+    if (c->waited) c->cu->event_destroy(c->waited);
     for (int pair = 0; pair < 2; pair++) { /* destroying a stream that still has work lets it end first */
       for (int q = 0; q < (c->by_host ? 1 : 2); q++)
         if (c->stream[pair][q]) c->cu->stream_destroy(c->stream[pair][q]);
@@ -267,13 +287,7 @@ hfreduceResult_t hfr_copier_move(struct hfr_copier *c, void *stream, uintptr_t t
 
 /* ---------------------------------------------------------------- words */
 
-/* Host functions: they call nothing of the driver. */
-static void write_word(void *arg) {
-  struct host_op *op = arg;
-  for (size_t i = 0; i < (op->count ? op->count : 1); i++) atomic_store_explicit(&op->word[i], op->value, memory_order_release);
-  if (!op->in_graph) free(op);
-}
-
+/* A host function: it calls nothing of the driver. */
 static void wait_word(void *arg) {
   struct host_op *op = arg;
   uint32_t now;
@@ -282,22 +296,38 @@ static void wait_word(void *arg) {
   if (!op->in_graph) free(op);
 }
 
-static hfreduceResult_t by_host_function(struct hfr_copier *c, enum hfr_queue queue, void (*function)(void *),
-                                         struct host_op op) {
-  struct host_op *mine = malloc(sizeof *mine);
-  if (!mine) return hfr_fail(hfreduceSystemError, "out of memory");
-  *mine = op;
-  mine->in_graph = c->capturing;
-  if (c->capturing) mine->next = c->kept, c->kept = mine;
-  int r = c->cu->launch_host_fn(stream_of(c, queue), function, mine);
-  if (!r) return hfreduceSuccess;
-  if (!c->capturing) free(mine);
-  return hfr_cuda_fail("cuLaunchHostFunc", r);
+/* Behind all host functions that the process has issued before. Within a graph the stream's own order must do: what is outside
+ * of it cannot be waited for there. */
+static hfreduceResult_t stand_in_line(struct hfr_copier *c, hfr_cu_stream stream, struct host_op *op) {
+  if (!c->capturing && line.end && line.end != c->waited) TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream, line.end, 0);
+  TRY_CU(c, launch_host_fn, "cuLaunchHostFunc", stream, wait_word, op);
+  return hfreduceSuccess;
+}
+
+static hfreduceResult_t wait_by_host(struct hfr_copier *c, hfr_cu_stream stream, _Atomic uint32_t *word, uint32_t value) {
+  struct host_op *op = malloc(sizeof *op);
+  if (!op) return hfr_fail(hfreduceSystemError, "out of memory");
+  *op = (struct host_op){.word = word, .value = value, .in_graph = c->capturing};
+  pthread_mutex_lock(&line.lock);
+  hfreduceResult_t r = stand_in_line(c, stream, op);
+  if (!r && c->capturing) op->next = c->kept, c->kept = op;
+  if (!r && !c->capturing) {
+    int failed = c->cu->event_record(c->waited, stream);
+    if (failed) r = hfr_cuda_fail("cuEventRecord", failed); /* the function is the stream's already */
+    line.end = failed ? line.end : c->waited;
+  } else if (r) {
+    free(op);
+  }
+  pthread_mutex_unlock(&line.lock);
+  return r;
 }
 
 hfreduceResult_t hfr_copier_write(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *word,
                                   uint32_t value) {
-  if (c->by_host) return by_host_function(c, queue, write_word, (struct host_op){.word = word, .value = value});
+  if (c->by_host) {
+    TRY_CU(c, set_async, "cuMemsetD32Async", device_address(m, word), value, 1, stream_of(c, queue));
+    return hfreduceSuccess;
+  }
   TRY_CU(c, stream_write_value, "cuStreamWriteValue32", stream_of(c, queue), device_address(m, word), value,
          HFR_CU_WRITE_DEFAULT);
   return hfreduceSuccess;
@@ -305,14 +335,13 @@ hfreduceResult_t hfr_copier_write(struct hfr_copier *c, enum hfr_queue queue, co
 
 hfreduceResult_t hfr_copier_wait(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *word,
                                  uint32_t value) {
-  if (c->by_host) return by_host_function(c, queue, wait_word, (struct host_op){.word = word, .value = value});
+  if (c->by_host) return wait_by_host(c, stream_of(c, queue), word, value);
   TRY_CU(c, stream_wait_value, "cuStreamWaitValue32", stream_of(c, queue), device_address(m, word), value, HFR_CU_WAIT_GEQ);
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfr_copier_clear(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *first,
                                   size_t count) {
-  if (c->by_host) return by_host_function(c, queue, write_word, (struct host_op){.word = first, .count = count});
   TRY_CU(c, set_async, "cuMemsetD32Async", device_address(m, first), 0, count, stream_of(c, queue));
   return hfreduceSuccess;
 }

@@ -94,7 +94,8 @@ hfreduceResult_t hfr_copier_create(int device, void *context, struct hfr_copier 
 int hfr_copier_destroy(struct hfr_copier *copier, int64_t limit_ns);
 int hfr_copier_device(const struct hfr_copier *copier);
 void *hfr_copier_context(const struct hfr_copier *copier);
-/* 1: words are waited for by host functions, which somebody has to wake (hfr_futex_wake). */
+/* 1: words are waited for by host functions, which somebody has to wake (hfr_futex_wake). The driver may run those of a process
+ * one at a time: then no wait may need one that is put into any copier's queue after it. */
 int hfr_copier_by_host(const struct hfr_copier *copier);
 
 /* capturing: what follows goes into the graph that the user's stream captures. */

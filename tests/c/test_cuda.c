@@ -8,6 +8,7 @@
 #include "gpu.h"
 #include "ranks.h"
 
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -449,6 +450,99 @@ static int streams(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* Two communicators of a process, each on its own stream, at work at the same time; calls of more segments than a ring has. */
+static int several(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  size_t count = arg ? 300000 : 3000000;
+  hfreduceComm_t comm[2] = {gpu_join(rank, n, id), NULL};
+  hfr_cu_stream stream[2] = {gpu_stream(), gpu_stream()};
+  float *x[2] = {gpu_alloc(count * 4), gpu_alloc(count * 4)}, *got = malloc(count * 4);
+  OK(hfreduceCommSplit(comm[0], 0, -rank, &comm[1], NULL));
+  for (int i = 0; i < 6; i++) {
+    if (i % n == rank) usleep(5000);
+    for (int k = 0; k < 2; k++) {
+      CU(gpu.cu->set_async((hfr_cu_ptr)x[k], 0x3f800000, count, stream[k]));
+      for (int again = 0; again < 3; again++)
+        OK(hfreduceAllReduce(x[k], x[k], count, hfreduceFloat32, hfreduceSum, comm[k], stream[k]));
+    }
+    for (int k = 0; k < 2; k++) {
+      gpu_read(got, x[k], count * 4, stream[k]);
+      for (size_t at = 0; at < count; at++) WANT(got[at] == (float)(n * n * n));
+    }
+  }
+  for (int k = 1; k >= 0; k--) {
+    OK(hfreduceCommDestroy(comm[k]));
+    gpu_free(x[k]);
+  }
+  free(got);
+  return 0;
+}
+
+enum { HERE = 3 }; /* ranks of one process */
+struct here {
+  pthread_t thread;
+  int rank;
+  hfreduceUniqueId id;
+  hfreduceComm_t comm;
+  hfr_cu_stream stream;
+  float *x;
+};
+static void *join_here(void *arg) {
+  struct here *h = arg;
+  h->comm = gpu_join(h->rank, HERE, &h->id);
+  h->stream = gpu_stream();
+  h->x = gpu_alloc(3000000 * 4);
+  return NULL;
+}
+
+static int sums_here(int rank, struct here *h, size_t count, float want) {
+  float got[2];
+  for (int r = 0; r < HERE; r++) {
+    gpu_read(&got[0], h[r].x, 4, h[r].stream), gpu_read(&got[1], h[r].x + count - 1, 4, h[r].stream);
+    WANT(got[0] == want && got[1] == want);
+  }
+  return 0;
+}
+
+/* All ranks are in one process, and one thread calls for them all: in groups, as NCCL wants it. One call alone waits for the
+ * others; where host functions wait, that would be for ever, and it is refused. */
+static int one_caller(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  size_t count = arg ? 300000 : 3000000;
+  const char *script = getenv("FAKE_CUDA"), *wanted = getenv("HFREDUCE_CUDA_MEMOPS");
+  int by_host = (script && strstr(script, "memops=0")) || (wanted && !strcmp(wanted, "0"));
+  struct here h[HERE] = {0};
+  hfreduceUniqueId local;
+  (void)id, (void)n;
+  if (!gpu_open(rank)) exit(77);
+  OK(hfreduceGetUniqueIdLocal(&local));
+  for (int r = 0; r < HERE; r++) {
+    h[r].rank = r, h[r].id = local;
+    pthread_create(&h[r].thread, NULL, join_here, &h[r]);
+  }
+  for (int r = 0; r < HERE; r++) pthread_join(h[r].thread, NULL);
+  for (int i = 0; i < 4; i++) {
+    for (int r = 0; r < HERE; r++) CU(gpu.cu->set_async((hfr_cu_ptr)h[r].x, 0x3f800000, count, h[r].stream));
+    for (int again = 0; again < 3; again++) {
+      OK(hfreduceGroupStart());
+      for (int r = 0; r < HERE; r++)
+        OK(hfreduceAllReduce(h[r].x, h[r].x, count, hfreduceFloat32, hfreduceSum, h[r].comm, h[r].stream));
+      OK(hfreduceGroupEnd());
+    }
+    if (sums_here(rank, h, count, 27)) return 1;
+    for (int r = 0; r < HERE; r++) {
+      hfreduceResult_t alone = hfreduceAllReduce(h[r].x, h[r].x, 9, hfreduceFloat32, hfreduceMax, h[r].comm, h[r].stream);
+      WANT(alone == (by_host ? hfreduceInvalidUsage : hfreduceSuccess));
+      WANT(!by_host ||
+           (strstr(hfreduceGetLastError(NULL), "this process has 3 ranks") && strstr(hfreduceGetLastError(NULL), "one group")));
+    }
+  }
+  for (int r = 0; r < HERE; r++) CU(gpu.stream_sync(h[r].stream));
+  for (int r = 0; r < HERE; r++) {
+    OK(hfreduceCommDestroy(h[r].comm));
+    gpu_free(h[r].x);
+  }
+  return 0;
+}
+
 /* A call whose stream is held up returns at once, and costs next to nothing until the stream gets there. */
 static int patience(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   enum { COUNT = 1000000 };
@@ -523,6 +617,8 @@ int main(int argc, char **argv) {
       {"mixed", mixed, "2 3 1,1 2,2"},
       {"kinds", kinds, "1 2 1,1"},
       {"streams", streams, "2 3,1 t2"},
+      {"several", several, "2 2,1"},
+      {"one_caller", one_caller, "1"},
       {"patience", patience, "2"},
       {"backlog", backlog, "2 1,1"},
   };

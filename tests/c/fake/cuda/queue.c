@@ -46,6 +46,9 @@ static void set(const struct fake_op *op) {
         atomic_store_explicit((_Atomic uint32_t *)(to + 4 * i), op->value, memory_order_release);
 }
 
+/* Host functions run one after the other in a thread of the driver, whatever stream or graph they come from. */
+static pthread_mutex_t one_host_function = PTHREAD_MUTEX_INITIALIZER;
+
 void fake_execute(const struct fake_op *op) {
   fake_delay();
   switch (op->what) {
@@ -61,9 +64,11 @@ void fake_execute(const struct fake_op *op) {
       break;
     }
     case FAKE_HOST:
+      pthread_mutex_lock(&one_host_function);
       fake_in_host_function = 1;
       op->function(op->arg);
       fake_in_host_function = 0;
+      pthread_mutex_unlock(&one_host_function);
       break;
     case FAKE_GRAPH: fake_run_graph(op->exec); break;
     default: break;
@@ -76,9 +81,6 @@ void fake_await(struct CUstream_st *s, uint64_t count) {
   while (s->completed < count) pthread_cond_wait(&fake.moved, &fake.lock);
 }
 
-/* Host functions run one after the other in a thread of the driver, whatever stream they come from. */
-static pthread_mutex_t one_host_function = PTHREAD_MUTEX_INITIALIZER;
-
 static void *run(void *arg) {
   struct fake_queue *q = arg;
   LOCK();
@@ -87,9 +89,7 @@ static void *run(void *arg) {
     struct fake_op *op = q->head;
     for (int i = 0; i < op->nafter; i++) fake_await(op->after[i].stream, op->after[i].count);
     UNLOCK();
-    if (op->what == FAKE_HOST) pthread_mutex_lock(&one_host_function);
     fake_execute(op);
-    if (op->what == FAKE_HOST) pthread_mutex_unlock(&one_host_function);
     LOCK();
     q->head = op->next;
     if (!q->head) q->tail = &q->head;
