@@ -461,4 +461,10 @@ hfreduceResult_t hfreduceDeviceMemAlloc(void **ptr, size_t size) {
   return (hfr_device_cuda.why_absent() ? &hfr_device_host : &hfr_device_cuda)->alloc(ptr, size);
 }
 
+hfreduceResult_t hfreduceDeviceGetCurrent(int *device) {
+  if (!device) return hfr_fail(hfreduceInvalidArgument, "hfreduceDeviceGetCurrent: device is NULL");
+  *device = hfr_device_current();
+  return hfreduceSuccess;
+}
+
 hfreduceResult_t hfreduceMemFree(void *ptr) { return ptr ? hfr_device_of(ptr)->release(ptr) : hfreduceSuccess; }

@@ -228,3 +228,30 @@ def nccls_memory(rank: int, path: str) -> None:
 
 def test_memory_of_nccls_allocator_is_the_devices(run_ranks: Any, driver: str) -> None:
     run_ranks(nccls_memory, 1, driver, comm=False)
+
+
+def nccls_device(rank: int, path: str, unique_id: bytes) -> None:
+    driver = Driver(path)
+    library = ctypes.CDLL(str(Path(BINARY_DIRECTORY) / "lib" / "libnccl.so.2"))
+    context, count, said = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int(-2)
+    driver("cuDeviceGetCount", ctypes.byref(count))
+    driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), count.value - 1)
+    driver("cuCtxSetCurrent", context)
+    comm, state, id_ = ctypes.c_void_p(), ctypes.c_int(7), (ctypes.c_char * 128).from_buffer_copy(unique_id)
+
+    class UniqueId(ctypes.Structure):
+        _fields_ = (("internal", ctypes.c_char * 128),)
+
+    started = library.ncclCommInitRank(ctypes.byref(comm), 2, UniqueId.from_buffer(id_), rank)
+    assert started == 7, "ncclInProgress: it is made by a thread of the library's"
+    while state.value == 7:
+        assert library.ncclCommGetAsyncError(comm, ctypes.byref(state)) == 0
+    assert state.value == 0
+    assert library.ncclCommCuDevice(comm, ctypes.byref(said)) == 0
+    assert said.value == count.value - 1  # of the thread that called, before any call on device memory
+    assert library.ncclCommDestroy(comm) == 0
+
+
+def test_a_communicator_of_nccls_knows_the_device_of_who_made_it(run_ranks: Any, driver: str) -> None:
+    unique_id = bytes(nccl.get_unique_id())
+    run_ranks(nccls_device, 2, driver, unique_id, comm=False, env={"NCCL_COMM_BLOCKING": "0"})

@@ -59,6 +59,14 @@ void *hfr_device_context(int device) {
   return context;
 }
 
+int hfr_device_current(void) {
+  const struct hfr_cu *cu = hfr_device_present() ? hfr_cuda() : NULL;
+  hfr_cu_context context = NULL;
+  int device = 0;
+  if (!cu || cu->context_current(&context) || (context && cu->context_device(&device))) return -1;
+  return device;
+}
+
 hfreduceResult_t hfr_device_read(void *to, const void *from, size_t bytes) {
   struct hfr_memory m;
   hfr_cu_context context = NULL;
@@ -235,8 +243,15 @@ static hfreduceResult_t cuda_alloc(void **ptr, size_t bytes) {
   return r ? hfr_cuda_fail("cuMemAlloc", r) : hfreduceSuccess;
 }
 
+/* In the context that it is of: the thread may have another one, or none. */
 static hfreduceResult_t cuda_release(void *ptr) {
-  int r = hfr_cuda()->mem_free((hfr_cu_ptr)ptr);
+  const struct hfr_cu *cu = hfr_cuda();
+  hfr_cu_context popped;
+  struct hfr_memory m;
+  hfr_memory_of(ptr, &m);
+  int pushed = m.context && !cu->context_push(m.context);
+  int r = cu->mem_free((hfr_cu_ptr)ptr);
+  if (pushed) cu->context_pop(&popped);
   if (r == HFR_CU_INVALID_VALUE)
     return hfr_fail(hfreduceInvalidArgument, "%p is not the beginning of device memory, or is freed", ptr);
   return r ? hfr_cuda_fail("cuMemFree", r) : hfreduceSuccess;

@@ -192,17 +192,21 @@ hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *c, size_t bytes, struct hfr
                     "cannot pin %zu bytes for device %d: %s; lower HFREDUCE_CUDA_SEGMENT or raise ulimit -l", size, c->device,
                     text);
   }
-  *m = (struct hfr_pinned){p, device, size};
+  *m = (struct hfr_pinned){p, device, size, c->context};
   return hfreduceSuccess;
 }
 
 void hfr_pinned_free(struct hfr_pinned *m) {
   const struct hfr_cu *cu = hfr_cuda();
+  hfr_cu_context popped;
   int mode = HFR_CU_MODE_RELAXED;
   if (!m->host) return;
   if (cu->capture_mode) cu->capture_mode(&mode);
-  /* A driver that is going down has let go of it already. */
-  cu->host_unregister(m->host);
+  /* A context, or a driver, that is gone has let go of it already. */
+  if (!cu->context_push(m->context)) {
+    cu->host_unregister(m->host);
+    cu->context_pop(&popped);
+  }
   if (cu->capture_mode) cu->capture_mode(&mode);
   munmap(m->host, m->bytes);
   *m = (struct hfr_pinned){0};

@@ -66,6 +66,8 @@ hfreduceResult_t hfr_stream_look(const char *who, void *handle, void *context, s
 
 /* The context that programs use by default on a device; it stays until the process ends. NULL: hfr_last_error(). */
 void *hfr_device_context(int device);
+/* The device that this thread works on, as CUDA's runtime sees it (none chosen: 0); -1: the program has initialised no driver. */
+int hfr_device_current(void);
 /* Copy now, waiting for it; for single values. */
 hfreduceResult_t hfr_device_read(void *to, const void *from, size_t bytes);
 
@@ -76,6 +78,7 @@ struct hfr_pinned {
   uint8_t *host; /* NULL: none */
   uintptr_t device;
   size_t bytes;
+  void *context; /* that it was registered in */
 };
 
 /*
@@ -101,7 +104,7 @@ int hfr_copier_by_host(const struct hfr_copier *copier);
 /* capturing: what follows goes into the graph that the user's stream captures. */
 hfreduceResult_t hfr_copier_enter(struct hfr_copier *copier, int capturing);
 void hfr_copier_leave(struct hfr_copier *copier);
-/* Zeroed pages near the device. Within enter and leave; free also outside. */
+/* Zeroed pages near the device. Within enter and leave; free also outside, in any thread. */
 hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *copier, size_t bytes, struct hfr_pinned *memory);
 void hfr_pinned_free(struct hfr_pinned *memory);
 

@@ -320,6 +320,8 @@ hfreduceResult_t hfreduceCompletionQueueDestroy(hfreduceCompletionQueue_t queue)
 hfreduceResult_t hfreduceMemAlloc(void **ptr, size_t size);
 /* Memory of the thread's current device (none chosen: device 0), as ncclMemAlloc gives it; where there is none, as above. */
 hfreduceResult_t hfreduceDeviceMemAlloc(void **ptr, size_t size);
+/* The thread's current device, as above; -1: the program has initialised none. */
+hfreduceResult_t hfreduceDeviceGetCurrent(int *device);
 /* Takes what either gave. */
 hfreduceResult_t hfreduceMemFree(void *ptr);
 

@@ -51,7 +51,7 @@ struct ncclComm {
   struct ncclComm *next_free;
   _Atomic(hfreduceComm_t) core; /* NULL until its job is done */
   int rank, nranks;
-  int device;          /* that CommInitAll named; -1 */
+  int device;          /* that CommInitAll named, or the caller's when it was made; -1: none */
   ncclConfig_t config; /* complete; the strings are `name` and NULL */
   char name[32];
   int cancel; /* hfreduceConfig_t's: ends its making */

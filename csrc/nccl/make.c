@@ -61,6 +61,7 @@ static ncclResult_t init_rank(const char *f, ncclComm_t *comm, int nranks, const
   ncclComm_t child = hfr_nccl_new(rank, nranks, &config);
   if (!child) return hfr_nccl_fail(ncclSystemError, "%s: out of memory for a communicator", f);
   child->device = device;
+  if (device < 0) hfreduceDeviceGetCurrent(&child->device); /* here: the job may run in a thread that has none */
   struct hfr_nccl_job *job = hfr_nccl_job_new(NULL, child, comm);
   if (!job) {
     hfr_nccl_retire(child, f);

@@ -9,6 +9,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -254,6 +255,27 @@ static int destroyed(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+static void *destroy_there(void *arg) { return (void *)(intptr_t)hfreduceCommDestroy(arg); }
+
+/* Destroyed by a thread that never had a context. */
+static int elsewhere(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4), got;
+  pthread_t thread;
+  void *result;
+  (void)arg;
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  pthread_create(&thread, NULL, destroy_there, comm);
+  pthread_join(thread, &result);
+  WANT(!result);
+  gpu_read(&got, x + COUNT - 1, 4, stream);
+  WANT(got == (float)n);
+  gpu_free(x);
+  return 0;
+}
+
 /* A driver that fails in the middle of a launch (FAKE_CUDA says where): every rank gets an error, every stream runs dry. */
 static int failing(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
@@ -273,9 +295,13 @@ static int failing(int rank, int n, const hfreduceUniqueId *id, void *arg) {
 
 int main(int argc, char **argv) {
   static const struct gpu_case cases[] = {
-      {"pointers", pointers, "1 2"},   {"mismatch", mismatch, "2 1,1 3"},
-      {"deadline", deadline, "2 1,1"}, {"aborted", aborted, "2 1,1 t2"},
-      {"killed", killed, ""},          {"destroyed", destroyed, "2 1,1"},
+      {"pointers", pointers, "1 2"},
+      {"mismatch", mismatch, "2 1,1 3"},
+      {"deadline", deadline, "2 1,1"},
+      {"aborted", aborted, "2 1,1 t2"},
+      {"killed", killed, ""},
+      {"destroyed", destroyed, "2 1,1"},
+      {"elsewhere", elsewhere, "2 1,1"},
       {"failing", failing, ""},
   };
   return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);

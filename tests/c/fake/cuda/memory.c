@@ -69,7 +69,7 @@ EXPORT hfr_cu_result cuMemHostAlloc(void **pointer, size_t bytes, unsigned flags
 
 static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
   ENTER(call);
-  hfr_cu_result r = fake_unsafe();
+  hfr_cu_result r = fake_current() ? fake_unsafe() : HFR_CU_INVALID_CONTEXT;
   if (r) return r;
   LOCK();
   /* Freeing waits for the device: whoever still uses it then does so afterwards. */
@@ -108,6 +108,7 @@ EXPORT hfr_cu_result cuMemHostRegister_v2(void *memory, size_t bytes, unsigned f
 
 EXPORT hfr_cu_result cuMemHostUnregister(void *memory) {
   ENTER("cuMemHostUnregister");
+  if (!fake_current()) fake_die("cuMemHostUnregister: no context is current, so that the memory would stay pinned");
   hfr_cu_result r = fake_unsafe();
   if (r) return r;
   LOCK();
