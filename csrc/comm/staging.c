@@ -25,12 +25,6 @@ static void let_go(struct hfr_captured *g) {
   pthread_mutex_unlock(&dead.lock);
 }
 
-static void free_ring(struct hfr_stage_ring *r) {
-  hfr_pinned_free(&r->memory);
-  free(r->use);
-  *r = (struct hfr_stage_ring){0};
-}
-
 void hfr_staging_sweep(void) {
   if (!atomic_load_explicit(&dead.any, memory_order_acquire)) return;
   pthread_mutex_lock(&dead.lock);
@@ -43,8 +37,6 @@ void hfr_staging_sweep(void) {
     list = g->next;
     for (int i = 0; i < g->nwords; i++) hfr_pinned_free(&g->words[i]);
     free(g->words);
-    free_ring(&g->ring[0]);
-    free_ring(&g->ring[1]);
     free(g);
   }
 }
@@ -55,6 +47,7 @@ static void graph_gone(void *arg) {
   struct hfr_captured *g = arg;
   atomic_store_explicit(&g->replay.dead, 1, memory_order_release); /* pairs with hfr_replay_poll() */
   let_go(g);
+  hfr_drive_kick();
 }
 
 static void engine_done(void *arg) { let_go(arg); }
@@ -90,6 +83,19 @@ hfreduceResult_t hfr_staging_words(struct hfr_staging *s, struct hfr_captured *g
   return hfreduceSuccess;
 }
 
+hfreduceResult_t hfr_staging_room(struct hfr_staging *s, struct hfr_captured *g, int slots, size_t bytes) {
+  struct hfr_stage_ring *r = &g->ring;
+  struct hfr_pinned memory = {0};
+  if (r->slots >= slots && r->bytes >= bytes) return hfreduceSuccess;
+  if (slots < r->slots) slots = r->slots;
+  if (r->bytes && bytes < 2 * r->bytes) bytes = bytes <= r->bytes ? r->bytes : 2 * r->bytes; /* it may go on growing */
+  if (bytes)
+    HFR_TRY(hfr_staging_words(s, g, 2 * (size_t)slots * bytes,
+                              &memory)); /* earlier calls of the graph keep the ring that they have */
+  *r = (struct hfr_stage_ring){.memory = memory, .bytes = bytes, .slots = slots};
+  return hfreduceSuccess;
+}
+
 /* ---------------------------------------------------------------- rings */
 
 size_t hfr_staging_slot(const struct hfreduceComm *c) {
@@ -100,9 +106,12 @@ size_t hfr_staging_slot(const struct hfreduceComm *c) {
   return slot > chunk ? slot : chunk;
 }
 
-hfreduceResult_t hfr_staging_ring(struct hfr_staging *s, struct hfr_stage_ring *r, int which, size_t bytes) {
+int hfr_staging_slots(int which) { return which == HFR_RING_WIDE ? 2 : (int)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS); }
+
+hfreduceResult_t hfr_staging_ring(struct hfr_staging *s, int which, size_t bytes) {
+  struct hfr_stage_ring *r = &s->ring[which];
   if (r->bytes) return hfreduceSuccess;
-  size_t slots = which == HFR_RING_WIDE ? 2 : (size_t)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS);
+  size_t slots = (size_t)hfr_staging_slots(which);
   size_t data = 2 * slots * bytes, words = (4 * slots + 1) * sizeof *r->ready + slots * sizeof *r->scalar;
   r->use = calloc(slots, sizeof *r->use);
   if (!r->use) return hfr_fail(hfreduceSystemError, "out of memory");

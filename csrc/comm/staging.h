@@ -10,8 +10,8 @@
  */
 struct hfr_stage_ring {
   struct hfr_pinned memory;
-  size_t bytes; /* of one direction of a slot; 0: not made yet */
-  int slots, next;
+  size_t bytes;                              /* of one direction of a slot; 0: not made yet */
+  int slots, next;                           /* what follows is for rings outside graphs */
   uint32_t turn;                             /* value of the next use; cyclic */
   _Atomic uint32_t *ready, *done[2], *taken; /* of each slot; done: with its send, with its receive half */
   _Atomic uint32_t *started;                 /* launches that the device has got to */
@@ -29,8 +29,8 @@ struct hfr_captured {
   struct hfr_captured *next;
   uint64_t id; /* of the capture */
   _Atomic int owners;
-  struct hfr_stage_ring ring[2];
-  struct hfr_pinned *words; /* of each launch in the graph */
+  struct hfr_stage_ring ring; /* as large as its calls need */
+  struct hfr_pinned *words;   /* of each launch in the graph; and all rings */
   int nwords;
   struct hfr_replay replay;
 };
@@ -56,13 +56,17 @@ static inline int hfr_is_device(const struct hfr_memory *m) {
 /* --- staging.c --- */
 /* The communicator's device side, made at its first call. InvalidArgument when it was made for another device. */
 hfreduceResult_t hfr_staging_get(struct hfreduceComm *comm, const char *who, const struct hfr_stream *stream);
-/* Between enter and leave: make the ring unless it is there. bytes: what a slot must hold, if the ring is wide. */
-hfreduceResult_t hfr_staging_ring(struct hfr_staging *staging, struct hfr_stage_ring *ring, int which, size_t bytes);
+/* Between enter and leave: make the ring unless it is there, with slots of so many bytes each way. */
+hfreduceResult_t hfr_staging_ring(struct hfr_staging *staging, int which, size_t bytes);
+/* Slots that a ring has at most. */
+int hfr_staging_slots(int which);
 /* Bytes of a slot of the plain ring. */
 size_t hfr_staging_slot(const struct hfreduceComm *comm);
 /* Between enter and leave: what the graph in capture holds of this communicator. */
 hfreduceResult_t hfr_staging_capture(struct hfr_staging *staging, const struct hfr_stream *stream,
                                      struct hfr_captured **captured);
+/* Between enter and leave: see to it that the graph's ring has so much room. */
+hfreduceResult_t hfr_staging_room(struct hfr_staging *staging, struct hfr_captured *captured, int slots, size_t bytes);
 /* Pinned words that live as long as the graph. */
 hfreduceResult_t hfr_staging_words(struct hfr_staging *staging, struct hfr_captured *captured, size_t bytes,
                                    struct hfr_pinned *words);

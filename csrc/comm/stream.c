@@ -97,9 +97,15 @@ static void choose_cut(struct cut *cut, size_t slot) {
   if (cut->bytes >= cut->longest || !cut->bytes) cut->bytes = cut->longest;
 }
 
+/* Segments that a call is cut in, and what each takes in a slot. */
+static int segments_of(const struct cut *cut) {
+  return cut->bytes == SIZE_MAX ? 1 : (int)((cut->longest + cut->bytes - 1) / cut->bytes);
+}
+static size_t bytes_of(const struct cut *cut) { return cut->bytes == SIZE_MAX ? 0 : cut->bytes * (size_t)cut->rows; }
+
 static hfreduceResult_t make_window(struct hfr_ordered_call *call, const struct cut *cut, const struct hfr_stage_ring *ring) {
   struct hfr_request *r = call->request;
-  int n = cut->bytes == SIZE_MAX ? 1 : (int)((cut->longest + cut->bytes - 1) / cut->bytes);
+  int n = segments_of(cut);
   struct hfr_window *w = calloc(1, sizeof *w + (size_t)n * sizeof w->segment[0]);
   if (!w) return hfr_fail(hfreduceSystemError, "out of memory for %d segments", n);
   w->bytes = cut->bytes;
@@ -251,9 +257,25 @@ static hfreduceResult_t assign_captured(struct batch *b) {
 
 /* ---------------------------------------------------------------- preparing */
 
+/* The ring of a graph: no larger than what its calls need, in which `slot` bytes are the most that a slot may have. */
+static hfreduceResult_t make_captured_ring(struct batch *b, int which, size_t slot) {
+  struct hfr_staging *s = b->comm->staging;
+  int segments = 0, most = hfr_staging_slots(which);
+  size_t bytes = 0;
+  struct cut cut;
+  HFR_TRY(hfr_staging_capture(s, &b->call[0]->ordered->stream, &b->captured));
+  for (int i = 0; i < b->ncalls; i++) {
+    measure(b->call[i], &cut);
+    choose_cut(&cut, slot);
+    segments += segments_of(&cut);
+    if (bytes_of(&cut) > bytes) bytes = bytes_of(&cut);
+  }
+  b->ring = &b->captured->ring;
+  return hfr_staging_room(s, b->captured, segments < most ? segments : most, round_up(bytes, 64));
+}
+
 static hfreduceResult_t prepare_batch(struct batch *b) {
   struct hfr_staging *s = b->comm->staging;
-  const struct hfr_stream *stream = &b->call[0]->ordered->stream;
   size_t slot = hfr_staging_slot(b->comm), needs = 0;
   struct cut cut;
   for (int i = 0; i < b->ncalls; i++) {
@@ -262,12 +284,15 @@ static hfreduceResult_t prepare_batch(struct batch *b) {
   }
   int which = needs > slot ? HFR_RING_WIDE : HFR_RING_PLAIN;
   if (which == HFR_RING_WIDE) slot = b->comm->engine.geometry.chunk * (size_t)b->comm->nranks;
-  if (stream->capture) HFR_TRY(hfr_staging_capture(s, stream, &b->captured));
-  b->ring = stream->capture ? &b->captured->ring[which] : &s->ring[which];
-  HFR_TRY(hfr_staging_ring(s, b->ring, which, slot));
+  if (b->call[0]->ordered->stream.capture) {
+    HFR_TRY(make_captured_ring(b, which, slot));
+  } else {
+    b->ring = &s->ring[which];
+    HFR_TRY(hfr_staging_ring(s, which, slot));
+  }
   for (int i = 0; i < b->ncalls; i++) {
     measure(b->call[i], &cut);
-    choose_cut(&cut, b->ring->bytes);
+    choose_cut(&cut, slot);
     HFR_TRY(make_window(b->call[i], &cut, b->ring));
   }
   HFR_TRY(list_turns(b));
@@ -434,7 +459,9 @@ static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *
     if (!b->ncalls || !first_use_of_stream(s, i)) continue;
     HFR_TRY((end ? hfr_copier_before : hfr_copier_after)(copier, c->ordered->stream.handle));
   }
-  return hfreduceSuccess;
+  if (end || !b->captured || b->captured->replay.bell || hfr_copier_by_host(copier)) return hfreduceSuccess;
+  b->captured->replay.bell = 1; /* not by host functions: it would wait behind those that wait */
+  return hfr_copier_bell(copier, hfr_replay_ring, &b->captured->replay);
 }
 
 static hfreduceResult_t run_phase(const struct hfr_streams *s, struct batch *b, enum phase phase) {

@@ -30,6 +30,9 @@ struct hfr_copier {
   hfr_cu_context context;
   hfr_cu_stream stream[2][2]; /* [capturing][queue]; the captured pair is made with the first capture */
   hfr_cu_event begun[2], joined[2], ended[2];
+  hfr_cu_stream bell; /* made for the first graph, with its event */
+  hfr_cu_event rung;
+  int ringing;                     /* the bell's stream is still to be joined */
   hfr_cu_event waited;             /* by_host: behind its last host function outside graphs */
   hfr_cu_event mark[2][HFR_MARKS]; /* made when they are needed */
   int capturing;                   /* between enter and leave */
@@ -136,6 +139,8 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
         if (c->stream[pair][q]) c->cu->stream_destroy(c->stream[pair][q]);
       for (int i = 0; i < HFR_MARKS; i++)
         if (c->mark[pair][i]) c->cu->event_destroy(c->mark[pair][i]);
+      if (pair && c->bell) c->cu->stream_destroy(c->bell);
+      if (pair && c->rung) c->cu->event_destroy(c->rung);
       if (c->begun[pair]) c->cu->event_destroy(c->begun[pair]);
       if (c->joined[pair]) c->cu->event_destroy(c->joined[pair]);
       if (c->ended[pair]) c->cu->event_destroy(c->ended[pair]);
@@ -228,6 +233,10 @@ hfreduceResult_t hfr_copier_after(struct hfr_copier *c, void *stream) {
 }
 
 hfreduceResult_t hfr_copier_join(struct hfr_copier *c) {
+  if (c->capturing && c->ringing) {
+    c->ringing = 0;
+    TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->rung, 0);
+  }
   if (c->by_host) return hfreduceSuccess;
   TRY_CU(c, event_record, "cuEventRecord", c->joined[c->capturing], stream_of(c, HFR_TO_HOST));
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->joined[c->capturing], 0);
@@ -351,6 +360,16 @@ hfreduceResult_t hfr_copier_clear(struct hfr_copier *c, enum hfr_queue queue, co
 }
 
 /* ---------------------------------------------------------------- graphs */
+
+hfreduceResult_t hfr_copier_bell(struct hfr_copier *c, void (*ring)(void *), void *arg) {
+  if (!c->bell) TRY_CU(c, stream_create, "cuStreamCreateWithPriority", &c->bell, HFR_CU_STREAM_NON_BLOCKING, 0);
+  if (!c->rung) TRY_CU(c, event_create, "cuEventCreate", &c->rung, HFR_CU_EVENT_DISABLE_TIMING);
+  TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", c->bell, c->begun[1], 0);
+  TRY_CU(c, launch_host_fn, "cuLaunchHostFunc", c->bell, ring, arg);
+  TRY_CU(c, event_record, "cuEventRecord", c->rung, c->bell);
+  c->ringing = 1;
+  return hfreduceSuccess;
+}
 
 hfreduceResult_t hfr_copier_keep(struct hfr_copier *c, void *graph, void (*release)(void *), void *arg) {
   hfr_cu_object object;

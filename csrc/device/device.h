@@ -129,6 +129,10 @@ hfreduceResult_t hfr_copier_wait(struct hfr_copier *copier, enum hfr_queue queue
 /* Set words to 0. */
 hfreduceResult_t hfr_copier_clear(struct hfr_copier *copier, enum hfr_queue queue, const struct hfr_pinned *memory,
                                   _Atomic uint32_t *first, size_t count);
+/* Within enter and leave of a capture, once a graph, after hfr_copier_after: have ring(arg) called each time the graph is
+   launched, beside its other work, soon or, where the driver is busy, late; it must not call the driver. The next hfr_copier_join
+   ends it. */
+hfreduceResult_t hfr_copier_bell(struct hfr_copier *copier, void (*ring)(void *arg), void *arg);
 /* Copy within the device's memory, in a stream. */
 hfreduceResult_t hfr_copier_move(struct hfr_copier *copier, void *stream, uintptr_t to, uintptr_t from, size_t bytes);
 /* Call release(arg) when neither the graph nor anything made of it exists any more; it must not call the driver, and may run in

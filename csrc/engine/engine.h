@@ -63,6 +63,9 @@ struct hfr_replay {
   struct hfr_request **request; /* the driver's */
   int n, cap, cursor;           /* cursor: which comes next */
   int listed;
+  int bell;                 /* the graph says when it is launched */
+  uint32_t replayed;        /* launches that have been gone through; the driver's */
+  _Atomic uint32_t rung;    /* launches that were told of; cyclic, and may lag behind */
   _Atomic int dead;         /* no graph will launch them any more */
   void (*ended)(void *arg); /* the engine has let go of them: their memory may go. The driver's thread, or destroy's */
   void *arg;
@@ -106,7 +109,8 @@ struct hfr_engine {
   struct hfr_request *free;
   _Atomic uint32_t active;    /* requests submitted and not ended */
   _Atomic uint32_t windows;   /* of these, so many work on a device's memory: its words must be looked at */
-  _Atomic uint32_t armed;     /* replays whose graph may be launched: the same */
+  _Atomic uint32_t armed;     /* replays whose graph may be launched */
+  _Atomic uint32_t due;       /* of these, so many may have been, as the driver last saw: the same */
   struct hfr_replay *replays; /* the driver's */
   _Atomic uint32_t guests;    /* threads that wait for a work of this engine, and may drive it */
   /* the driver's: */
@@ -153,10 +157,11 @@ void hfr_request_let_go(struct hfr_engine *engine, struct hfr_request *request);
 void hfr_engine_submit(struct hfr_engine *engine, struct hfr_request *request);
 /* Have `request`, which was captured and belongs to a replay, run with each launch. Order of calls is order of capture. */
 void hfr_engine_arm(struct hfr_engine *engine, struct hfr_request *request);
+/* The graph was launched: whoever drives shall look. Any thread; calls no driver. */
+void hfr_replay_ring(void *replay);
 /* Does the engine wait for words that a device writes? Then sleeps are short. */
 static inline int hfr_engine_looks(const struct hfr_engine *engine) {
-  return atomic_load_explicit(&engine->windows, memory_order_relaxed) ||
-         atomic_load_explicit(&engine->armed, memory_order_relaxed);
+  return atomic_load_explicit(&engine->windows, memory_order_relaxed) || atomic_load_explicit(&engine->due, memory_order_relaxed);
 }
 /* Go on with what hfr_oneshot began and lost patience with, as a request; copied: its data lies in the arena. The
  * caller drives the engine, and still does afterwards. */
@@ -199,6 +204,8 @@ int hfr_drive_begin(struct hfr_engine *engine);
 void hfr_drive_end(struct hfr_engine *engine);
 /* Take the engine off the progress thread's list and out of its hands. */
 void hfr_drive_stop(struct hfr_engine *engine);
+/* Have the progress thread look at its engines, if it sleeps. Any thread. */
+void hfr_drive_kick(void);
 /* In a forked child: there is no progress thread; the next hfr_drive_async starts one. */
 void hfr_drive_after_fork(void);
 

@@ -43,7 +43,8 @@ static void sleep_in(struct hfr_waitset *set, int64_t ns) {
 }
 
 static void nap(struct hfr_engine *e, int nth, int (*look)(struct hfr_engine *, void *), void *arg) {
-  int64_t ns = nap_ns(hfr_engine_looks(e), nth);
+  int armed = atomic_load_explicit(&e->armed, memory_order_relaxed) != 0; /* a graph's bell wakes the progress thread only */
+  int64_t ns = nap_ns(armed || hfr_engine_looks(e), nth);
   struct hfr_waitset set;
   set.n = set.ready = 0;
   enum hfr_sleep how = e->layout->nnodes == 1 ? HFR_SLEEP_FUTEX : HFR_SLEEP_POLL;
@@ -182,13 +183,12 @@ static int sleep_in_poll(struct hfr_engine **engine, int n, int nth) {
   int64_t now = hfr_now_ns();
   for (int i = 0; i < n; i++) {
     held[i] = (char)try_drive(engine[i]);
-    looks |= hfr_engine_looks(engine[i]);
     if (!held[i]) continue;
     hfr_engine_check(engine[i], now);
     hfr_arena_sleep_begin(engine[i]->arena, HFR_SLEEP_POLL);
   }
   atomic_store_explicit(&pool.asleep, 1,
-                        memory_order_seq_cst); /* pairs with kick(): it writes, or we see its request in this pass */
+                        memory_order_seq_cst); /* pairs with hfr_drive_kick(): it writes, or we see its request in this pass */
   atomic_thread_fence(memory_order_seq_cst);
   pthread_mutex_lock(&pool.lock);
   int changed = n ? 0 : pool.list != NULL;
@@ -196,7 +196,9 @@ static int sleep_in_poll(struct hfr_engine **engine, int n, int nth) {
   for (struct hfr_engine *e = pool.list; e; e = e->next_active) listed++;
   changed |= listed > n && n < MAX_ENGINES;
   pthread_mutex_unlock(&pool.lock);
-  if (!pass(engine, n, held) && !changed) {
+  int moved = pass(engine, n, held);
+  for (int i = 0; i < n; i++) looks |= hfr_engine_looks(engine[i]);
+  if (!moved && !changed) {
     set.n = set.ready = 0;
     for (int i = 0; i < n; i++) {
       if (!held[i]) continue;
@@ -263,8 +265,10 @@ static void *progress_main(void *arg) {
       hfr_cpu_relax();
     else if (n && idle < patience + yields)
       sched_yield();
+    else if (sleep_in_poll(engine, n, naps < 1000 ? naps++ : naps))
+      idle = patience + yields; /* a short sleep: no spinning again */
     else
-      idle = sleep_in_poll(engine, n, naps < 1000 ? naps++ : naps) ? patience + yields : 0; /* a short sleep: no spinning again */
+      idle = naps = 0;
     pthread_mutex_unlock(&pool.busy);
   }
   return NULL;
@@ -287,7 +291,7 @@ static void ensure_thread(void) {
     pool.started = 1;
 }
 
-static void kick(void) {
+void hfr_drive_kick(void) {
   atomic_thread_fence(memory_order_seq_cst);
   if (!atomic_load_explicit(&pool.asleep, memory_order_seq_cst)) return;
   uint64_t one = 1;
@@ -303,7 +307,7 @@ void hfr_drive_async(struct hfr_engine *e) {
     pool.list = e;
   }
   pthread_mutex_unlock(&pool.lock);
-  kick();
+  hfr_drive_kick();
 }
 
 void hfr_drive_stop(struct hfr_engine *e) {
@@ -315,7 +319,7 @@ void hfr_drive_stop(struct hfr_engine *e) {
     }
   e->listed = 0;
   pthread_mutex_unlock(&pool.lock);
-  kick();
+  hfr_drive_kick();
   hfr_engine_wake(e);
   atomic_fetch_add(&pool.waiting, 1);
   pthread_mutex_lock(&pool.busy); /* a pass that still knows the engine is over when we get it */

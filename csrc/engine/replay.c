@@ -33,6 +33,17 @@ void hfr_replay_add(struct hfr_engine *e, struct hfr_request *r) {
   p->request[p->n++] = r;
 }
 
+void hfr_replay_ring(void *replay) {
+  struct hfr_replay *p = replay;
+  atomic_fetch_add_explicit(&p->rung, 1, memory_order_release); /* pairs with is_due() */
+  hfr_drive_kick();
+}
+
+/* Has it been launched, or may it have been, and is not at its end yet? */
+static int is_due(const struct hfr_replay *p) {
+  return !p->bell || p->cursor || (int32_t)(atomic_load_explicit(&p->rung, memory_order_acquire) - p->replayed) > 0;
+}
+
 /* From the beginning, as if it had just been issued. */
 static void issue(struct hfr_engine *e, struct hfr_request *r) {
   r->started = r->verified = r->reported = r->left = 0;
@@ -78,6 +89,7 @@ static int any_running(const struct hfr_replay *p) {
 
 int hfr_replay_poll(struct hfr_engine *e) {
   int moved = 0, broken = atomic_load_explicit(&e->error, memory_order_relaxed);
+  uint32_t due = 0;
   for (struct hfr_replay **at = &e->replays; *at;) {
     struct hfr_replay *p = *at;
     if (atomic_load_explicit(&p->dead, memory_order_acquire) && !any_running(p)) {
@@ -90,15 +102,20 @@ int hfr_replay_poll(struct hfr_engine *e) {
       struct hfr_request *r = p->request[p->cursor];
       int busy = r->plan.call.coll != HFR_P2P && e->queue && (e->queue->started || hfr_request_ready(e->queue));
       if (busy || !launched(r)) break;
+      /* Launched, so captured to the end: what the inbox still has of it belongs to this launch, too. */
+      if (atomic_load_explicit(&e->inbox_full, memory_order_acquire)) break;
       if (broken)
         hfr_window_release(r->window); /* the graph gets to its end; its results are void */
       else
         issue(e, r);
       p->cursor = (p->cursor + 1) % p->n;
+      p->replayed += p->cursor == 0;
       moved = 1;
     }
+    due += (uint32_t)is_due(p);
     at = &p->next;
   }
+  atomic_store_explicit(&e->due, due, memory_order_relaxed);
   return moved;
 }
 

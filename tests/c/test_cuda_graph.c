@@ -6,8 +6,11 @@
 #include "gpu.h"
 #include "ranks.h"
 
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 /* A graph of everything: a small and a large all_reduce, one in place, an all_gather, messages in a group. */
@@ -207,10 +210,77 @@ static int broken(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* Bytes that are pinned; 0: the driver does not tell. */
+static size_t pinned(void) {
+  void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+  size_t (*count)(void) = NULL;
+  if (library) *(void **)&count = dlsym(library, "fake_cuda_registered");
+  return count ? count() : 0;
+}
+
+static int64_t now_us(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000ll + t.tv_nsec / 1000;
+}
+
+static long wakeups(void) {
+  struct rusage use;
+  getrusage(RUSAGE_SELF, &use);
+  return use.ru_nvcsw;
+}
+
+/* A graph that nobody launches costs next to nothing: no thread that looks for it all the time, no more pinned memory than its
+ * calls need. When it is launched, its bell says so. */
+static int idle(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 300, LAUNCHES = 8, WATCH_US = 600000, PAUSE_US = 70000 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4), got;
+  struct graph g;
+  (void)arg;
+  size_t before = pinned();
+  CU(gpu.begin(stream, mode));
+  OK(hfreduceBarrier(comm, stream)); /* needs no segment */
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  CU(gpu.end(stream, &g.graph));
+  CU(gpu.instantiate(&g.exec, g.graph, 0));
+  WANT(pinned() - before <= 16384);
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+  CU(gpu.launch(g.exec, stream));
+  CU(gpu.stream_sync(stream));
+  usleep(PAUSE_US);
+  long woken = wakeups();
+  usleep(WATCH_US);
+  woken = wakeups() - woken;
+  if (woken > WATCH_US / 10000) fprintf(stderr, "rank %d: %ld wake-ups in %d ms\n", rank, woken, WATCH_US / 1000);
+  WANT(woken <= WATCH_US / 10000);
+  int64_t took = 0;
+  for (int i = 0; i < LAUNCHES; i++) {
+    usleep(PAUSE_US);
+    OK(hfreduceBarrier(comm, NULL)); /* all ranks at once */
+    usleep(PAUSE_US);                /* its driver sleeps deeply again */
+    int64_t start = now_us();
+    CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+    CU(gpu.launch(g.exec, stream));
+    gpu_read(&got, x + COUNT - 1, 4, stream);
+    took += now_us() - start;
+    WANT(got == (float)n);
+  }
+  if (took > LAUNCHES * 12000) fprintf(stderr, "rank %d: a launch takes %lld us\n", rank, (long long)took / LAUNCHES);
+  WANT(took <= LAUNCHES * 12000); /* who finds out by looking takes half of 50 ms */
+  CU(gpu.exec_destroy(g.exec)), CU(gpu.graph_destroy(g.graph));
+  usleep(200000); /* the driver tells that a graph is gone when it likes */
+  OK(hfreduceCommDestroy(comm));
+  WANT(!pinned());
+  gpu_free(x);
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct gpu_case cases[] = {
       {"replay", replay, "2 1,1 3,1"}, {"threads", threads, "t2"},  {"teardown", teardown, "2 1,1"},
-      {"refused", refused, "2"},       {"broken", broken, "2 1,1"},
+      {"refused", refused, "2"},       {"broken", broken, "2 1,1"}, {"idle", idle, "2 1,1"},
   };
   return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
 }

@@ -119,6 +119,16 @@ EXPORT hfr_cu_result cuMemHostUnregister(void *memory) {
   return wrong ? HFR_CU_HOST_MEMORY_NOT_REGISTERED : HFR_CU_SUCCESS;
 }
 
+/* For tests of this library alone: bytes of memory that is registered now. */
+EXPORT size_t fake_cuda_registered(void);
+EXPORT size_t fake_cuda_registered(void) {
+  size_t sum = 0;
+  LOCK();
+  for (const struct fake_block *b = blocks; b; b = b->next) sum += b->kind == FAKE_REGISTERED ? b->bytes : 0;
+  UNLOCK();
+  return sum;
+}
+
 EXPORT hfr_cu_result cuMemHostGetDevicePointer_v2(hfr_cu_ptr *pointer, void *memory, unsigned flags) {
   ENTER("cuMemHostGetDevicePointer");
   (void)flags;
