@@ -3,7 +3,8 @@
  *
  * A message is taken off its link once a receive fits it: its payload then goes straight to the user's buffer. A message that
  * nobody asked for stays on the link, and its sender waits, until a receive waits for something behind it. Then it is kept aside
- * on the heap, as many of them as the user's order of calls asks for: nothing but memory bounds that.
+ * on the heap, as many of them as the user's order of calls asks for: nothing but memory bounds that. So is the rest of a message
+ * whose receive gets no more room in its window until an older receive has got its own.
  */
 #include "engine.h"
 #include "internal.h"
@@ -17,7 +18,7 @@ struct unexpected {
   struct unexpected *next;
   struct hfr_fingerprint fp;
   struct hfr_request *taker; /* a receive that fits came before the end of the message did */
-  size_t bytes;
+  size_t bytes, skip;        /* skip: went to the receive before the rest had to be kept; not in `data` */
   uint8_t data[];
 };
 
@@ -103,7 +104,7 @@ static void hand_over(struct hfr_mailbox *b, struct unexpected *u, struct hfr_re
   if (!*at) b->tail = at;
   if (r->window) {
     r->kept = u;
-    r->kept_bytes = 0;
+    r->kept_bytes = u->skip;
     take_out(r);
     return;
   }
@@ -157,6 +158,31 @@ void hfr_p2p_post(struct hfr_engine *e, struct hfr_request *r) {
 
 /* ---------------------------------------------------------------- arriving */
 
+/* Keep what is still to come of a message aside, while r waits. 0: an error. */
+static int keep_aside(struct hfr_engine *e, const struct hfr_request *r, int peer) {
+  struct hfr_mailbox *b = &e->mailbox[peer];
+  struct unexpected *u = malloc(sizeof *u + b->bytes);
+  if (!u) {
+    char text[200];
+    snprintf(text, sizeof text, "out of memory for a message of %zu bytes from rank %d on %s that came before its receive",
+             b->bytes, peer, e->net->host[peer]);
+    hfr_fail_request(e, r, "recv", peer, hfreduceSystemError, text);
+    return 0;
+  }
+  *u = (struct unexpected){.fp = b->fp, .taker = b->taker, .bytes = b->bytes, .skip = b->have};
+  *b->tail = b->kept = u;
+  b->tail = &u->next;
+  return 1;
+}
+
+/* Its segments lie where those of an older call's do, whose message has not come: it may be behind this one. Calls of one launch
+ * are in an order in which that cannot be. */
+static int is_held_up(const struct hfr_engine *e, const struct hfr_request *taker) {
+  for (const struct hfr_request *r = e->p2p; r && r != taker; r = r->next)
+    if (r->plan.call.receiving && r->window && r->left && r->work != taker->work) return 1;
+  return 0;
+}
+
 /* The head of a message has come, while r waited for one: whose is it? 0: an error. */
 static int begin_message(struct hfr_engine *e, struct hfr_request *r, int peer, const struct hfr_fingerprint *fp) {
   struct hfr_mailbox *b = &e->mailbox[peer];
@@ -177,19 +203,7 @@ static int begin_message(struct hfr_engine *e, struct hfr_request *r, int peer, 
   b->taker = e->p2p; /* the oldest that wants it, asked or not: one whose window is shut was not */
   while (b->taker && !fits(b->taker, peer, fp->root)) b->taker = b->taker->next;
   if (b->taker && !take(e, b->taker, peer, fp)) return 0;
-  if (!b->taker || !hfr_request_ready(b->taker)) {
-    struct unexpected *u = malloc(sizeof *u + b->bytes);
-    if (!u) {
-      char text[200];
-      snprintf(text, sizeof text, "out of memory for a message of %zu bytes from rank %d on %s that came before its receive",
-               b->bytes, peer, e->net->host[peer]);
-      hfr_fail_request(e, r, "recv", peer, hfreduceSystemError, text);
-      return 0;
-    }
-    *u = (struct unexpected){.fp = *fp, .taker = b->taker, .bytes = b->bytes};
-    *b->tail = b->kept = u;
-    b->tail = &u->next;
-  }
+  if ((!b->taker || !hfr_request_ready(b->taker)) && !keep_aside(e, r, peer)) return 0;
   b->messages++;
   b->arriving = 1;
   return 1;
@@ -241,7 +255,11 @@ static int receive_part(struct hfr_engine *e, struct hfr_request *r, int peer) {
   if (b->arriving) {
     place = next_place(b);
     bytes = next_part(b);
-    if (!place && bytes) return 0;
+    if (!place && bytes) {
+      if (!is_held_up(e, b->taker)) return 0;
+      if (!keep_aside(e, r, peer)) return 1;
+      place = next_place(b);
+    }
   } else if (call->root != HFR_ANY_SOURCE) { /* most likely it is r's, so the transport may put it there; else it is moved */
     size_t whole = call->count * r->plan.esize, unit = hfr_message_bytes(e->layout, &e->geometry, peer, r->plan.esize);
     place = r->window ? hfr_window_place(r, 1, 0) : call->recv;
@@ -297,7 +315,8 @@ int hfr_p2p_receive(struct hfr_engine *e, struct hfr_request *r) {
 
 void hfr_p2p_want(struct hfr_engine *e, const struct hfr_request *r, struct hfr_waitset *set) {
   int from = r->source >= 0 ? r->source : r->plan.call.root, any = from == HFR_ANY_SOURCE;
-  if (r->kept || (r->window && !hfr_window_reach(r->window, r->window->passed))) return; /* a message would not be taken */
+  int aside = r->source >= 0 && e->mailbox[r->source].kept; /* its message, or one in front of it */
+  if (r->kept || (!aside && r->window && !hfr_window_reach(r->window, r->window->passed))) return; /* it would not be taken */
   for (int peer = any ? 0 : from; peer < (any ? e->layout->nranks : from + 1); peer++) {
     struct hfr_mailbox *b = &e->mailbox[peer];
     if (first_visit(e, b)) b->link->transport->want(b->link, 1, set);

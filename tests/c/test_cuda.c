@@ -290,6 +290,33 @@ static int messages(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* Receives first, then sends, each a call and a stream of its own; the messages come in the other order. */
+static int one_by_one(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { MESSAGES = 2 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream[2 * MESSAGES];
+  size_t bytes = arg ? 800000 : 4000000;
+  uint8_t *recv[MESSAGES], *send[MESSAGES], *host = malloc(bytes);
+  for (int i = 0; i < 2 * MESSAGES; i++) stream[i] = gpu_stream();
+  for (int i = 0; i < MESSAGES; i++) recv[i] = gpu_alloc(bytes), send[i] = gpu_alloc(bytes);
+  OK(hfreduceCommSetTimeout(comm, 5));
+  for (int round = 0; round < 10; round++) {
+    for (int i = 0; i < MESSAGES; i++) bring(send[i], bytes, rank, round + i, stream[i]);
+    for (int i = 0; i < MESSAGES; i++) OK(hfreduceRecvTag(recv[i], bytes, hfreduceUint8, (rank + n - 1) % n, i, comm, stream[i]));
+    for (int i = MESSAGES - 1; i >= 0; i--)
+      OK(hfreduceSendTag(send[i], bytes, hfreduceUint8, (rank + 1) % n, i, comm, stream[MESSAGES + i]));
+    for (int i = 0; i < MESSAGES; i++) {
+      gpu_read(host, recv[i], bytes, stream[i]);
+      WANT(came(host, bytes, (rank + n - 1) % n, round + i));
+    }
+    for (int i = 0; i < MESSAGES; i++) CU(gpu.stream_sync(stream[MESSAGES + i]));
+  }
+  OK(hfreduceCommDestroy(comm));
+  for (int i = 0; i < MESSAGES; i++) gpu_free(recv[i]), gpu_free(send[i]);
+  free(host);
+  return 0;
+}
+
 /* Blocks of different sizes, in no order, with gaps. */
 static int uneven(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
@@ -613,6 +640,7 @@ int main(int argc, char **argv) {
       {"types", types, "1 2 1,1 3,1"},
       {"late_factor", late_factor, "1 2 1,1"},
       {"messages", messages, "1 2 3,1 1,1 t4"},
+      {"one_by_one", one_by_one, "2 3,1 1,1"},
       {"uneven", uneven, "1 2 3 1,1 3,1"},
       {"mixed", mixed, "2 3 1,1 2,2"},
       {"kinds", kinds, "1 2 1,1"},
