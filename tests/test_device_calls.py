@@ -6,15 +6,14 @@ The stand-in is a test double, no GPU: its device memory cannot be touched by th
 from __future__ import annotations
 
 import ctypes
-import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import programs
 import pytest
+from driver import Driver, find_driver
 
 import hfreduce
 from hfreduce import nccl
@@ -23,39 +22,9 @@ from hfreduce.distributed import init_process_group
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[str]:
+def driver() -> str:
     """What to load as CUDA's driver."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        yield str(programs.cuda_stand_in() / "libcuda.so.1")
-    else:
-        yield "libcuda.so.1"
-
-
-class Driver:
-    """What the tests need of the driver, on device 0."""
-
-    def __init__(self, path: str) -> None:
-        os.environ.setdefault("FAKE_CUDA", "delay=300")  # the stand-in's copies take their time, so that a missing order shows
-        self.cuda = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # the core's dlopen finds it by its name
-        context = ctypes.c_void_p()
-        self("cuInit", 0)
-        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
-        self("cuCtxSetCurrent", context)
-
-    def __call__(self, function: str, *arguments: Any) -> None:
-        code = getattr(self.cuda, function)(*arguments)
-        assert code == 0, f"{function}: {code}"
-
-    def stream(self) -> int:
-        handle = ctypes.c_void_p()
-        self("cuStreamCreate", ctypes.byref(handle), 1)  # non-blocking
-        assert handle.value
-        return handle.value
-
-    def wait(self, stream: int | None) -> None:
-        self("cuStreamSynchronize", ctypes.c_void_p(stream))
+    return find_driver()
 
 
 class Device:

@@ -11,13 +11,15 @@ NAME = "hfreduce"
 
 def register() -> None:
     """Make the backend known to torch.distributed; again is no fault. Imports nothing of the core until a group is made."""
+    import torch
     import torch.distributed as dist
 
     if not dist.is_available():
         raise ImportError("this torch was built without torch.distributed")
     if NAME.upper() in dist.Backend._plugins:
         return
-    dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+    devices = ["cpu", "cuda"] if torch.version.cuda else ["cpu"]
+    dist.Backend.register_backend(NAME, _create, extended_api=True, devices=devices)
 
 
 def _create(options: Any, backend_options: Any) -> Any:

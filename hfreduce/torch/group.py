@@ -23,6 +23,7 @@ from hfreduce.errors import (
 from hfreduce.torch.calls import Options
 from hfreduce.torch.errors import as_torch
 from hfreduce.torch.recorder import FlightRecorder
+from hfreduce.torch.streams import DEVICE_TYPES, DeviceWork, Streams, device_of, handle_of
 from hfreduce.torch.tensors import (
     address,
     in_turn,
@@ -31,8 +32,8 @@ from hfreduce.torch.tracing import untraced
 from hfreduce.torch.work import Work
 from hfreduce.work import Work as CoreWork
 
-_CPU = torch.device("cpu")
 _strided = torch.strided
+_HANDLED = " and ".join(kind.upper() for kind in DEVICE_TYPES)
 
 # A group that is shut down with operations running waits this long for them before it aborts.
 _SHUTDOWN_GRACE = 10.0
@@ -64,6 +65,7 @@ class Group:
         self._coalescing: list[Any] | None = None
         self._barriers = itertools.count()
         self._splits = itertools.count()
+        self._streams = Streams()
         self._told = False
         self._seq_base = 0
         self.recorder = FlightRecorder(name, self._rank, self._size)
@@ -131,12 +133,12 @@ class Group:
 
     @property
     def _device_types(self) -> list[Any]:
-        return [_CPU]
+        return [torch.device(kind) for kind in DEVICE_TYPES]
 
     def _get_backend(self, device: Any) -> Any:
         kind = torch.device(device).type
-        if kind != "cpu":
-            raise RuntimeError(f'No backend type associated with device type {kind}: "hfreduce" handles CPU tensors')
+        if kind not in DEVICE_TYPES:
+            raise RuntimeError(f'No backend type associated with device type {kind}: "hfreduce" handles {_HANDLED} tensors here')
         return self
 
     def _has_hooks(self) -> bool:
@@ -245,6 +247,10 @@ class Group:
         dtype = shown[0].dtype if shapes else ""
         if self._detail:
             self._compare(name, shapes, dtype)
+        if shapes and (len(DEVICE_TYPES) > 1 or not shown[0].is_cpu):
+            device = device_of((keep, outputs))
+            if device is not None:
+                return self._run_in_order(device, name, calls, (keep, outputs), outputs, opts, finish, source)
         comm = self._comm
         if self._coalescing is None and opts is not None and not getattr(opts, "asyncOp", True):
             self._deadline(None)
@@ -270,11 +276,35 @@ class Group:
             self._coalescing.append(work)
         return work
 
-    def _group(self, calls: Sequence[Call], keep: Any) -> CoreWork:
+    def _run_in_order(
+        self,
+        device: Any,
+        name: str,
+        calls: Sequence[Call],
+        keep: Any,
+        outputs: Sequence[Any],
+        opts: Any,
+        finish: Callable[[], None] | None,
+        source: Callable[[], int] | None,
+    ) -> Work:
+        """Issue calls on tensors of a CUDA device: the streams make the order, and nothing waits here."""
+        waits = self._coalescing is None and opts is not None and not getattr(opts, "asyncOp", True)
+        self._deadline(None if waits else opts)
+        stream = self._streams.of(device, name, waits)
+        core = self._group(calls, keep, handle_of(stream))
+        self._record(name, tuple([t.shape for t in outputs]), outputs[0].dtype if outputs else "", core)
+        work = DeviceWork(self, core, outputs, device, stream, finish, source)
+        if not waits:
+            work.hold(keep)
+        if self._coalescing is not None:
+            self._coalescing.append(work)
+        return work
+
+    def _group(self, calls: Sequence[Call], keep: Any, stream: Any = None) -> CoreWork:
         comm = self._comm
         with comm.group(async_op=True) as group:
             for function, arguments in calls:
-                comm._issue(function, arguments, keep, None, False, None)
+                comm._issue(function, arguments, keep, None, False, stream)
         assert group.work is not None
         return group.work
 
@@ -312,9 +342,10 @@ class Group:
     def _checked(self, tensor: Any, name: str = "tensor") -> Any:
         if not isinstance(tensor, torch.Tensor):
             raise InvalidArgumentError(f"{name}: {type(tensor).__name__} is not a tensor")
-        if not tensor.is_cpu:
+        if not tensor.is_cpu and not tensor.is_cuda:
             raise InvalidArgumentError(
-                f"{name}: it is on device {tensor.device}, and this backend handles CPU tensors; use {name}.cpu() and copy the result back"
+                f"{name}: it is on device {tensor.device}, and this backend handles CPU and CUDA tensors; use {name}.cpu() and copy "
+                "the result back"
             )
         if tensor.layout is not _strided:
             raise InvalidArgumentError(
@@ -341,6 +372,10 @@ class Group:
 
 def followed(group: Any, work: Any, outputs: Sequence[Any], then: Callable[[], Any]) -> Any:
     """The work with one more thing to do at its end."""
+    if isinstance(work, DeviceWork):
+        work.then(then)
+        work._outputs = list(outputs)
+        return work
     before = work._finish
     if work._core is None:
         then()

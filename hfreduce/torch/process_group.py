@@ -1,4 +1,4 @@
-"""The process group: every operation of torch.distributed on a hfreduce.Communicator, for CPU tensors.
+"""The process group: every operation of torch.distributed on a hfreduce.Communicator, for CPU and CUDA tensors.
 
 One mixin holds the logic, under torch's names of the operations; what it is mixed into depends on what the installed torch
 offers (base.py). A call checks its tensors, says which addresses the core shall use, and returns a Work. Tensors that the core

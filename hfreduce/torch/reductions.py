@@ -251,7 +251,7 @@ class Reductions(Moves):
             buffer, how, number, then = self._reduction(input, opts.reduceOp, opts)
             target = output
             if how.wider is not None or not is_dense(output):
-                target = torch.empty(output.shape, dtype=how.wider or output.dtype)
+                target = torch.empty(output.shape, dtype=how.wider or output.dtype, device=output.device)
                 finishes.append(functools.partial(output.copy_, target))
             calls.append(
                 (lib.hfreduceReduceScatter, (address(buffer), address(target), target.numel() * how.parts, how.code, number))
@@ -306,7 +306,7 @@ class Reductions(Moves):
             if root == self._rank:
                 place = output
                 if how.wider is not None or not is_dense(output):
-                    place = torch.empty(output.shape, dtype=how.wider or output.dtype)
+                    place = torch.empty(output.shape, dtype=how.wider or output.dtype, device=output.device)
                     finish = functools.partial(output.copy_, place)
                 keep.append(place)
                 target = address(place)

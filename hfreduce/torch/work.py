@@ -18,7 +18,8 @@ from hfreduce.errors import HfreduceError
 from hfreduce.torch.completion import completer
 from hfreduce.torch.tracing import untraced
 
-_NO_TIMEOUT = timedelta(0)
+#: torch's way to say that a wait has no end of its own.
+NO_TIMEOUT = timedelta(0)
 # Whoever wants the future of an operation of so few bytes waits so many seconds for the operation itself, where it may end at
 # once: handing a future to another thread and back takes longer.
 _SMALL, _BRIEFLY = 64 << 10, 50e-6
@@ -59,7 +60,7 @@ def _asked_by_cpp() -> bool:
         return True
 
 
-def _seconds(timeout: Any) -> float | None:
+def seconds_of(timeout: Any) -> float | None:
     """torch's timeout of a wait: zero and negative mean none of its own."""
     if timeout is None:
         return None
@@ -96,12 +97,12 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
 
     # --- what torch calls ---
 
-    def wait(self, timeout: Any = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: Any = NO_TIMEOUT) -> bool:
         """Wait until it has ended; raise its error. With a timeout (timedelta): raise when that passes; the operation goes on."""
         core = self._core
         if core is not None:
             try:
-                core.wait(None if timeout is _NO_TIMEOUT else _seconds(timeout))
+                core.wait(None if timeout is NO_TIMEOUT else seconds_of(timeout))
             except HfreduceError as error:
                 if not core.done():
                     raise self._group._as_torch(error) from None
@@ -223,7 +224,7 @@ class CoalescedWork(dist.Work):  # type: ignore[misc, unused-ignore]
         super().__init__()
         self._works = list(works)
 
-    def wait(self, timeout: Any = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: Any = NO_TIMEOUT) -> bool:
         for work in self._works:
             work.wait(timeout)
         return True

@@ -280,6 +280,14 @@ EXPORT hfr_cu_result cuEventRecord(hfr_cu_event event, hfr_cu_stream stream) {
   return r;
 }
 
+EXPORT hfr_cu_result cuEventQuery(hfr_cu_event event) {
+  ENTER("cuEventQuery");
+  LOCK();
+  int over = !event->recorded || event->at.stream->completed >= event->at.count;
+  UNLOCK();
+  return over ? HFR_CU_SUCCESS : HFR_CU_NOT_READY;
+}
+
 EXPORT hfr_cu_result cuStreamWaitEvent(hfr_cu_stream stream, hfr_cu_event event, unsigned flags) {
   ENTER("cuStreamWaitEvent");
   (void)flags;

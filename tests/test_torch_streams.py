@@ -1,0 +1,216 @@
+"""The process group on CUDA tensors: results, and the order of streams.
+
+torch's build for CPUs has no such tensors: here they are doubles (pretend_cuda.py) on CUDA's driver, or on its stand-in of
+tests/c/fake/cuda where there is none. What a double cannot show, the caching allocator and futures on devices, is not tested here.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from driver import find_driver
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available():
+    pytest.skip("this torch was built without torch.distributed", allow_module_level=True)
+
+import torch.distributed as dist  # noqa: E402
+from pretend_cuda import Cuda  # noqa: E402
+
+import hfreduce  # noqa: E402
+import hfreduce.torch  # noqa: E402
+from hfreduce.torch import streams  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def driver() -> str:
+    """What to load as CUDA's driver."""
+    return find_driver()
+
+
+def started(path: str) -> Cuda:
+    cuda = Cuda(path)
+    cuda.install()
+    hfreduce.torch.init_process_group(timeout=20.0)
+    return cuda
+
+
+def base(rank: int, count: int) -> Any:
+    return torch.arange(count, dtype=torch.float32) % 5 + rank
+
+
+def collectives(rank: int, path: str, count: int, async_op: bool) -> None:
+    cuda, n = started(path), 2
+    mine, other = cuda.tensor(base(rank, count)), cuda.tensor(base(rank, count) * 0)
+    wide = cuda.tensor(torch.zeros(n * count))
+    every = torch.cat([base(r, count) for r in range(n)])
+    total = sum(base(r, count) for r in range(n))
+
+    def check(work: Any, x: Any, expected: Any) -> None:
+        assert (work is None) != async_op
+        if async_op:
+            work.wait()
+        kept = cuda.tensor(expected * 0)
+        cuda.assign(kept, x)  # what comes behind on the stream sees the result,
+        cuda.assign(x, cuda.tensor(expected * 0 - 7))  # ... and may overwrite it
+        assert (cuda.get(kept) == expected).all()
+
+    x = cuda.tensor(base(0, count) * 0)
+    cuda.assign(x, mine)  # what came before on the stream is seen
+    check(dist.all_reduce(x, async_op=async_op), x, total)
+    cuda.assign(x, mine)
+    check(dist.all_reduce(x, dist.ReduceOp.MAX, async_op=async_op), x, base(n - 1, count))
+    cuda.assign(x, mine)
+    check(dist.all_reduce(x, dist.ReduceOp.AVG, async_op=async_op), x, total / n)
+    cuda.assign(x, mine)
+    check(dist.broadcast(x, 1, async_op=async_op), x, base(1, count))
+    cuda.assign(x, mine)
+    check(dist.reduce(x, 0, async_op=async_op), x if rank == 0 else other, total if rank == 0 else total * 0)
+    check(dist.all_gather_into_tensor(wide, mine, async_op=async_op), wide, every)
+    cuda.assign(wide, cuda.tensor(every))
+    check(dist.reduce_scatter_tensor(other, wide, async_op=async_op), other, base(rank, count) * n)
+    many, back = cuda.tensor(every + 10 * rank), cuda.tensor(every * 0)
+    check(dist.all_to_all_single(back, many, async_op=async_op), back, torch.cat([base(rank, count) + 10 * r for r in range(n)]))
+    group = dist.distributed_c10d._get_default_group()
+    pair = [cuda.tensor(base(rank, count)), cuda.tensor(base(rank, count) * 2)]
+    work = group.allreduce_coalesced(pair)
+    work.wait()
+    assert (cuda.get(pair[0]) == total).all() and (cuda.get(pair[1]) == 2 * total).all()
+    host = base(rank, count)
+    dist.all_reduce(host)  # tensors of the CPU beside them
+    assert (host == total).all()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("async_op", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("count", [7, 300_000])
+def test_collectives(run_ranks: Any, driver: str, count: int, async_op: bool) -> None:
+    run_ranks(collectives, 2, driver, count, async_op, comm=False)
+
+
+def the_host_goes_on(rank: int, path: str) -> None:
+    cuda = started(path)
+    x, y = cuda.tensor(base(rank, 50_000)), cuda.tensor(base(rank, 50_000))
+    dist.all_reduce(x)
+    cuda.current.synchronize()
+    word = cuda.gate()
+    try:
+        began = time.monotonic()
+        dist.all_reduce(y)
+        work = dist.all_reduce(x, async_op=True)
+        work.wait()  # neither waits here, though nothing can run yet
+        assert time.monotonic() - began < 5
+        time.sleep(0.3)
+        assert not work.is_completed()
+        with pytest.raises(TimeoutError):
+            work.wait(timedelta(milliseconds=50))  # but that one is asked to
+    finally:
+        word.value = 1
+    work.wait(timedelta(seconds=10))
+    assert (cuda.get(x) == 2 * (base(0, 50_000) + base(1, 50_000))).all()
+    assert work.is_completed() and work.is_success()
+    assert (cuda.get(y) == base(0, 50_000) + base(1, 50_000)).all()
+    dist.destroy_process_group()
+
+
+def test_the_host_goes_on(run_ranks: Any, driver: str) -> None:
+    run_ranks(the_host_goes_on, 2, driver, comm=False)
+
+
+def messages(rank: int, path: str) -> None:
+    cuda, count, peer = started(path), 200_000, 1 - rank
+    send = [cuda.tensor(base(10 * k + rank, count)) for k in range(3)]
+    recv = [cuda.tensor(base(0, count) * 0) for _ in range(3)]
+    for _ in range(3):
+        # all receives first, one by one and not as a group: none may keep a send behind it from leaving
+        works = [dist.irecv(recv[k], peer, tag=k) for k in range(2)]
+        works += [dist.isend(send[k], peer, tag=k) for k in (1, 0)]
+        for work in works:
+            work.wait()
+        for k in range(2):
+            assert (cuda.get(recv[k]) == base(10 * k + peer, count)).all()
+        work = dist.irecv(recv[2], tag=9)  # from whoever sends
+        dist.send(send[2], peer, tag=9)
+        assert work._source_rank() == peer
+        assert (cuda.get(recv[2]) == base(20 + peer, count)).all()
+    dist.destroy_process_group()
+
+
+def test_messages(run_ranks: Any, driver: str) -> None:
+    run_ranks(messages, 2, driver, comm=False)
+
+
+class Future:
+    """A double of torch.futures.Future on a device."""
+
+    def __init__(self, devices: Any) -> None:
+        self.devices, self.value, self.stream = devices, None, None
+
+    def set_result(self, value: Any) -> None:
+        self.value, self.stream = value, torch.cuda.current_stream()
+
+
+def what_is_held(rank: int, path: str) -> None:
+    cuda = started(path)
+    x, y = cuda.tensor(base(rank, 100)), cuda.tensor(base(rank, 100))
+    dist.all_reduce(x)
+    assert not cuda.held  # on the stream of its own memory
+    work = dist.all_reduce(x, async_op=True)
+    beside = work._stream
+    assert {(x.address, beside)} == set(cuda.held) and beside is not cuda.current
+    dist.broadcast(y, 0, async_op=True).wait()
+    assert (y.address, beside) in cuda.held  # collectives share a stream
+    torch.futures.Future = Future
+    future = work.get_future()
+    assert work.get_future() is future
+    assert (future.devices, future.value, future.stream) == ([x.device], [x], beside)
+    work.wait()
+    with pytest.raises(
+        hfreduce.InvalidArgumentError, match="they are on cpu and cuda:0; an operation takes tensors of one device"
+    ):
+        dist.distributed_c10d._get_default_group().allreduce_coalesced([x, torch.zeros(3)])
+    dist.destroy_process_group()
+
+
+def test_what_is_held(run_ranks: Any, driver: str) -> None:
+    run_ranks(what_is_held, 2, driver, comm=False)
+
+
+def errors(rank: int, path: str) -> None:
+    cuda = started(path)
+    x = cuda.tensor(base(rank, 100))
+    group = dist.distributed_c10d._get_default_group()
+    dist.all_reduce(x)
+    cuda.current.synchronize()
+    if rank == 0:
+        work = dist.all_reduce(x, async_op=True)
+        work.wait()  # nothing is wrong yet
+        group.abort()
+        cuda.current.synchronize()  # streams run dry
+        with pytest.raises(hfreduce.AbortedError):
+            work.wait()
+        assert work.is_completed() and not work.is_success()
+        assert isinstance(work.exception(), dist.DistBackendError)
+    else:
+        end = time.monotonic() + 10
+        while group.communicator.async_error() is None and time.monotonic() < end:
+            time.sleep(0.01)
+    with pytest.raises(hfreduce.AbortedError):
+        dist.all_reduce(x)
+    dist.destroy_process_group()
+
+
+def test_errors_come_later(run_ranks: Any, driver: str) -> None:
+    run_ranks(errors, 2, driver, comm=False)
+
+
+def test_devices_of_an_operation() -> None:
+    x = torch.zeros(2)
+    assert streams.device_of(([x, (x, [x])], None, 3)) is None
+    assert streams.device_of(()) is None
+    meta = torch.zeros(2, device="meta")
+    with pytest.raises(hfreduce.InvalidArgumentError, match="they are on cpu and meta"):
+        streams.device_of([x, meta])
