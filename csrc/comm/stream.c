@@ -424,12 +424,14 @@ static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
   return hfr_copier_mark(copier, t->slot);
 }
 
+/* What a send has brought out is the user's again. A graph waits for it: it may be launched again at once. */
+static int ends_outside(const struct batch *b, const struct turn *t) { return t->in_rounds && t->copy_in && !b->captured; }
+
 /* To device: wait until the host is done, copy, say taken. */
 static hfreduceResult_t come_in(const struct batch *b, const struct turn *t) {
   struct hfr_copier *copier = b->comm->staging->copier;
   const struct hfr_segment *g = &t->call->request->window->segment[t->segment];
-  /* What a send has brought out is the user's again. A graph waits for it: it may be launched again at once. */
-  if (t->in_rounds && t->copy_in && !b->captured) return hfreduceSuccess;
+  if (ends_outside(b, t)) return hfreduceSuccess;
   if (t->in) HFR_TRY(hfr_copier_follow(copier, t->slot));
   HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done[t->out], g->value));
   if (!t->out) return hfreduceSuccess;
@@ -445,9 +447,18 @@ static int first_use_of_stream(const struct hfr_streams *s, int i) {
 
 enum phase { BEGIN, FILL, STEP, END };
 
+/* The queue in which the launch ends. One of sends alone must not end behind receives that were called before it: what they wait
+ * for may come only after it. */
+static enum hfr_queue last_queue(const struct batch *b) {
+  for (int i = 0; i < b->nturns; i++)
+    if (!ends_outside(b, &b->turn[i])) return HFR_TO_DEVICE;
+  return HFR_TO_HOST;
+}
+
 static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *b, int end) {
   struct hfr_copier *copier = b->comm->staging->copier;
-  if (end && b->ncalls) HFR_TRY(hfr_copier_join(copier));
+  enum hfr_queue last = last_queue(b);
+  if (end && b->ncalls && last == HFR_TO_DEVICE) HFR_TRY(hfr_copier_join(copier));
   if (end && b->clear) HFR_TRY(hfr_copier_clear(copier, HFR_TO_DEVICE, &b->words, b->clear, b->nwords));
   for (int i = 0; i < s->ncalls; i++) {
     const struct hfr_ordered_call *c = &s->call[i];
@@ -457,7 +468,8 @@ static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *
       HFR_TRY(hfr_copier_move(copier, c->ordered->stream.handle, (uintptr_t)c->call->recv, (uintptr_t)c->call->send, bytes));
     }
     if (!b->ncalls || !first_use_of_stream(s, i)) continue;
-    HFR_TRY((end ? hfr_copier_before : hfr_copier_after)(copier, c->ordered->stream.handle));
+    HFR_TRY(end ? hfr_copier_before(copier, last, c->ordered->stream.handle)
+                : hfr_copier_after(copier, c->ordered->stream.handle));
   }
   if (end || !b->captured || b->captured->replay.bell || hfr_copier_by_host(copier)) return hfreduceSuccess;
   b->captured->replay.bell = 1; /* not by host functions: it would wait behind those that wait */

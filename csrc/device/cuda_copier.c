@@ -243,8 +243,8 @@ hfreduceResult_t hfr_copier_join(struct hfr_copier *c) {
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfr_copier_before(struct hfr_copier *c, void *stream) {
-  TRY_CU(c, event_record, "cuEventRecord", c->ended[c->capturing], stream_of(c, HFR_TO_DEVICE));
+hfreduceResult_t hfr_copier_before(struct hfr_copier *c, enum hfr_queue queue, void *stream) {
+  TRY_CU(c, event_record, "cuEventRecord", c->ended[c->capturing], stream_of(c, queue));
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream, c->ended[c->capturing], 0);
   /* In a graph the next call's segments lie where this one's did. */
   if (c->capturing && !c->by_host) TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_HOST), c->ended[1], 0);

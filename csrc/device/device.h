@@ -108,10 +108,11 @@ void hfr_copier_leave(struct hfr_copier *copier);
 hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *copier, size_t bytes, struct hfr_pinned *memory);
 void hfr_pinned_free(struct hfr_pinned *memory);
 
-/* Both queues go on after what is in the stream now; what is put into the stream from now on after both queues. */
+/* Both queues go on after what is in the stream now; the queue to the device after what is in the other; and what is put into the
+   stream from now on after a queue. */
 hfreduceResult_t hfr_copier_after(struct hfr_copier *copier, void *stream);
 hfreduceResult_t hfr_copier_join(struct hfr_copier *copier);
-hfreduceResult_t hfr_copier_before(struct hfr_copier *copier, void *stream);
+hfreduceResult_t hfr_copier_before(struct hfr_copier *copier, enum hfr_queue queue, void *stream);
 /* Mark where the queue to the host stands, under one of HFR_MARKS numbers; and have the other go on only after such a mark. Words
    alone would do while all goes well, but the driver should see the order too, and after an error nothing may be overwritten that
    is still being read. */

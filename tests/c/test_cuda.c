@@ -317,6 +317,33 @@ static int one_by_one(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* A receive that was called first must not keep back what the sends behind it lead to: rank 1 answers only then. */
+static int answer(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { BYTES = 300000 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream first = gpu_stream(), stream = gpu_stream();
+  uint8_t *x = gpu_alloc(BYTES), *y = gpu_alloc(BYTES), *host = malloc(BYTES);
+  (void)arg;
+  OK(hfreduceCommSetTimeout(comm, 5));
+  for (int i = 0; i < 5; i++) {
+    if (rank == 0) {
+      bring(x, BYTES, 0, i, stream);
+      OK(hfreduceRecvTag(y, BYTES, hfreduceUint8, 1, 0, comm, first));
+      for (int tag = 1; tag < 4; tag++) OK(hfreduceSendTag(x, BYTES, hfreduceUint8, 1, tag, comm, stream));
+      gpu_read(host, y, BYTES, first);
+    } else {
+      for (int tag = 1; tag < 4; tag++) OK(hfreduceRecvTag(x, BYTES, hfreduceUint8, 0, tag, comm, stream));
+      OK(hfreduceSendTag(x, BYTES, hfreduceUint8, 0, 0, comm, stream));
+      gpu_read(host, x, BYTES, stream);
+    }
+    WANT(came(host, BYTES, 0, i));
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x), gpu_free(y);
+  free(host);
+  return 0;
+}
+
 /* Blocks of different sizes, in no order, with gaps. */
 static int uneven(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
@@ -641,6 +668,7 @@ int main(int argc, char **argv) {
       {"late_factor", late_factor, "1 2 1,1"},
       {"messages", messages, "1 2 3,1 1,1 t4"},
       {"one_by_one", one_by_one, "2 3,1 1,1"},
+      {"answer", answer, "2 1,1"},
       {"uneven", uneven, "1 2 3 1,1 3,1"},
       {"mixed", mixed, "2 3 1,1 2,2"},
       {"kinds", kinds, "1 2 1,1"},
