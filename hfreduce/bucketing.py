@@ -102,15 +102,18 @@ def require_same(comm: Communicator, lines: Sequence[str], what: str) -> None:
     )
 
 
-def launch(comm: Communicator, segments: Sequence[Segment], keep: Any) -> Work:
-    """Start all_reduces in place, together, as one Work; straight through the C interface, as each microsecond counts."""
+def launch(comm: Communicator, segments: Sequence[Segment], keep: Any, stream: Any = _NULL) -> Work:
+    """Start all_reduces in place, together, as one Work; straight through the C interface, as each microsecond counts.
+
+    stream: cdata, where the memory is a device's.
+    """
     handle = comm._handle
     if open_groups and current() is not None:
         raise InvalidUsageError("a bucket's all_reduce cannot start inside `with group()`")
     _group_start()
     code = 0
     for pointer, count, datatype, op in segments:
-        code = code or _all_reduce(pointer, pointer, count, datatype, op, handle, _NULL)
+        code = code or _all_reduce(pointer, pointer, count, datatype, op, handle, stream)
     error = comm._failure(code) if code else None
     work = _new(_WORK)
     code = _group_end(work)
@@ -125,7 +128,7 @@ class Bucket:
     def __init__(self, members: list[int]) -> None:
         self.members = members
         self.missing = len(members)
-        self.work: Work | None = None
+        self.work: Any = None  # a Work, or what waits as one
 
 
 class Step:
@@ -165,7 +168,7 @@ class Step:
 
     # --- what the derived class says ---
 
-    def _start(self, bucket: Any) -> Work:
+    def _start(self, bucket: Any) -> Any:
         raise NotImplementedError
 
     def _finish(self, bucket: Any) -> None:

@@ -22,7 +22,7 @@ from pretend_cuda import Cuda  # noqa: E402
 
 import hfreduce  # noqa: E402
 import hfreduce.torch  # noqa: E402
-from hfreduce.torch import streams  # noqa: E402
+from hfreduce.torch import GradientReducer, streams  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +168,7 @@ def what_is_held(rank: int, path: str) -> None:
     assert work.get_future() is future
     assert (future.devices, future.value, future.stream) == ([x.device], [x], beside)
     work.wait()
-    with pytest.raises(
-        hfreduce.InvalidArgumentError, match="they are on cpu and cuda:0; an operation takes tensors of one device"
-    ):
+    with pytest.raises(hfreduce.InvalidArgumentError, match="they are on cpu and cuda:0, and must be on one device"):
         dist.distributed_c10d._get_default_group().allreduce_coalesced([x, torch.zeros(3)])
     dist.destroy_process_group()
 
@@ -205,6 +203,39 @@ def errors(rank: int, path: str) -> None:
 
 def test_errors_come_later(run_ranks: Any, driver: str) -> None:
     run_ranks(errors, 2, driver, comm=False)
+
+
+def gradients(rank: int, path: str) -> None:
+    cuda, count = Cuda(path), 30_000  # more than what is packed
+    cuda.install()
+    with hfreduce.init(20.0) as comm:
+        params: list[Any] = [cuda.tensor(torch.zeros(count)).requires_grad_() for _ in range(3)]
+        with pytest.raises(hfreduce.InvalidArgumentError, match="params: they are on cpu and cuda:0"):
+            GradientReducer([params[0], torch.zeros(3, requires_grad=True)], comm=comm)
+        with GradientReducer(params, bucket_bytes=4 * count, comm=comm) as reducer:
+            for step in range(3):
+                gradients, kept = ([cuda.tensor(torch.zeros(count)) for _ in params] for _ in range(2))
+                values = [cuda.tensor(base(rank, count) * (i + step)) for i in range(len(params))]
+                word = cuda.gate()
+                for param, gradient, value in zip(params, gradients, values):
+                    cuda.assign(gradient, value)  # it is not there yet when it is called ready
+                    param.grad = gradient
+                for param in reversed(params):
+                    reducer.ready(param)
+                if step == 0:
+                    word.value = 1  # then the ranks agree on the order of the buckets, and the host waits
+                reducer.synchronize()
+                for param, copy in zip(params, kept):
+                    cuda.assign(copy, param.grad)
+                word.value = 1
+                for i, copy in enumerate(kept):
+                    assert (cuda.get(copy) == (base(0, count) + 0.5) * (i + step)).all(), (step, i)
+                assert {address for address, _ in cuda.held} == {gradient.address for gradient in gradients}
+                cuda.held.clear()
+
+
+def test_gradients(run_ranks: Any, driver: str) -> None:
+    run_ranks(gradients, 2, driver, comm=False)
 
 
 def test_devices_of_an_operation() -> None:

@@ -120,12 +120,12 @@ _SMALL = 64 << 10
 
 
 def broadcast(comm: Communicator, tensors: list[Any], root: int = 0) -> None:
-    """Make the tensors of all ranks root's. They are of the same sizes and dtypes on all ranks, on the CPU. Collective."""
+    """Make the tensors of all ranks root's. They are of the same sizes, dtypes and kinds of device on all ranks. Collective."""
     small: dict[Any, list[Any]] = {}
     with torch.no_grad():
         for tensor in map(torch.Tensor.detach, tensors):
             if tensor.numel() * tensor.element_size() < _SMALL:
-                small.setdefault(tensor.dtype, []).append(tensor)
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
                 continue
             whole = tensor.contiguous()
             comm.broadcast(whole.view(-1).view(torch.uint8), root=root)

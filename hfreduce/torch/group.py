@@ -23,13 +23,13 @@ from hfreduce.errors import (
 from hfreduce.torch.calls import Options
 from hfreduce.torch.errors import as_torch
 from hfreduce.torch.recorder import FlightRecorder
-from hfreduce.torch.streams import DEVICE_TYPES, DeviceWork, Streams, device_of, handle_of
+from hfreduce.torch.streams import DEVICE_TYPES, Streams, device_of, handle_of
 from hfreduce.torch.tensors import (
     address,
     in_turn,
 )
 from hfreduce.torch.tracing import untraced
-from hfreduce.torch.work import Work
+from hfreduce.torch.work import DeviceWork, Work
 from hfreduce.work import Work as CoreWork
 
 _strided = torch.strided

@@ -15,6 +15,7 @@ from hfreduce.bucketing import BUCKET_BYTES, WIRE, Bucket, Segment, Step, launch
 from hfreduce.communicator import Communicator
 from hfreduce.errors import InvalidArgumentError, InvalidUsageError
 from hfreduce.memory import zeros
+from hfreduce.torch.streams import Ordered, Streams, device_of, handle_of
 from hfreduce.types import dtype_code
 from hfreduce.work import Work
 
@@ -94,7 +95,8 @@ class GradientReducer(Step):
             optimizer.step()
 
     params: parameters, (name, parameter) pairs, or a module; alike on all ranks. Those with requires_grad False are left out;
-    one that comes twice counts once. float16, bfloat16, float32, float64, complex, on the CPU; sparse gradients are refused.
+    one that comes twice counts once. float16, bfloat16, float32, float64, complex, all on the CPU or all on one CUDA device;
+    sparse gradients are refused.
     bucket_bytes: gradients are reduced in buckets of about so many bytes and one dtype: in the first step in the reverse order
     of `params`, then in the order in which rank 0's became ready.
     op: "avg" or "sum". With "sum" gradients must be zeroed (or None) before each step.
@@ -106,6 +108,9 @@ class GradientReducer(Step):
     Which gradients there are may differ by step and rank. One that is None here and not elsewhere gets the result, zero being
     counted for here; one that is None everywhere stays None. One that is not None takes part even if backward did not touch it.
     Values made by hand count as well: what is in .grad at `synchronize`, or earlier with `ready`.
+
+    On a CUDA device the reductions run in the order of streams, and `synchronize` has the current stream wait for them. The
+    host waits only on a rank with a gradient that is None, since it must learn whether others have one.
 
     After `synchronize`, .grad may be a view of a bucket, which the next step overwrites. Between backward and `synchronize`
     it must neither be read nor written. create_graph=True is not supported. All ranks get identical bits.
@@ -132,6 +137,9 @@ class GradientReducer(Step):
         named = _unique(params)
         self._params = [param for _, param in named]
         self._strides = [_layout(param) for param in self._params]
+        self._device = device_of(self._params, "params")  # None: the CPU
+        self._streams = Streams()
+        self._flags_work: Work | None = None  # on a device, the flags go beside the last bucket
         own = None
         if comm is None:
             comm, own = _communicator(group)
@@ -142,8 +150,7 @@ class GradientReducer(Step):
         self._compress = compress
         self._feedback = error_feedback
         self._bucket_bytes = bucket_bytes
-        self._flags = np.ones(len(named), np.uint8)  # 1: the parameter has a gradient, here or (in the end) on any rank
-        self._flags_segment = (ffi.from_buffer("char[]", self._flags), len(named), lib.hfreduceUint8, lib.hfreduceMax)
+        self._new_flags()
         self._learning: list[int] | None = []  # the order of the first step's gradients
         self._on_begin: Callable[[], None] | None = None  # told when a step's first gradient is ready
         self._queued = False  # synchronize is to run at the end of this backward pass (DistributedDataParallel)
@@ -160,6 +167,11 @@ class GradientReducer(Step):
             raise
         self._make_buckets(range(len(named) - 1, -1, -1))
         self._register()
+
+    def _new_flags(self) -> None:
+        count = len(self._params)
+        self._flags = np.ones(count, np.uint8)  # 1: the parameter has a gradient, here or (in the end) on any rank
+        self._flags_segment = (ffi.from_buffer("char[]", self._flags), count, lib.hfreduceUint8, lib.hfreduceMax)
 
     # --- buckets ---
 
@@ -181,7 +193,7 @@ class GradientReducer(Step):
             if packed:
                 self._pack(bucket, packed, dtype)
                 if bucket.wire and self._feedback:
-                    bucket.residual = torch.zeros(bucket.memory.numel())
+                    bucket.residual = torch.zeros(bucket.memory.numel(), device=self._device)
                     bucket.residual_views = self._views(bucket.residual, packed)
                     for index, view in zip(packed, bucket.residual_views):
                         if index in residuals:
@@ -196,8 +208,11 @@ class GradientReducer(Step):
             dtype, code = _WIRE_DTYPE[self._compress], WIRE[self._compress]
         size = torch.empty((), dtype=dtype).element_size()
         _, total = place([self._params[index].numel() * size for index in packed])
-        memory = zeros(total, "uint8")
-        bucket.memory = torch.from_numpy(memory).view(dtype)
+        if self._device is None:
+            memory = torch.from_numpy(zeros(total, "uint8"))
+        else:
+            memory = torch.zeros(total, dtype=torch.uint8, device=self._device)
+        bucket.memory = memory.view(dtype)
         bucket.packed = list(zip(packed, self._views(bucket.memory, packed)))
         pointer = _cast(_POINTER, bucket.memory.data_ptr())
         bucket.segment = (pointer, bucket.memory.numel() * factor, code, self._op)
@@ -250,13 +265,13 @@ class GradientReducer(Step):
 
     # --- a bucket's course ---
 
-    def _start(self, bucket: _Bucket) -> Work:
+    def _start(self, bucket: _Bucket) -> Any:
         if _is_grad_enabled():
             with torch.no_grad():
                 return self._fill(bucket)
         return self._fill(bucket)
 
-    def _fill(self, bucket: _Bucket) -> Work:
+    def _fill(self, bucket: _Bucket) -> Any:
         segments: list[Segment] = []
         keep: list[Any] = [bucket]
         if bucket.segment is not None:
@@ -274,9 +289,20 @@ class GradientReducer(Step):
                 code, factor = _KINDS[tensor.dtype]
                 segments.append((_cast(_POINTER, tensor.data_ptr()), tensor.numel() * factor, code, op))
                 keep.append(tensor)
+        if self._device is not None:
+            return self._fill_on_device(bucket, segments, keep)
         if bucket is self._buckets[-1]:  # of the gradients of all buckets, as it is the last to start
             segments.append(self._flags_segment)
         return launch(self._comm, segments, keep)
+
+    def _fill_on_device(self, bucket: _Bucket, segments: list[Segment], keep: list[Any]) -> Ordered:
+        stream = self._streams.of(self._device, "all_reduce", False)
+        work = Ordered(launch(self._comm, segments, keep, handle_of(stream)), self._device, stream)
+        for tensor in keep[1:]:
+            tensor.record_stream(stream)
+        if bucket is self._buckets[-1]:
+            self._flags_work = launch(self._comm, [self._flags_segment], self._flags)
+        return work
 
     def _packed(self, bucket: _Bucket) -> None:
         params = self._params
@@ -307,7 +333,7 @@ class GradientReducer(Step):
     def _copied(self, bucket: _Bucket, index: int, grad: Any) -> Any:
         """A tensor to reduce in place of a gradient that is None, or whose memory cannot be used."""
         param = self._params[index]
-        tensor = torch.empty_strided(param.shape, self._strides[index], dtype=param.dtype)
+        tensor = torch.empty_strided(param.shape, self._strides[index], dtype=param.dtype, device=self._device)
         if grad is None:
             self._flags[index] = 0
             bucket.absent.append((index, tensor))
@@ -369,6 +395,8 @@ class GradientReducer(Step):
             torch._foreach_copy_(grads, results)
 
     def _end(self) -> None:
+        if self._flags_work is not None and any(bucket.absent for bucket in self._buckets):
+            self._flags_work.wait()
         for bucket in self._buckets:
             for index, result in bucket.absent:
                 if self._flags[index]:
@@ -377,7 +405,11 @@ class GradientReducer(Step):
     def _reset(self) -> None:
         super()._reset()
         self._queued = False
-        self._flags.fill(1)
+        if self._flags_work is None:
+            self._flags.fill(1)
+        else:  # it may still run
+            self._new_flags()
+            self._flags_work = None
         for bucket in self._buckets:
             bucket.absent, bucket.back = [], []
 
@@ -426,8 +458,8 @@ def _unique(params: Any) -> list[tuple[str, Any]]:
             continue
         if not param.is_leaf:
             raise InvalidArgumentError(f"params: {name} is not a leaf: its gradient is not kept")
-        if param.device.type != "cpu":
-            raise InvalidArgumentError(f"params: {name} is on device {param.device}; this build reduces host memory only")
+        if not param.is_cpu and not param.is_cuda:
+            raise InvalidArgumentError(f"params: {name} is on device {param.device}; only CPU and CUDA tensors are reduced")
         if param.layout is not torch.strided or param.dtype not in _KINDS:
             dtype_code(param.dtype, f"params: {name}")  # says what is supported
             raise InvalidArgumentError(

@@ -16,6 +16,7 @@ from hfreduce import work as core_work
 from hfreduce._ffi import lib
 from hfreduce.errors import HfreduceError
 from hfreduce.torch.completion import completer
+from hfreduce.torch.streams import tensors_in
 from hfreduce.torch.tracing import untraced
 
 #: torch's way to say that a wait has no end of its own.
@@ -214,6 +215,83 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
                     self._finish()
                     self._finish = None
                     self._core = None
+
+
+@untraced
+class DeviceWork(Work):
+    """An operation that is in the order of a stream, from its beginning on."""
+
+    def __init__(
+        self,
+        group: Any,
+        core: core_work.Work,
+        outputs: Sequence[Any],
+        device: Any,
+        stream: Any,
+        finish: Callable[[], None] | None,
+        source: Callable[[], int] | None,
+    ) -> None:
+        super().__init__(group, core, outputs, None, source)
+        self._device = device
+        self._stream = stream
+        self._event: Any = None
+        self.then(finish)
+
+    def then(self, finish: Callable[[], Any] | None) -> None:
+        """Put one more thing to do at its end, on its stream."""
+        with torch.cuda.stream(self._stream):
+            if finish is not None:
+                finish()
+            self._event = self._stream.record_event()
+
+    def hold(self, keep: Any) -> None:
+        """See to it that the memory of its tensors is not given to others before the operation's stream is through with it."""
+        for tensor in tensors_in(keep):
+            tensor.record_stream(self._stream)
+
+    def wait(self, timeout: Any = NO_TIMEOUT) -> bool:
+        """Have the current stream go on after it; raise its error if there is one already. The host does not wait.
+
+        With a timeout (timedelta) the host does: until the CPU's part has ended, or TimeoutError is raised.
+        """
+        core, seconds = self._core, seconds_of(timeout)
+        assert core is not None
+        if seconds is not None:
+            try:
+                core.wait(seconds)
+            except HfreduceError as error:
+                raise self._group._as_torch(error) from None
+        self._conclude()
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the device is through with it."""
+        if not self._event.query():
+            return False
+        return super().is_completed()
+
+    def source_rank(self) -> int:
+        """Rank in the group that a receive got its message from. Waits for it: the host has to know."""
+        if self._core is not None and self._source is not None:
+            self.wait(self._group.options._timeout)
+        return super().source_rank()
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Any:
+        """A future of the list of tensors, complete at once: its value is in the order of the streams of whoever takes it."""
+        with self._lock:
+            if self._future is None:
+                native = getattr(self._group, "_native", None)
+                future = native.make_future([self._device]) if native else torch.futures.Future(devices=[self._device])
+                with torch.cuda.stream(self._stream):  # what the future records is where this stream stands
+                    if native:
+                        native.complete(future, self._outputs)
+                    else:
+                        future.set_result(self._outputs)
+                self._future = future
+            return self._future
 
 
 @untraced
