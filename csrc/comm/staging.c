@@ -89,9 +89,8 @@ hfreduceResult_t hfr_staging_room(struct hfr_staging *s, struct hfr_captured *g,
   if (r->slots >= slots && r->bytes >= bytes) return hfreduceSuccess;
   if (slots < r->slots) slots = r->slots;
   if (r->bytes && bytes < 2 * r->bytes) bytes = bytes <= r->bytes ? r->bytes : 2 * r->bytes; /* it may go on growing */
-  if (bytes)
-    HFR_TRY(hfr_staging_words(s, g, 2 * (size_t)slots * bytes,
-                              &memory)); /* earlier calls of the graph keep the ring that they have */
+  /* Earlier calls of the graph keep the ring that they have. */
+  if (bytes) HFR_TRY(hfr_staging_words(s, g, 2 * (size_t)slots * bytes, &memory));
   *r = (struct hfr_stage_ring){.memory = memory, .bytes = bytes, .slots = slots};
   return hfreduceSuccess;
 }
