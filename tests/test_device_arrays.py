@@ -365,10 +365,13 @@ def test_every_call_hands_over_addresses_and_stream(comm: Communicator, recorder
             call()
         except AttributeError:
             assert function is lib.hfreduceRecvAny  # waits for the Work that the recorder does not give
+        if function is lib.hfreduceBarrier and given is None:
+            assert not recorder.calls  # it has neither arrays nor a stream: the short way
+            continue
         ((called, arguments, _, stream),) = recorder.calls
         assert called is function
         if function is lib.hfreduceBarrier:
-            assert stream == (None if given is None else 0x5000)
+            assert stream == 0x5000
             continue
         assert stream == (0x9000 if given is None else 0x5000)
         addresses = {number(argument) for argument in arguments if isinstance(argument, ffi.CData) and "void" in str(argument)}
