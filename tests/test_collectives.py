@@ -85,7 +85,7 @@ def _layouts() -> list[Layout]:
         Layout("no-spin", (0, 0, 1), {"HFREDUCE_SPIN": "0"}, share=0.1),
         Layout("spin", (0, 0, 1), {"HFREDUCE_SPIN": "-1"}, share=0.03),
     ]
-    for algo, nodes in itertools.product(("tree", "direct"), ((0, 1, 2), (0, 1, 2, 3, 4), (0, 0, 1, 1, 2), (0, 0, 0, 1))):
+    for algo, nodes in itertools.product(("tree", "direct", "ring"), ((0, 1, 2), (0, 1, 2, 3, 4), (0, 0, 1, 1, 2), (0, 0, 0, 1))):
         mixed.append(Layout(f"{algo}-" + "".join(map(str, nodes)), nodes, {"HFREDUCE_ALGO": algo}, share=0.08))
     threads = [Layout(f"threads-{n}", (0,) * n, threads=True, share=0.1) for n in (2, 4, 5)]
     return one + tcp + mixed + threads

@@ -9,7 +9,8 @@
  *                             └► NSEND ─► all nodes, RED of my block, GSEND ─► all nodes     direct: 2 S (n-1)/n bytes a node
  *   PUB (result in RES) ── lanes ──► OUT
  *
- * One rank a node ("direct" plans) needs no staging: sums build up in the user's receive buffer.
+ * One rank a node ("direct" plans) needs no staging: sums build up in the user's receive buffer. Much data then goes around a
+ * ring (ring.c).
  */
 #include "coll.h"
 
@@ -318,13 +319,20 @@ static hfreduceResult_t plan_direct(struct hfr_plan *p) {
   return add_staging(p, 0);
 }
 
+/* The tree takes the fewest messages, but sends up to 2 S a node. Direct exchange and the ring send 2 S (n-1)/n: the former in
+ * two hops, but n-1 messages each way at once, which fight for the links; the latter in 2 (n-1) hops, each link with one flow. */
+static enum hfr_algo choose(const struct hfr_plan *p) {
+  size_t n = (size_t)p->layout->nnodes, bytes = bytes_of(p, p->call.count);
+  if (n > 8 || bytes < 4096 * n) return HFR_ALGO_TREE;
+  return p->direct && n > 2 && bytes >= 8 * n * p->geometry.chunk ? HFR_ALGO_RING : HFR_ALGO_DIRECT;
+}
+
 hfreduceResult_t hfr_plan_all_reduce(struct hfr_plan *p) {
   const struct hfr_layout *l = p->layout;
   if (l->nnodes == 1) return plan_node(p);
-  size_t bytes = bytes_of(p, p->call.count);
-  enum hfr_algo algo = p->geometry.algo;
-  /* Direct exchange sends 2 S (n-1)/n a node, the tree up to 2 S; but it takes n-1 messages each way. */
-  if (algo == HFR_ALGO_AUTO) algo = l->nnodes <= 8 && bytes >= 4096u * (unsigned)l->nnodes ? HFR_ALGO_DIRECT : HFR_ALGO_TREE;
+  enum hfr_algo algo = p->geometry.algo == HFR_ALGO_AUTO ? choose(p) : p->geometry.algo;
+  if (algo == HFR_ALGO_RING && p->direct) return hfr_plan_ring(p);
+  if (algo == HFR_ALGO_RING) algo = HFR_ALGO_DIRECT; /* a ring through slots would need more of them */
   size_t elems = p->geometry.chunk / p->esize;
   if (algo == HFR_ALGO_DIRECT && p->direct) elems *= (size_t)l->nnodes; /* nothing is staged: keep messages large */
   hfr_cut(p, elems);

@@ -37,6 +37,8 @@ enum hfr_role {
 _Static_assert(ROLE_COUNT <= HFR_MAX_ROLES, "roles fit the plan");
 
 hfreduceResult_t hfr_plan_all_reduce(struct hfr_plan *plan);
+/* all_reduce between nodes of one rank each: what plan->direct says. */
+hfreduceResult_t hfr_plan_ring(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_reduce(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_broadcast(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_all_gather(struct hfr_plan *plan);

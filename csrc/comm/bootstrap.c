@@ -113,9 +113,12 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
   r->slots = (uint32_t)choose_slots((int)hfr_param_int(HFR_PARAM_SLOTS), r->chunk);
   const char *algo = hfr_param_text(HFR_PARAM_ALGO);
-  r->algo = !strcmp(algo, "tree") ? HFR_ALGO_TREE : !strcmp(algo, "direct") ? HFR_ALGO_DIRECT : HFR_ALGO_AUTO;
+  r->algo = !strcmp(algo, "tree")     ? HFR_ALGO_TREE
+            : !strcmp(algo, "direct") ? HFR_ALGO_DIRECT
+            : !strcmp(algo, "ring")   ? HFR_ALGO_RING
+                                      : HFR_ALGO_AUTO;
   if (*algo && r->algo == HFR_ALGO_AUTO)
-    HFR_WARN("HFREDUCE_ALGO is \"%s\"; it can be tree or direct: choosing by size and node count", algo);
+    HFR_WARN("HFREDUCE_ALGO is \"%s\"; it can be tree, direct or ring: choosing by size and node count", algo);
   r->streams = (uint32_t)hfr_param_int(HFR_PARAM_TCP_STREAMS);
   r->checksum = (uint32_t)hfr_param_int(HFR_PARAM_CHECKSUM);
 }

@@ -52,7 +52,7 @@ struct hfr_call {
 };
 
 /* What all ranks of a communicator agree on beside the layout. */
-enum hfr_algo { HFR_ALGO_AUTO, HFR_ALGO_TREE, HFR_ALGO_DIRECT };
+enum hfr_algo { HFR_ALGO_AUTO, HFR_ALGO_TREE, HFR_ALGO_DIRECT, HFR_ALGO_RING };
 struct hfr_geometry {
   size_t chunk;     /* bytes of a slot: unit of pipelining */
   size_t ring_slot; /* largest message between local ranks */
@@ -89,6 +89,7 @@ struct hfr_step {
   struct hfr_loc also;     /* REDUCE, of a `doubled` stage: the result goes there too */
   size_t bytes;            /* of dst (REDUCE, RECV) or src (SEND) */
   int nparts;              /* COPY: parts; REDUCE: sources; enumerated by plan->part */
+  int final;               /* REDUCE: as the stage's, where only some iterations complete a result */
 };
 struct hfr_part {
   struct hfr_loc src, dst; /* REDUCE: src only */

@@ -398,7 +398,7 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
   if (call->op == hfreduceAvg && r->plan.avg_pre) {
     scale.npre = st->npre;
     scale.pre = 1.0 / e->layout->nranks;
-  } else if (call->op == hfreduceAvg && st->final) {
+  } else if (call->op == hfreduceAvg && (st->final || step->final)) {
     scale.div = (uint64_t)e->layout->nranks;
   }
   if (step->bytes)
@@ -430,7 +430,7 @@ static int do_recv(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i
 void hfr_load_step(struct hfr_request *r, int s, int64_t i) {
   struct hfr_cursor *c = &r->cursor[s];
   if (c->have_step) return;
-  c->step.nguards = c->step.nparts = 0;
+  c->step.nguards = c->step.nparts = c->step.final = 0;
   c->step.bytes = 0;
   r->plan.step(&r->plan, s, i, &c->step);
   c->have_step = 1;

@@ -339,7 +339,7 @@ static int do_reduce(int me, struct request *q, int stage, int64_t i, const stru
   int avg = call->op == hfreduceAvg;
   if (avg && q->plan.avg_pre)
     scale.npre = st->npre, scale.pre = 1.0 / sim.n;
-  else if (avg && st->final)
+  else if (avg && (st->final || s->final))
     scale.div = (uint64_t)sim.n;
   if (s->bytes) {
     uint8_t *dst = place(me, q, stage, &s->dst, s->bytes, 1);
@@ -911,14 +911,14 @@ static void run_scenario(int n, int kind, int slots, int credit, uint64_t seed) 
   struct op todo[40] = {0};
   int ntodo = 0, both = n & (n - 1) ? 0 : 1;
   size_t wide = (size_t)(2000000 / (n * n)) / 8, most = (size_t)(4000000 / n) / 8;
-  for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_DIRECT; algo++)
+  for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_RING; algo++)
     todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)algo, .redop = hfreduceSum};
-  todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)chance(3), .redop = hfreduceMax};
+  todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)chance(4), .redop = hfreduceMax};
   todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE,
-                              .algo = (enum hfr_algo)chance(3),
+                              .algo = (enum hfr_algo)chance(4),
                               .redop = hfreduceAvg,
                               .dtype = both ? hfreduceFloat16 : hfreduceInt64};
-  todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)chance(3), .premul = 1};
+  todo[ntodo++] = (struct op){.coll = HFR_ALL_REDUCE, .algo = (enum hfr_algo)chance(4), .premul = 1};
   for (int k = 0; k < 2; k++) {
     todo[ntodo++] = (struct op){
         .coll = HFR_REDUCE, .redop = k ? hfreduceAvg : hfreduceSum, .dtype = k && both ? hfreduceFloat16 : hfreduceInt64};
@@ -1022,13 +1022,17 @@ static void check_costs(int n, int kind) {
     CHECK(direct.total == 2 * links * bytes, "n %d, %s: direct sends %" PRIu64 " in all", n, layout_name[kind], direct.total);
     CHECK(direct.most <= ideal + slack, "n %d, %s: a node sends %" PRIu64 ", ideal %" PRIu64, n, layout_name[kind], direct.most,
           ideal);
+    struct cost ring = cost_of(n, label, count, HFR_ALGO_RING, chunk);
+    CHECK(ring.total == direct.total && ring.most <= ideal + slack, "n %d, %s: a node sends %" PRIu64 ", ideal %" PRIu64, n,
+          layout_name[kind], ring.most, ideal);
+    if (layout.max_local == 1) CHECK(ring.peers <= 2, "n %d: %d peers in the ring", n, ring.peers);
   }
   hfr_layout_fini(&layout);
 }
 
 static void check_pairs_cost_no_more(void) {
   static const int pairs[] = {0, 0, 1, 1, 2, 2, 3, 3}, single[] = {0, 1, 2, 3};
-  for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_DIRECT; algo++)
+  for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_RING; algo++)
     for (size_t count = 4096; count < 4000000; count = count * 3 + 7) {
       struct cost a = cost_of(8, pairs, count, (enum hfr_algo)algo, 65536),
                   b = cost_of(4, single, count, (enum hfr_algo)algo, 65536);

@@ -113,7 +113,7 @@ static void one(const struct setting *s, const struct hfr_geometry *geometry, si
 int main(void) {
   static const char *const nodes[] = {"1", "2", "3", "11", "111", "22", "31", "213", "11111", "44", "555"};
   static const hfreduceDataType_t dtypes[] = {hfreduceInt8, hfreduceFloat16, hfreduceFloat32, hfreduceFloat64};
-  for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_DIRECT; algo++)
+  for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_RING; algo++)
     for (size_t chunk = 4096; chunk <= 131072; chunk *= 32) {
       struct hfr_geometry geometry = {.chunk = chunk, .ring_slot = chunk / 2, .slots = 4, .algo = (enum hfr_algo)algo};
       for (size_t k = 0; k < sizeof nodes / sizeof *nodes; k++) {
