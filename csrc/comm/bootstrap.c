@@ -105,6 +105,7 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   r->rank = c->rank;
   r->nranks = c->nranks;
   hfr_host_id(r->hostid);
+  hfr_machine_id(r->machine);
   hfr_host_name(r->host);
   r->addr = *addr;
   r->pid = (uint32_t)getpid();
@@ -215,6 +216,7 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
   if (!label || !c->hosts || !c->addrs) return free(label), hfr_fail(hfreduceSystemError, "out of memory for %d ranks", n);
   for (int r = 0; r < n; r++) {
     memcpy(c->hosts[r], table[r].host, 63);
+    c->ranks_here += !memcmp(table[r].machine, table[c->rank].machine, sizeof table[r].machine);
     c->addrs[r] = table[r].addr;
     label[r] = r;
     if (r > 0 && !memcmp(table[r].hostid, table[r - 1].hostid, 16)) {
@@ -367,13 +369,6 @@ static void on_engine_error(void *arg, const hfreduceErrorInfo_t *info) {
 
 static void on_stuck(void *arg, const struct hfr_fingerprint *fp) { hfr_runtime_stuck(arg, fp); }
 
-/* Ranks on this machine, as host names tell: nodes may be pretended, or be containers of one host. */
-static int ranks_here(const struct hfreduceComm *c) {
-  int n = 0;
-  for (int r = 0; r < c->nranks; r++) n += !strcmp(c->hosts[r], c->hosts[c->rank]);
-  return n;
-}
-
 static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   struct hfr_engine *e = &c->engine;
   e->layout = &c->layout;
@@ -384,7 +379,7 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   e->on_error = on_engine_error;
   e->on_error_arg = c;
   e->on_stuck = on_stuck;
-  int crowded = ranks_here(c) > hfr_ncpus();
+  int crowded = c->ranks_here > hfr_ncpus();
   int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
   /* Spinning keeps the awaited rank from running when ranks are more than cores; over the network a poll is a system call, and
    * its answer tens of microseconds away. */

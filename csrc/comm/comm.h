@@ -24,7 +24,7 @@ struct hfr_uid {
 /* What a rank tells the root of itself, and all others learn of it. */
 struct hfr_record {
   int32_t rank, nranks;
-  uint8_t hostid[16];
+  uint8_t hostid[16], machine[16];
   char host[64];
   struct hfr_addr addr; /* of its process' listener */
   uint32_t pid;
@@ -50,6 +50,7 @@ struct hfreduceComm {
   struct hfr_engine engine;
   _Atomic int engine_up; /* engine and arena are usable; the watcher looks */
   char (*hosts)[64];
+  int ranks_here; /* on this machine, of whatever nodes */
   struct hfr_addr *addrs;
   hfreduceConfig_t config;
   double timeout;

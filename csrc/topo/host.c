@@ -46,8 +46,15 @@ static void boot_text(char text[256]) {
   snprintf(text, 256, "machine %s host %s", id, host);
 }
 
+static const uint8_t key[16] = {0}; /* every rank must get the same hash: it tells apart, it hides nothing */
+
+void hfr_machine_id(uint8_t id[16]) {
+  char boot[256];
+  boot_text(boot);
+  hfr_mac(key, boot, strlen(boot), id);
+}
+
 void hfr_host_id(uint8_t id[16]) {
-  static const uint8_t key[16] = {0}; /* every rank must get the same hash: it tells apart, it hides nothing */
   const char *given = hfr_param_text(HFR_PARAM_HOSTID);
   if (*given) {
     hfr_mac(key, given, strlen(given), id);

@@ -685,15 +685,19 @@ static void test_fd_passing(void) {
 /* ---- host and interfaces ---- */
 
 static void test_host(void) {
-  uint8_t first[16], second[16], given[16];
+  uint8_t first[16], second[16], given[16], machine[16];
   char name[64];
   hfr_host_name(name);
   CHECK(*name && strlen(name) < 64);
   hfr_host_id(first);
   hfr_host_id(second);
   CHECK(hfr_mac_equal(first, second));
+  hfr_machine_id(machine);
+  CHECK(!hfr_mac_equal(first, machine), "a machine may hold several nodes");
   setenv("HFREDUCE_HOSTID", "node-a", 1);
   hfr_param_reload();
+  hfr_machine_id(second);
+  CHECK(hfr_mac_equal(machine, second), "nodes that are pretended share their machine's cores");
   hfr_host_id(given);
   CHECK(!hfr_mac_equal(first, given));
   setenv("HFREDUCE_HOSTID", "node-b", 1);
