@@ -42,8 +42,9 @@
     "segments of pinned memory each way, a communicator with a device")                                                          \
   X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)") \
   X(SLOTS, "HFREDUCE_SLOTS", INT, "0", 0, 64, "staging slots a rank (0: twice its second-level cache; rank 0's holds)")          \
-  X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0, \
-    "network algorithm: tree, direct or ring (empty: by size and node count; rank 0's holds)")                                   \
+  X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0,                                                                                       \
+    "network algorithm: tree, direct or ring; empty: the tree for more than 8 nodes or less than 4 KiB a node, for all_reduce "  \
+    "between 3 nodes or more of one rank each the ring from 8 chunks a node on, else direct (rank 0's holds)")                   \
   X(SPIN, "HFREDUCE_SPIN", INT, "-1", -1, 1000000000, "polls before a wait yields and sleeps (-1: by ranks and cores)")          \
   X(SIMD, "HFREDUCE_SIMD", TEXT, "", 0, 0, "scalar, avx2, avx512 or neon: the level to use at most (empty: the best there is)")  \
   X(DEBUG, "HFREDUCE_DEBUG", TEXT, "WARN", 0, 0, "log level: NONE, WARN, INFO, TRACE")                                           \

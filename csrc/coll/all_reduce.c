@@ -320,7 +320,8 @@ static hfreduceResult_t plan_direct(struct hfr_plan *p) {
 }
 
 /* The tree takes the fewest messages, but sends up to 2 S a node. Direct exchange and the ring send 2 S (n-1)/n: the former in
- * two hops, but n-1 messages each way at once, which fight for the links; the latter in 2 (n-1) hops, each link with one flow. */
+ * two hops, but n-1 messages each way at once, which fight for the links; the latter in 2 (n-1) hops, each link with one flow.
+ * HFREDUCE_ALGO's help has these bounds, too. */
 static enum hfr_algo choose(const struct hfr_plan *p) {
   size_t n = (size_t)p->layout->nnodes, bytes = bytes_of(p, p->call.count);
   if (n > 8 || bytes < 4096 * n) return HFR_ALGO_TREE;
