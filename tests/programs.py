@@ -78,22 +78,31 @@ def cuda_stand_in(variant: str = "plain") -> Path:
     """Build the stand-in for CUDA's driver, plain or under a sanitizer, and return the directory in which it lies as libcuda.so.1."""
     need_compiler()
     double = SOURCES / "fake" / "cuda"
-    flags = (
-        "-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1".split()
-    )
-    with building(f"cuda-{variant}") as out:
-        target = out / "libcuda.so.1"
-        newest = max(p.stat().st_mtime for p in (*double.iterdir(), *(ROOT / "csrc" / "device").glob("*.h")))
+    return _library(f"cuda-{variant}", "libcuda.so.1", sorted(double.glob("*.c")), [*double.glob("*.h")], variant)
+
+
+def gdr_stand_in(variant: str = "plain") -> Path:
+    """Build the stand-in for GDRCopy's library, which works on that of CUDA's driver, and return the directory in which it lies."""
+    need_compiler()
+    return _library(f"gdr-{variant}", "libgdrapi.so.2", [SOURCES / "fake" / "gdrapi.c"], [], variant)
+
+
+def _library(folder: str, name: str, sources: list[Path], headers: list[Path], variant: str) -> Path:
+    """Build a shared library of our own in build/c/<folder>, if it is older than its sources, and return that directory."""
+    flags = f"-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,{name}".split()
+    with building(folder) as out:
+        target = out / name
+        newest = max(p.stat().st_mtime for p in (*sources, *headers, *(ROOT / "csrc" / "device").glob("*.h")))
         if not target.exists() or target.stat().st_mtime < newest:
             command = [
                 *shlex.split(os.environ.get("CC", "gcc")),
                 *flags,
                 *build.SANITIZERS["" if variant == "plain" else variant],
             ]
-            command += ["-I", str(ROOT / "csrc"), "-o", str(target), *map(str, sorted(double.glob("*.c"))), "-lpthread", "-ldl"]
+            command += ["-I", str(ROOT / "csrc"), "-o", str(target), *map(str, sources), "-lpthread", "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert not done.returncode, done.stderr
-    return BUILD / f"cuda-{variant}"
+    return BUILD / folder
 
 
 def run_to_end(command: list[str], folder: Path, limit: float, env: dict[str, str]) -> tuple[int | None, str]:

@@ -40,6 +40,8 @@
   X(CUDA_SEGMENT, "HFREDUCE_CUDA_SEGMENT", SIZE, "2M", 65536, 1073741824, "most bytes that a device copies at once")             \
   X(CUDA_SEGMENTS, "HFREDUCE_CUDA_SEGMENTS", INT, "4", 2, 64,                                                                    \
     "segments of pinned memory each way, a communicator with a device")                                                          \
+  X(GDR_MAX, "HFREDUCE_GDR_MAX", SIZE, "8K", 0, 1048576,                                                                         \
+    "device memory of at most so many bytes is copied by CPUs, through GDRCopy where it is installed (0: never)")                \
   X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)") \
   X(SLOTS, "HFREDUCE_SLOTS", INT, "0", 0, 64, "staging slots a rank (0: twice its second-level cache; rank 0's holds)")          \
   X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0,                                                                                       \

@@ -10,6 +10,8 @@
  */
 #include "staging.h"
 
+#include "../base/param.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -121,6 +123,23 @@ static hfreduceResult_t make_window(struct hfr_ordered_call *call, const struct 
   return hfreduceSuccess;
 }
 
+/* The buffers of a call that has few bytes: CPUs copy them, unless a graph does it again and again, long after the memory may
+ * have become other memory. */
+static void map_small(struct hfr_ordered_call *call) {
+  const struct hfr_plan *p = &call->request->plan;
+  struct hfr_window *w = call->request->window;
+  size_t most = (size_t)hfr_param_int(HFR_PARAM_GDR_MAX);
+  if (w->nsegs > 1 || w->again || p->call.sendcounts) return;
+  for (int recv = 0; recv < 2; recv++) {
+    size_t bytes = (size_t)hfr_window_rows(p, recv) * p->call.count * p->esize;
+    uint8_t *user = recv ? p->call.recv : (uint8_t *)(uintptr_t)p->call.send;
+    if (!call->ordered->staged[recv] || !bytes || bytes > most) continue;
+    if (!recv && p->call.coll == HFR_P2P) continue; /* it ends when its data is out, and would have to wait for a CPU */
+    if (recv && !hfr_copier_sees_writes(call->comm->staging->copier)) continue;
+    w->small[recv] = (struct hfr_small){hfr_mapping_get(user, bytes), user, bytes};
+  }
+}
+
 /* ---------------------------------------------------------------- turns */
 
 static int by_turn(const void *a, const void *b) {
@@ -164,8 +183,8 @@ static hfreduceResult_t list_turns(struct batch *b) {
       const struct hfr_plan *p = &call->request->plan;
       t->in = p->call.coll == HFR_P2P ? !p->call.receiving : hfr_window_rows(p, 0) > 0;
       t->out = p->call.coll == HFR_P2P ? p->call.receiving : hfr_window_rows(p, 1) > 0 || !t->in;
-      t->copy_in = call->ordered->staged[0] && hfr_window_rows(p, 0);
-      t->copy_out = call->ordered->staged[1] && hfr_window_rows(p, 1);
+      t->copy_in = call->ordered->staged[0] && hfr_window_rows(p, 0) && !call->request->window->small[0].mapping;
+      t->copy_out = call->ordered->staged[1] && hfr_window_rows(p, 1) && !call->request->window->small[1].mapping;
       place_turn(t, b, i);
     }
   }
@@ -294,6 +313,7 @@ static hfreduceResult_t prepare_batch(struct batch *b) {
     measure(b->call[i], &cut);
     choose_cut(&cut, slot);
     HFR_TRY(make_window(b->call[i], &cut, b->ring));
+    map_small(b->call[i]);
   }
   HFR_TRY(list_turns(b));
   if (b->captured) return assign_captured(b);

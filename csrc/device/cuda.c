@@ -3,7 +3,6 @@
 
 #include "../base/log.h"
 
-#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -205,10 +204,7 @@ size_t hfr_device_describe(char *text, size_t size) {
   n = (size_t)snprintf(text, size, "device cuda: driver %d.%d, %d device%s\n", cu->version / 1000, cu->version % 1000 / 10, count,
                        count > 1 ? "s" : "");
   for (int i = 0; i < count && n < size; i++) n += (size_t)describe_device(cu, i, text + n, size - n);
-  void *gdr = dlopen("libgdrapi.so.2", RTLD_NOW | RTLD_LOCAL);
-  if (n < size)
-    n += (size_t)snprintf(text + n, size - n, "device cuda GDRCopy: %s\n", gdr ? "installed, not used" : "not installed");
-  if (gdr) dlclose(gdr);
+  if (n < size) n += hfr_gdrcopy_describe(text + n, size - n);
   if (hfr_cuda_one_queue() && n < size)
     n += (size_t)snprintf(text + n, size - n,
                           "device cuda warning: CUDA_DEVICE_MAX_CONNECTIONS=1: while a collective waits, other streams of the "

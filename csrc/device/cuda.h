@@ -17,6 +17,8 @@ static inline int hfr_cuda_mem_ops_wanted(void) { return hfr_param_int(HFR_PARAM
 int hfr_cuda_pci(const struct hfr_cu *cu, int device, char text[16]);
 /* NUMA node of the device; -1: not known. */
 int hfr_cuda_numa(const struct hfr_cu *cu, int device);
+/* A line on GDRCopy, as hfr_device_describe writes it; what snprintf returns. */
+size_t hfr_gdrcopy_describe(char *text, size_t size);
 /* CUDA_DEVICE_MAX_CONNECTIONS=1: all streams share one queue in the hardware. */
 int hfr_cuda_one_queue(void);
 #endif

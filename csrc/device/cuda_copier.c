@@ -27,6 +27,7 @@
 struct hfr_copier {
   const struct hfr_cu *cu;
   int device, by_host;
+  unsigned flush; /* a queue that has waited for a word sees what CPUs wrote into its memory before */
   hfr_cu_context context;
   hfr_cu_stream stream[2][2]; /* [capturing][queue]; the captured pair is made with the first capture */
   hfr_cu_event begun[2], joined[2], ended[2];
@@ -86,6 +87,9 @@ hfreduceResult_t hfr_copier_create(int device, void *context, struct hfr_copier 
   c->device = device;
   c->context = context;
   c->by_host = !hfr_cuda_mem_ops_wanted() || !hfr_cuda_mem_ops(c->cu, device);
+  int flush = 0;
+  if (!c->by_host && !hfr_mapping_why_absent() && !c->cu->device_attribute(&flush, HFR_CU_ATTR_FLUSH_REMOTE_WRITES, device))
+    c->flush = flush ? HFR_CU_WAIT_FLUSH : 0;
   hfreduceResult_t r = hfr_copier_enter(c, 0);
   if (r) return free(c), r;
   r = open_pair(c, 0);
@@ -154,6 +158,7 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
 int hfr_copier_device(const struct hfr_copier *c) { return c->device; }
 void *hfr_copier_context(const struct hfr_copier *c) { return c->context; }
 int hfr_copier_by_host(const struct hfr_copier *c) { return c->by_host; }
+int hfr_copier_sees_writes(const struct hfr_copier *c) { return c->flush != 0; }
 
 hfreduceResult_t hfr_copier_enter(struct hfr_copier *c, int capturing) {
   TRY_CU(c, context_push, "cuCtxPushCurrent", c->context);
@@ -349,7 +354,8 @@ hfreduceResult_t hfr_copier_write(struct hfr_copier *c, enum hfr_queue queue, co
 hfreduceResult_t hfr_copier_wait(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *word,
                                  uint32_t value) {
   if (c->by_host) return wait_by_host(c, stream_of(c, queue), word, value);
-  TRY_CU(c, stream_wait_value, "cuStreamWaitValue32", stream_of(c, queue), device_address(m, word), value, HFR_CU_WAIT_GEQ);
+  TRY_CU(c, stream_wait_value, "cuStreamWaitValue32", stream_of(c, queue), device_address(m, word), value,
+         HFR_CU_WAIT_GEQ | c->flush);
   return hfreduceSuccess;
 }
 

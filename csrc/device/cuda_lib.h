@@ -51,11 +51,14 @@ enum { /* CUdevice_attribute */
        HFR_CU_ATTR_COPY_ENGINES = 40,
        HFR_CU_ATTR_PCI_DOMAIN = 50,
        HFR_CU_ATTR_MEM_OPS_V1 = 92,
+       HFR_CU_ATTR_FLUSH_REMOTE_WRITES = 98,
 };
 
 enum { /* CUpointer_attribute */
        HFR_CU_POINTER_CONTEXT = 1,
        HFR_CU_POINTER_MEMORY_TYPE = 2,
+       HFR_CU_POINTER_SYNC_MEMOPS = 6,
+       HFR_CU_POINTER_BUFFER_ID = 7,
        HFR_CU_POINTER_IS_MANAGED = 8,
        HFR_CU_POINTER_DEVICE_ORDINAL = 9,
        HFR_CU_POINTER_RANGE_START = 11,
@@ -66,7 +69,7 @@ enum { HFR_CU_MEMORY_HOST = 1, HFR_CU_MEMORY_DEVICE = 2, HFR_CU_MEMORY_UNIFIED =
 enum { HFR_CU_EVENT_DISABLE_TIMING = 2 };
 enum { HFR_CU_STREAM_NON_BLOCKING = 1 };
 enum { HFR_CU_HOST_PORTABLE = 1, HFR_CU_HOST_DEVICEMAP = 2 };
-enum { HFR_CU_WAIT_GEQ = 0, HFR_CU_WRITE_DEFAULT = 0 };
+enum { HFR_CU_WAIT_GEQ = 0, HFR_CU_WAIT_FLUSH = 1 << 30, HFR_CU_WRITE_DEFAULT = 0 };
 enum { HFR_CU_CAPTURE_NONE = 0, HFR_CU_CAPTURE_ACTIVE = 1, HFR_CU_CAPTURE_BROKEN = 2 };
 enum { HFR_CU_MODE_GLOBAL = 0, HFR_CU_MODE_THREAD_LOCAL = 1, HFR_CU_MODE_RELAXED = 2 };
 enum { HFR_CU_OBJECT_NO_SYNC = 1, HFR_CU_OBJECT_MOVE = 1 };
@@ -109,6 +112,7 @@ struct hfr_cu_copy2d { /* CUDA_MEMCPY2D */
   X(context_device, "cuCtxGetDevice", "cuCtxGetDevice", (hfr_cu_device * device))                                                \
   X(pointer_attributes, "cuPointerGetAttributes", "cuPointerGetAttributes",                                                      \
     (unsigned count, int *attributes, void **data, hfr_cu_ptr pointer))                                                          \
+  X(pointer_set, "cuPointerSetAttribute", "cuPointerSetAttribute", (const void *value, int attribute, hfr_cu_ptr pointer))       \
   X(mem_alloc, "cuMemAlloc", "cuMemAlloc_v2", (hfr_cu_ptr * pointer, size_t bytes))                                              \
   X(mem_free, "cuMemFree", "cuMemFree_v2", (hfr_cu_ptr pointer))                                                                 \
   X(host_register, "cuMemHostRegister", "cuMemHostRegister_v2", (void *memory, size_t bytes, unsigned flags))                    \
@@ -145,6 +149,7 @@ struct hfr_cu_copy2d { /* CUDA_MEMCPY2D */
 
 /* Without these the device layer works, but the features that need them do not: NULL then. */
 #define HFR_CU_OPTIONAL(X) \
+  X(pointer_set)           \
   X(stream_wait_value) X(stream_write_value) X(capture_info) X(capture_mode) X(object_create) X(object_release) X(graph_retain)
 
 struct hfr_cu {

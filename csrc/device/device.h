@@ -71,6 +71,23 @@ int hfr_device_current(void);
 /* Copy now, waiting for it; for single values. */
 hfreduceResult_t hfr_device_read(void *to, const void *from, size_t bytes);
 
+/* ---------------------------------------------------------------- mappings */
+
+/* A piece of device memory that CPUs read and write by themselves, through the device's window on the bus: for messages so small
+   that a copy engine needs longer to start than CPUs to copy. Mappings are kept and found again by their memory; one whose memory
+   was freed is given up when the next is asked for. */
+struct hfr_mapping;
+/* NULL when there is such a thing, else a line that says what is missing. Any thread. */
+const char *hfr_mapping_why_absent(void);
+/* A mapping of this memory, to be put; NULL: there is none, and the device has to copy. Any thread that may call the driver. */
+struct hfr_mapping *hfr_mapping_get(const void *pointer, size_t bytes);
+/* The others call no driver. NULL is legal. */
+void hfr_mapping_put(struct hfr_mapping *mapping);
+/* While its memory is allocated. What the device has written before it wrote a word is read after the word was; what is written
+   here is seen by a queue that waits for a word which is written later, if hfr_copier_sees_writes(). */
+void hfr_mapping_read(const struct hfr_mapping *mapping, void *to, const void *from, size_t bytes);
+void hfr_mapping_write(const struct hfr_mapping *mapping, void *to, const void *from, size_t bytes);
+
 /* ---------------------------------------------------------------- copiers */
 
 /* Host memory that a device reads and writes by itself. */
@@ -100,6 +117,8 @@ void *hfr_copier_context(const struct hfr_copier *copier);
 /* 1: words are waited for by host functions, which somebody has to wake (hfr_futex_wake). The driver may run those of a process
  * one at a time: then no wait may need one that is put into any copier's queue after it. */
 int hfr_copier_by_host(const struct hfr_copier *copier);
+/* 1: its queues, and what is in a stream behind them, see what CPUs wrote through a mapping before they wrote the word. */
+int hfr_copier_sees_writes(const struct hfr_copier *copier);
 
 /* capturing: what follows goes into the graph that the user's stream captures. */
 hfreduceResult_t hfr_copier_enter(struct hfr_copier *copier, int capturing);

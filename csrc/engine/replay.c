@@ -24,7 +24,7 @@ void hfr_replay_add(struct hfr_engine *e, struct hfr_request *r) {
     struct hfr_request **grown = realloc(p->request, (size_t)cap * sizeof *grown);
     if (!grown) {
       hfr_fail_request(e, r, "capture", -1, hfreduceSystemError, "out of memory for a captured call");
-      hfr_window_release(r->window);
+      hfr_window_release(r->window, 0);
       return;
     }
     p->request = grown;
@@ -105,7 +105,7 @@ int hfr_replay_poll(struct hfr_engine *e) {
       /* Launched, so captured to the end: what the inbox still has of it belongs to this launch, too. */
       if (atomic_load_explicit(&e->inbox_full, memory_order_acquire)) break;
       if (broken)
-        hfr_window_release(r->window); /* the graph gets to its end; its results are void */
+        hfr_window_release(r->window, 0); /* the graph gets to its end; its results are void */
       else
         issue(e, r);
       p->cursor = (p->cursor + 1) % p->n;
@@ -123,7 +123,7 @@ void hfr_replay_fini(struct hfr_engine *e) {
   while (e->replays) {
     struct hfr_replay *p = e->replays;
     e->replays = p->next;
-    for (int i = 0; i < p->n; i++) hfr_window_release(p->request[i]->window);
+    for (int i = 0; i < p->n; i++) hfr_window_release(p->request[i]->window, 0);
     forget(e, p);
   }
 }

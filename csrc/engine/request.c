@@ -111,7 +111,7 @@ struct hfr_request *hfr_request_get(struct hfr_engine *e) {
 void hfr_request_put(struct hfr_engine *e, struct hfr_request *r) {
   free(r->temp);
   free(r->counts);
-  free(r->window);
+  hfr_window_free(r->window);
   free(r->kept);
   r->kept = NULL;
   r->temp = NULL;
@@ -132,7 +132,7 @@ void hfr_request_let_go(struct hfr_engine *e, struct hfr_request *r) {
 static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
   struct hfreduceWork *w = r->work;
   if (r->window) {
-    hfr_window_release(r->window);
+    hfr_window_release(r->window, !error);
     atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
   }
   r->running = 0;

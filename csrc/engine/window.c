@@ -6,6 +6,7 @@
 #include "internal.h"
 
 #include <limits.h>
+#include <stdlib.h>
 
 #define LAST INT_MAX /* a stage that touches no user memory, or has ended */
 
@@ -41,6 +42,7 @@ int hfr_window_reach(struct hfr_window *w, int s) {
     const struct hfr_segment *g = &w->segment[w->opened];
     if (!cyclic_reached(atomic_load_explicit(g->ready, memory_order_acquire), g->ready_value)) return 0;
     if (g->taken && !cyclic_reached(atomic_load_explicit(g->taken, memory_order_acquire), g->taken_value)) return 0;
+    if (w->small[0].mapping) hfr_mapping_read(w->small[0].mapping, g->in, w->small[0].user, w->small[0].bytes);
   }
   return 1;
 }
@@ -143,6 +145,8 @@ static void raise_word(struct hfr_window *w, _Atomic uint32_t *word, uint32_t va
 }
 
 void hfr_window_pass(struct hfr_window *w, int low) {
+  if (w->small[1].mapping && w->passed < low && w->passed < w->opened)
+    hfr_mapping_write(w->small[1].mapping, w->small[1].user, w->segment[0].out, w->small[1].bytes);
   for (; w->passed < low && w->passed < w->nsegs; w->passed++) {
     struct hfr_segment *g = &w->segment[w->passed];
     if (w->again) atomic_store_explicit(g->ready, 0, memory_order_relaxed); /* before the graph can go on to its end */
@@ -151,4 +155,13 @@ void hfr_window_pass(struct hfr_window *w, int low) {
   }
 }
 
-void hfr_window_release(struct hfr_window *w) { hfr_window_pass(w, LAST); }
+void hfr_window_release(struct hfr_window *w, int whole) {
+  if (!whole) w->opened = 0; /* no user's memory is written: the stream may not have got to the call, or the memory be gone */
+  hfr_window_pass(w, LAST);
+}
+
+void hfr_window_free(struct hfr_window *w) {
+  if (!w) return;
+  for (int recv = 0; recv < 2; recv++) hfr_mapping_put(w->small[recv].mapping);
+  free(w);
+}

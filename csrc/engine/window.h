@@ -15,6 +15,7 @@
  */
 #ifndef HFR_ENGINE_WINDOW_H_
 #define HFR_ENGINE_WINDOW_H_
+#include "../device/device.h"
 #include "plan.h"
 
 struct hfr_segment {
@@ -35,6 +36,11 @@ struct hfr_window {
   int again;          /* in a graph: opened anew with each replay, and `ready` is taken back */
   int wake;           /* host functions sleep on `done` */
   const void *scalar; /* where the device puts the call's factor; NULL: the call has it */
+  struct hfr_small {
+    struct hfr_mapping *mapping; /* NULL: the device copies */
+    uint8_t *user;
+    size_t bytes;
+  } small[2];         /* the only segment's send and receive buffer are so small that who drives the request copies them */
   const void *memory; /* all of the ring, for transports that register what they send from */
   size_t memory_bytes;
   struct hfr_segment segment[];
@@ -60,6 +66,7 @@ int hfr_window_of_step(const struct hfr_request *request, int stage, int64_t i, 
 void hfr_window_move(struct hfr_request *request, int stage);
 /* Segments below `low` are done. */
 void hfr_window_pass(struct hfr_window *window, int low);
-/* The request has ended, well or badly: every wait of the device ends. */
-void hfr_window_release(struct hfr_window *window);
+/* The request has ended, well (whole) or badly: every wait of the device ends. */
+void hfr_window_release(struct hfr_window *window, int whole);
+void hfr_window_free(struct hfr_window *window);
 #endif

@@ -36,6 +36,9 @@ SAME(HFR_CU_ATTR_COPY_ENGINES, CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT);
 SAME(HFR_CU_ATTR_MEM_OPS_V1, 92); /* its name moved between versions */
 SAME(HFR_CU_POINTER_CONTEXT, CU_POINTER_ATTRIBUTE_CONTEXT);
 SAME(HFR_CU_POINTER_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_MEMORY_TYPE);
+SAME(HFR_CU_ATTR_FLUSH_REMOTE_WRITES, CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES);
+SAME(HFR_CU_POINTER_SYNC_MEMOPS, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS);
+SAME(HFR_CU_POINTER_BUFFER_ID, CU_POINTER_ATTRIBUTE_BUFFER_ID);
 SAME(HFR_CU_POINTER_IS_MANAGED, CU_POINTER_ATTRIBUTE_IS_MANAGED);
 SAME(HFR_CU_POINTER_DEVICE_ORDINAL, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL);
 SAME(HFR_CU_POINTER_RANGE_START, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR);
@@ -48,6 +51,7 @@ SAME(HFR_CU_STREAM_NON_BLOCKING, CU_STREAM_NON_BLOCKING);
 SAME(HFR_CU_HOST_PORTABLE, CU_MEMHOSTREGISTER_PORTABLE);
 SAME(HFR_CU_HOST_DEVICEMAP, CU_MEMHOSTREGISTER_DEVICEMAP);
 SAME(HFR_CU_WAIT_GEQ, CU_STREAM_WAIT_VALUE_GEQ);
+SAME(HFR_CU_WAIT_FLUSH, CU_STREAM_WAIT_VALUE_FLUSH);
 SAME(HFR_CU_WRITE_DEFAULT, CU_STREAM_WRITE_VALUE_DEFAULT);
 SAME(HFR_CU_CAPTURE_NONE, CU_STREAM_CAPTURE_STATUS_NONE);
 SAME(HFR_CU_CAPTURE_ACTIVE, CU_STREAM_CAPTURE_STATUS_ACTIVE);
@@ -92,6 +96,9 @@ _Static_assert(__builtin_types_compatible_p(__typeof__(&cuStreamWriteValue32),
 _Static_assert(__builtin_types_compatible_p(__typeof__(&cuPointerGetAttributes),
                                             CUresult (*)(unsigned, CUpointer_attribute *, void **, CUdeviceptr)),
                "cuPointerGetAttributes");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuPointerSetAttribute),
+                                            CUresult (*)(const void *, CUpointer_attribute, CUdeviceptr)),
+               "cuPointerSetAttribute");
 _Static_assert(__builtin_types_compatible_p(__typeof__(&cuUserObjectCreate),
                                             CUresult (*)(CUuserObject *, void *, CUhostFn, unsigned, unsigned)),
                "cuUserObjectCreate");

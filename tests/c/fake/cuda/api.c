@@ -42,7 +42,7 @@ static void read_script(void) {
   if (done++) return;
   fake.devices = 2;
   fake.version = 12040;
-  fake.mem_ops = 1;
+  fake.mem_ops = fake.flush = 1;
   uint64_t seed = 1;
   for (p = p ? p : ""; sscanf(p, " %95s%n", word, &used) == 1; p += used) {
     struct fault f = {.number = 0};
@@ -53,6 +53,10 @@ static void read_script(void) {
       fake.delay_us = value;
     else if (sscanf(word, "seed=%d", &value) == 1)
       seed = (uint64_t)value;
+    else if (sscanf(word, "reuse=%d", &value) == 1)
+      fake.reuse = value;
+    else if (sscanf(word, "flush=%d", &value) == 1)
+      fake.flush = value;
     else if (!strcmp(word, "memops=0"))
       fake.mem_ops = 0, fake.version = 11040;
     else if (sscanf(word, "fail=%47[^:]:%d:%d", f.call, &f.number, &f.result) == 3 && nfaults < FAULTS_MAX)
@@ -170,6 +174,7 @@ EXPORT hfr_cu_result cuDeviceGetAttribute(int *value, int attribute, hfr_cu_devi
     case HFR_CU_ATTR_PCI_DOMAIN: *value = 0xfffe; break;
     case HFR_CU_ATTR_COPY_ENGINES: *value = 2; break;
     case HFR_CU_ATTR_MEM_OPS_V1: *value = fake.mem_ops; break;
+    case HFR_CU_ATTR_FLUSH_REMOTE_WRITES: *value = fake.flush; break;
     default: return HFR_CU_INVALID_VALUE;
   }
   return HFR_CU_SUCCESS;

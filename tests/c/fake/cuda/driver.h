@@ -14,6 +14,8 @@
  * Environment: FAKE_CUDA, words:
  *   devices=N            2
  *   delay=US seed=S      each operation waits up to so many microseconds first
+ *   reuse=1              memory that is freed is given again, at the same address
+ *   flush=0              waits for words cannot flush: what comes over the bus by itself is never seen by work behind them
  *   memops=0             a driver of 11.4 whose kernel module does not grant stream memory operations
  *   fail=CALL:N:RESULT   the N-th call of this function gives this CUresult (0: every one)
  * CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device share one queue, as in hardware that has but one.
@@ -44,7 +46,10 @@ struct fake_block {
   size_t bytes;
   int freed;
   struct CUctx_st *context;
+  uint64_t id; /* of the allocation: memory that was freed and given again has another */
 };
+/* What others put on the bus towards device memory (fake/gdrapi.c) arrives. Under the lock. */
+void fake_arrive(void);
 /* Under the lock. The block that holds this address, freed ones too; NULL: none, it is plain host memory. */
 struct fake_block *fake_block_of(uintptr_t address);
 /* The bytes there, for a copy that `what` names: ends the process when they are no memory. Under the lock. */
@@ -63,7 +68,7 @@ struct fake_op {
   uintptr_t to, from; /* COPY, SET (to), WRITE and WAIT (to) */
   size_t to_pitch, from_pitch, width, rows;
   uint32_t value;
-  int size; /* SET: of an element */
+  int size; /* SET: of an element; WAIT: 1 if it flushes */
   hfr_cu_host_fn function;
   void *arg;
   struct fake_exec *exec;
@@ -126,7 +131,8 @@ extern struct fake_driver {
   pthread_mutex_t lock;
   pthread_cond_t moved; /* something completed, or came */
   pid_t pid;            /* that initialised it; 0: none has */
-  int devices, delay_us, version, mem_ops, one_queue;
+  int devices, delay_us, version, mem_ops, one_queue, reuse, flush;
+  uint64_t allocations;
   struct CUstream_st *streams; /* destroyed ones too */
   struct fake_capture *captures;
   struct CUctx_st primary[FAKE_DEVICES_MAX];

@@ -31,9 +31,21 @@ uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what) {
 
 static struct fake_block *add_block(enum fake_kind kind, uintptr_t start, uint8_t *alias, size_t bytes) {
   struct fake_block *b = calloc(1, sizeof *b);
-  *b = (struct fake_block){blocks, kind, start, start, alias, bytes, 0, fake_current()};
+  *b = (struct fake_block){blocks, kind, start, start, alias, bytes, 0, fake_current(), ++fake.allocations};
   blocks = b;
   return b;
+}
+
+/* Where memory of this size lay that was freed; NULL: nowhere. */
+static void *take_freed(size_t size) {
+  LOCK();
+  struct fake_block **at = &blocks, *b;
+  while ((b = *at) && !(b->freed && b->kind == FAKE_DEVICE && (b->bytes + 4095) / 4096 * 4096 == size)) at = &b->next;
+  if (b) *at = b->next;
+  UNLOCK();
+  uintptr_t start = b ? b->start : 0;
+  free(b);
+  return (void *)start;
 }
 
 static hfr_cu_result allocate(const char *call, enum fake_kind kind, size_t bytes, int open, uintptr_t *pointer) {
@@ -45,7 +57,8 @@ static hfr_cu_result allocate(const char *call, enum fake_kind kind, size_t byte
   size_t size = (bytes + 4095) / 4096 * 4096;
   int fd = memfd_create("stand-in", MFD_CLOEXEC);
   if (fd < 0 || ftruncate(fd, (off_t)size)) return HFR_CU_OUT_OF_MEMORY;
-  void *seen = mmap(NULL, size, open ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_SHARED, fd, 0);
+  void *place = kind == FAKE_DEVICE && fake.reuse ? take_freed(size) : NULL;
+  void *seen = mmap(place, size, open ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_SHARED | (place ? MAP_FIXED : 0), fd, 0);
   void *alias = open ? seen : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   close(fd);
   if (seen == MAP_FAILED || alias == MAP_FAILED) return HFR_CU_OUT_OF_MEMORY;
@@ -151,6 +164,7 @@ EXPORT hfr_cu_result cuPointerGetAttributes(unsigned count, int *attributes, voi
         *(unsigned *)data[i] = !b ? 0 : b->kind <= FAKE_MANAGED ? HFR_CU_MEMORY_DEVICE : HFR_CU_MEMORY_HOST;
         break;
       case HFR_CU_POINTER_IS_MANAGED: *(unsigned *)data[i] = b && b->kind == FAKE_MANAGED; break;
+      case HFR_CU_POINTER_BUFFER_ID: *(uint64_t *)data[i] = b ? b->id : 0; break;
       case HFR_CU_POINTER_DEVICE_ORDINAL: *(int *)data[i] = b && b->context ? b->context->device : -2; break;
       case HFR_CU_POINTER_RANGE_START: *(uintptr_t *)data[i] = b ? b->start : 0; break;
       case HFR_CU_POINTER_RANGE_SIZE: *(size_t *)data[i] = b ? b->bytes : 0; break;
@@ -158,4 +172,65 @@ EXPORT hfr_cu_result cuPointerGetAttributes(unsigned count, int *attributes, voi
     }
   UNLOCK();
   return HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuPointerSetAttribute(const void *value, int attribute, hfr_cu_ptr pointer) {
+  ENTER("cuPointerSetAttribute");
+  LOCK();
+  struct fake_block *b = fake_block_of(pointer);
+  int wrong = attribute != HFR_CU_POINTER_SYNC_MEMOPS || !*(const unsigned *)value || !b || b->freed || b->kind != FAKE_DEVICE;
+  UNLOCK();
+  return wrong ? HFR_CU_INVALID_VALUE : HFR_CU_SUCCESS;
+}
+
+/* ---------------------------------------------------------------- from the bus */
+
+static struct posted {
+  struct posted *next;
+  uintptr_t to;
+  uint64_t newest; /* allocation that the mapping knew */
+  size_t bytes;
+  uint8_t data[];
+} * posted, **posted_tail = &posted;
+
+void fake_arrive(void) {
+  struct posted *p;
+  while ((p = posted)) {
+    struct fake_block *b = fake_block_of(p->to);
+    if (!b || b->freed || b->id > p->newest)
+      fake_die("a write of %zu bytes to %#zx arrives when its memory is freed", p->bytes, (size_t)p->to);
+    memcpy(fake_bytes(p->to, p->bytes, "a write over the bus"), p->data, p->bytes);
+    posted = p->next;
+    free(p);
+  }
+  posted_tail = &posted;
+}
+
+/* For fake/gdrapi.c: is there device memory at the address? The number of the newest allocation then, else 0. A mapping knows
+ * what was allocated when it was made: memory that came later, at the same address, it does not reach. */
+EXPORT uint64_t fake_cuda_allocation(uintptr_t address);
+EXPORT uint64_t fake_cuda_allocation(uintptr_t address) {
+  LOCK();
+  struct fake_block *b = fake_block_of(address);
+  uint64_t newest = b && !b->freed && b->kind == FAKE_DEVICE ? fake.allocations : 0;
+  UNLOCK();
+  return newest;
+}
+EXPORT void fake_cuda_bus_read(void *to, uintptr_t from, size_t bytes, uint64_t newest);
+EXPORT void fake_cuda_bus_read(void *to, uintptr_t from, size_t bytes, uint64_t newest) {
+  LOCK();
+  struct fake_block *b = fake_block_of(from);
+  if (!b || b->freed || b->id > newest) fake_die("a mapping at %#zx is read when its memory is freed", (size_t)from);
+  memcpy(to, fake_bytes(from, bytes, "a read over the bus"), bytes);
+  UNLOCK();
+}
+EXPORT void fake_cuda_bus_write(uintptr_t to, const void *from, size_t bytes, uint64_t newest);
+EXPORT void fake_cuda_bus_write(uintptr_t to, const void *from, size_t bytes, uint64_t newest) {
+  struct posted *p = malloc(sizeof *p + bytes);
+  *p = (struct posted){NULL, to, newest, bytes};
+  memcpy(p->data, from, bytes);
+  LOCK();
+  *posted_tail = p;
+  posted_tail = &p->next;
+  UNLOCK();
 }

@@ -61,6 +61,9 @@ void fake_execute(const struct fake_op *op) {
         struct timespec t = {0, i < 50 ? 10000 : 200000};
         nanosleep(&t, NULL);
       }
+      LOCK();
+      if (op->size) fake_arrive();
+      UNLOCK();
       break;
     }
     case FAKE_HOST:
@@ -380,8 +383,9 @@ EXPORT hfr_cu_result cuStreamWriteValue32_v2(hfr_cu_stream stream, hfr_cu_ptr wo
 }
 EXPORT hfr_cu_result cuStreamWaitValue32_v2(hfr_cu_stream stream, hfr_cu_ptr word, uint32_t value, unsigned flags) {
   ENTER("cuStreamWaitValue32");
-  if (!fake.mem_ops || flags) return HFR_CU_NOT_SUPPORTED;
-  return put(stream, "cuStreamWaitValue32", (struct fake_op){.what = FAKE_WAIT, .to = word, .value = value});
+  int flushes = flags == HFR_CU_WAIT_FLUSH;
+  if (!fake.mem_ops || (flags && !flushes) || (flushes && !fake.flush)) return HFR_CU_NOT_SUPPORTED;
+  return put(stream, "cuStreamWaitValue32", (struct fake_op){.what = FAKE_WAIT, .to = word, .value = value, .size = flushes});
 }
 EXPORT hfr_cu_result cuLaunchHostFunc(hfr_cu_stream stream, hfr_cu_host_fn function, void *arg) {
   ENTER("cuLaunchHostFunc");
