@@ -30,7 +30,9 @@ def sources() -> list[Path]:
 
 
 def flags_for(source: Path, machine: str) -> list[str]:
-    """Flags that one file needs beside the common ones: SIMD instances are named simd/*_<level>.c."""
+    """Flags that one file needs beside the common ones: SIMD instances are named simd/*_<level>.c, the kernels' text is included."""
+    if source.stem == "cuda_kernels":  # it holds the text of kernels, which the assembler reads
+        return [f"-Wa,-I,{HERE / 'device'}"]
     if machine not in ("x86_64", "AMD64"):
         return []
     if source.stem.endswith("_avx2"):
@@ -49,10 +51,10 @@ def compile_objects(
     cc: str | None = None,
     extra: list[str] | None = None,
 ) -> list[Path]:
-    """Compile what is older than its sources or any header; return the objects. Raises SystemExit with the compiler's output on failure."""
+    """Compile what is older than its sources, any header or kernel; return the objects. Raises SystemExit with the compiler's output on failure."""
     cc = cc or os.environ.get("CC", "gcc")
     out.mkdir(parents=True, exist_ok=True)
-    newest_header = max((p.stat().st_mtime for p in HERE.rglob("*.[hi]*")), default=0.0)
+    newest_header = max((p.stat().st_mtime for p in (*HERE.rglob("*.[hi]*"), *HERE.rglob("*.cu"))), default=0.0)
     newest_header = max(newest_header, Path(__file__).stat().st_mtime)
     machine = os.uname().machine
     jobs, objects = [], []

@@ -205,6 +205,7 @@ size_t hfr_device_describe(char *text, size_t size) {
                        count > 1 ? "s" : "");
   for (int i = 0; i < count && n < size; i++) n += (size_t)describe_device(cu, i, text + n, size - n);
   if (n < size) n += hfr_gdrcopy_describe(text + n, size - n);
+  if (n < size) n += hfr_kernels_describe(text + n, size - n);
   if (hfr_cuda_one_queue() && n < size)
     n += (size_t)snprintf(text + n, size - n,
                           "device cuda warning: CUDA_DEVICE_MAX_CONNECTIONS=1: while a collective waits, other streams of the "

@@ -19,6 +19,14 @@ int hfr_cuda_pci(const struct hfr_cu *cu, int device, char text[16]);
 int hfr_cuda_numa(const struct hfr_cu *cu, int device);
 /* A line on GDRCopy, as hfr_device_describe writes it; what snprintf returns. */
 size_t hfr_gdrcopy_describe(char *text, size_t size);
+/* --- cuda_kernels.c --- */
+/* NULL: kernels can be compiled, else what is missing. Any thread. */
+const char *hfr_kernels_why_absent(void);
+/* A line on it, as hfr_device_describe writes it; what snprintf returns. */
+size_t hfr_kernels_describe(char *text, size_t size);
+/* Compile cuda_reduce.cu for a compute capability (80 is 8.0) to an image that cuModuleLoadData takes; the caller frees it.
+   Takes a second or so. */
+hfreduceResult_t hfr_kernels_compile(int capability, void **image, size_t *bytes);
 /* CUDA_DEVICE_MAX_CONNECTIONS=1: all streams share one queue in the hardware. */
 int hfr_cuda_one_queue(void);
 #endif

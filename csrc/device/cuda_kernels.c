@@ -1,0 +1,129 @@
+/*
+ * Kernels of the library, compiled for the device at hand by NVRTC, which is found at run time (libnvrtc.so of CUDA 11.2 or
+ * newer). Their source is a part of the library: no toolkit is needed to build it.
+ */
+#include "cuda.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The text of cuda_reduce.cu; csrc/build.py tells the assembler where it is. */
+__asm__(
+    ".pushsection .rodata\n"
+    ".type cuda_reduce_source, %object\n"
+    "cuda_reduce_source:\n"
+    ".incbin \"cuda_reduce.cu\"\n"
+    ".byte 0\n"
+    ".size cuda_reduce_source, . - cuda_reduce_source\n"
+    ".popsection\n");
+extern const char cuda_reduce_source[] __attribute__((visibility("hidden")));
+
+typedef struct nvrtc_program *program;
+
+#define FUNCTIONS(X)                                                                                                     \
+  X(Version, (int *major, int *minor))                                                                                   \
+  X(GetNumSupportedArchs, (int *n))                                                                                      \
+  X(GetSupportedArchs, (int *archs))                                                                                     \
+  X(CreateProgram, (program * p, const char *source, const char *name, int n, const char *const *, const char *const *)) \
+  X(CompileProgram, (program p, int n, const char *const *options))                                                      \
+  X(GetProgramLogSize, (program p, size_t * bytes))                                                                      \
+  X(GetProgramLog, (program p, char *text))                                                                              \
+  X(GetCUBINSize, (program p, size_t * bytes))                                                                           \
+  X(GetCUBIN, (program p, char *image))                                                                                  \
+  X(GetPTXSize, (program p, size_t * bytes))                                                                             \
+  X(GetPTX, (program p, char *image))                                                                                    \
+  X(DestroyProgram, (program * p))
+
+static struct {
+#define MEMBER(name, parameters) int(*name) parameters;
+  FUNCTIONS(MEMBER)
+#undef MEMBER
+  int major, minor;
+  char absent[160];
+  pthread_once_t once;
+} nvrtc = {.once = PTHREAD_ONCE_INIT};
+
+static void load(void) {
+  static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"};
+  void *library = NULL;
+  for (size_t i = 0; i < sizeof names / sizeof *names && !library; i++) library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    snprintf(nvrtc.absent, sizeof nvrtc.absent, "no libnvrtc.so.13 or .12: install CUDA's runtime compiler");
+    return;
+  }
+#define FIND(name, parameters)                                                    \
+  if (!(*(void **)&nvrtc.name = dlsym(library, "nvrtc" #name)) && !*nvrtc.absent) \
+    snprintf(nvrtc.absent, sizeof nvrtc.absent, "libnvrtc.so has no nvrtc" #name ": it is older than CUDA 11.2");
+  FUNCTIONS(FIND)
+#undef FIND
+  if (!*nvrtc.absent && nvrtc.Version(&nvrtc.major, &nvrtc.minor))
+    snprintf(nvrtc.absent, sizeof nvrtc.absent, "libnvrtc.so does not tell its version");
+}
+
+const char *hfr_kernels_why_absent(void) {
+  pthread_once(&nvrtc.once, load);
+  return *nvrtc.absent ? nvrtc.absent : NULL;
+}
+
+size_t hfr_kernels_describe(char *text, size_t size) {
+  const char *why = hfr_kernels_why_absent();
+  if (why)
+    return (size_t)snprintf(text, size, "device cuda NVLink pairs: not part of this version; no compiler for kernels: %s\n", why);
+  return (size_t)snprintf(text, size,
+                          "device cuda NVLink pairs: not part of this version; kernels would be compiled by NVRTC %d.%d\n",
+                          nvrtc.major, nvrtc.minor);
+}
+
+/* The newest architecture that the compiler knows and a device of this capability runs; 0: none. */
+static int best_arch(int capability) {
+  int n = 0, best = 0, *archs;
+  if (nvrtc.GetNumSupportedArchs(&n) || n < 1 || !(archs = calloc((size_t)n, sizeof *archs))) return 0;
+  if (!nvrtc.GetSupportedArchs(archs))
+    for (int i = 0; i < n; i++)
+      if (archs[i] <= capability && archs[i] > best) best = archs[i];
+  free(archs);
+  return best;
+}
+
+static hfreduceResult_t compiler_failed(program p, const char *what, int arch) {
+  char text[700] = "";
+  size_t bytes = 0;
+  char *log = !nvrtc.GetProgramLogSize(p, &bytes) && bytes ? malloc(bytes) : NULL;
+  if (log && !nvrtc.GetProgramLog(p, log)) snprintf(text, sizeof text, "%s", log);
+  free(log);
+  return hfr_fail(hfreduceUnhandledCudaError, "NVRTC %d.%d: %s failed for compute capability %d.%d: %.600s", nvrtc.major,
+                  nvrtc.minor, what, arch / 10, arch % 10, text);
+}
+
+/* The machine's code, or, for a device that the compiler does not know, what its driver makes code of. */
+static hfreduceResult_t take_image(program p, int arch, int exact, void **image, size_t *bytes) {
+  if (exact ? nvrtc.GetCUBINSize(p, bytes) : nvrtc.GetPTXSize(p, bytes)) return compiler_failed(p, "taking the code", arch);
+  char *code = malloc(*bytes ? *bytes : 1);
+  if (!code) return hfr_fail(hfreduceSystemError, "out of memory for %zu bytes of code", *bytes);
+  if (exact ? nvrtc.GetCUBIN(p, code) : nvrtc.GetPTX(p, code)) return free(code), compiler_failed(p, "taking the code", arch);
+  *image = code;
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_kernels_compile(int capability, void **image, size_t *bytes) {
+  const char *why = hfr_kernels_why_absent();
+  char target[40];
+  program p;
+  if (why) return hfr_fail(hfreduceInvalidUsage, "kernels cannot be compiled: %s", why);
+  int arch = best_arch(capability);
+  if (!arch)
+    return hfr_fail(hfreduceInvalidUsage, "NVRTC %d.%d knows no architecture that a device of compute capability %d.%d runs",
+                    nvrtc.major, nvrtc.minor, capability / 10, capability % 10);
+  snprintf(target, sizeof target, "--gpu-architecture=%s_%d", arch == capability ? "sm" : "compute", arch);
+  const char *const options[] = {target, "--std=c++17", "--fmad=false"}; /* each operation rounds by itself, as on CPUs */
+  if (nvrtc.CreateProgram(&p, cuda_reduce_source, "cuda_reduce.cu", 0, NULL, NULL))
+    return hfr_fail(hfreduceUnhandledCudaError, "NVRTC %d.%d: nvrtcCreateProgram failed", nvrtc.major, nvrtc.minor);
+  hfreduceResult_t r = nvrtc.CompileProgram(p, sizeof options / sizeof *options, options)
+                           ? compiler_failed(p, "compiling", arch)
+                           : take_image(p, arch, arch == capability, image, bytes);
+  nvrtc.DestroyProgram(&p);
+  return r;
+}
