@@ -339,6 +339,17 @@ hfreduceResult_t hfreduceGroupCancel(hfreduceResult_t result) {
   return hfreduceSuccess;
 }
 
+/* What was launched on host memory goes on while the caller does something else. */
+static void leave_to_thread(const struct grouped *list, int n) {
+  int in_line = 1;
+  for (int i = 0; i < n; i++) {
+    in_line &= list[i].call.coll != HFR_P2P;
+    if (i + 1 < n && list[i + 1].comm == list[i].comm) continue; /* the last of its communicator stands for all */
+    if (!list[i].ordered.on) hfr_drive_soon(&list[i].comm->engine, in_line);
+    in_line = 1;
+  }
+}
+
 hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
   int n = 0;
   struct grouped *list = NULL;
@@ -349,8 +360,7 @@ hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
     return hfr_fail(hfreduceInvalidUsage,
                     "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
   if (!r) r = launch(list, n, 1, work);
-  for (int i = 0; !r && i < n; i++)
-    if (!list[i].ordered.on && (!i || list[i].comm != list[i - 1].comm)) hfr_drive_async(&list[i].comm->engine);
+  if (!r) leave_to_thread(list, n);
   free(list);
   return r;
 }

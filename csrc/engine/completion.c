@@ -66,7 +66,10 @@ hfreduceResult_t hfreduceWorkNotify(hfreduceWork_t work, hfreduceCompletionQueue
   work->token = token;
   atomic_fetch_add(&work->refs, 1); /* the queue's, until the token is taken */
   struct hfreduceCompletionQueue *none = NULL;
-  if (!atomic_compare_exchange_strong(&work->queue, &none, queue)) push(queue, work);
+  if (!atomic_compare_exchange_strong(&work->queue, &none, queue))
+    push(queue, work);
+  else
+    hfr_drive_kick(); /* who takes the token does not drive */
   return hfreduceSuccess;
 }
 

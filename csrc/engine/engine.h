@@ -103,6 +103,7 @@ struct hfr_engine {
   pid_t pid;
 
   _Atomic int driver;                      /* 1: somebody drives */
+  _Atomic int parked;                      /* 1: the progress thread sleeps with it, since its first collective waits for peers */
   pthread_mutex_t lock;                    /* guards inbox, tickets, free requests, error */
   struct hfr_request *inbox, **inbox_tail; /* submitted, not yet seen by a driver */
   _Atomic int inbox_full;
@@ -193,8 +194,11 @@ void hfr_engine_wake(struct hfr_engine *engine);
 /* Run until `work` is done: in this thread if nobody drives, else wait for who does. deadline_ns < 0: until it ends by itself. 1
  * done, 0 time is up. */
 int hfr_drive_until(struct hfr_engine *engine, struct hfreduceWork *work, int64_t deadline_ns);
-/* Let the progress thread drive. */
+/* Let the progress thread drive, at once: somebody waits. */
 void hfr_drive_async(struct hfr_engine *engine);
+/* Let it drive within a millisecond, and if possible without waking it, which takes as long as several launches: the caller
+ * computes, or will wait and then drives himself. in_line: what was launched are collectives, behind those of the engine. */
+void hfr_drive_soon(struct hfr_engine *engine, int in_line);
 /* Wait for a work that others drive. 1 done, 0 time is up. */
 int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns);
 /* Wait for a work, and drive its engine meanwhile if nobody else does. Any thread. */
@@ -204,7 +208,7 @@ int hfr_drive_begin(struct hfr_engine *engine);
 void hfr_drive_end(struct hfr_engine *engine);
 /* Take the engine off the progress thread's list and out of its hands. */
 void hfr_drive_stop(struct hfr_engine *engine);
-/* Have the progress thread look at its engines, if it sleeps. Any thread. */
+/* Have the progress thread look at its engines at once, if it sleeps. Any thread. */
 void hfr_drive_kick(void);
 /* In a forked child: there is no progress thread; the next hfr_drive_async starts one. */
 void hfr_drive_after_fork(void);

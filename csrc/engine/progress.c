@@ -14,15 +14,22 @@
 #define NAP_NS 50000000ll /* longest sleep: deadlines and departures are looked at this often */
 /* A device rings no bell. So sleeps that wait for its words are short, and grow to this, at which a core is idle to 98 %. */
 #define LOOK_NS 1000000ll
+/* With nothing to drive the progress thread naps an eighth as long as it has had nothing, from the first of these to the last,
+ * and then sleeps until it is woken. To wake it takes as long as several launches: so those that follow each other need not. */
+#define FIRST_REST_NS 100000ll
+#define LAST_REST_NS 1000000ll
 #define CHECK_EVERY 4096 /* idle polls between looks at the clock while spinning */
+
+enum rest { AWAKE, NAPPING, ASLEEP };
 
 static struct {
   pthread_mutex_t lock; /* list, started */
   pthread_mutex_t busy; /* held by the thread while it touches engines */
   struct hfr_engine *list;
   int started, kick_fd;
-  _Atomic int asleep;
-  _Atomic int waiting; /* threads that want `busy`: mutexes are not fair, so the thread stands back for them */
+  _Atomic int rest;     /* enum rest, of the thread */
+  _Atomic int launched; /* something has been launched since the thread looked */
+  _Atomic int waiting;  /* threads that want `busy`: mutexes are not fair, so the thread stands back for them */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .busy = PTHREAD_MUTEX_INITIALIZER, .kick_fd = -1};
 
 static int try_drive(struct hfr_engine *e) {
@@ -89,10 +96,18 @@ static int look_for_progress(struct hfr_engine *e, void *arg) {
 
 int hfr_drive_begin(struct hfr_engine *e) { return try_drive(e); }
 
-void hfr_drive_end(struct hfr_engine *e) {
+/* Stop driving. What is left is the progress thread's: at once, if somebody waits for it beside `guests` who leave. */
+static void leave(struct hfr_engine *e, uint32_t guests) {
   stop_driving(e);
-  if (atomic_load_explicit(&e->active, memory_order_acquire)) hfr_drive_async(e);
+  if (!atomic_load_explicit(&e->active, memory_order_acquire)) return;
+  atomic_thread_fence(memory_order_seq_cst); /* who comes now is seen here, or finds that nobody drives */
+  if (atomic_load_explicit(&e->guests, memory_order_relaxed) > guests)
+    hfr_drive_async(e);
+  else
+    hfr_drive_soon(e, 0);
 }
+
+void hfr_drive_end(struct hfr_engine *e) { leave(e, 0); }
 
 /* As the driver. */
 static int drive(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
@@ -112,12 +127,21 @@ static int drive(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadli
 
 int hfr_drive_until(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
   if (!try_drive(e)) {
+    atomic_fetch_add(&e->guests, 1);
     hfr_drive_async(e);
-    return hfr_work_wait(work, deadline_ns);
+    int ended = hfr_work_wait(work, deadline_ns);
+    atomic_fetch_sub(&e->guests, 1);
+    return ended;
   }
   int done = drive(e, work, deadline_ns);
   hfr_drive_end(e);
   return done;
+}
+
+/* The engine may be gone after it. */
+static void end_as_guest(struct hfr_engine *e) {
+  leave(e, 1);
+  atomic_fetch_sub(&e->guests, 1);
 }
 
 #define STEAL_TRIES 64 /* the progress thread holds an engine for one pass at a time, unless it sleeps with it */
@@ -135,8 +159,8 @@ int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns) {
     for (int i = 0; i < STEAL_TRIES && !(done = (int)atomic_load_explicit(&work->done, memory_order_acquire)); i++) {
       if (try_drive(e)) {
         done = drive(e, work, deadline_ns);
-        hfr_drive_end(e);
-        break;
+        end_as_guest(e);
+        return done;
       }
       hfr_cpu_relax();
     }
@@ -164,63 +188,104 @@ int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns) {
 
 #define MAX_ENGINES 256
 
-/* One pass over the engines. Those in `held` are driven by us already. */
-static int pass(struct hfr_engine **engine, int n, const char *held) {
+/* One pass over the engines. Those in `held` are driven by us already. *mine: how many we could drive. */
+static int pass(struct hfr_engine **engine, int n, const char *held, int *mine) {
   int moved = 0;
+  *mine = 0;
   for (int i = 0; i < n; i++) {
     if (!held && !try_drive(engine[i])) continue;
-    if (!held || held[i]) moved |= hfr_engine_progress(engine[i]);
+    if (held && !held[i]) continue;
+    ++*mine;
+    moved |= hfr_engine_progress(engine[i]);
     if (!held) stop_driving(engine[i]);
   }
   return moved;
 }
 
-/* 1: some of them wait for a device, so that this sleep was a short one. */
-static int sleep_in_poll(struct hfr_engine **engine, int n, int nth) {
-  char held[MAX_ENGINES];
-  int looks = 0;
-  static _Thread_local struct hfr_waitset set;
+/* What the thread remembers from one sleep to the next. */
+struct sleeper {
+  char held[MAX_ENGINES]; /* engines that it drives while it sleeps */
+  int nheld, looks;       /* looks: some of them wait for a device */
+  int nth;                /* sleeps in a row without work done */
+  int had_work;
+  int64_t rest_ns; /* of the next sleep with nothing to drive */
+  struct hfr_waitset set;
+};
+
+static void hold(struct sleeper *s, struct hfr_engine **engine, int n) {
   int64_t now = hfr_now_ns();
+  s->nheld = 0;
   for (int i = 0; i < n; i++) {
-    held[i] = (char)try_drive(engine[i]);
-    if (!held[i]) continue;
+    s->held[i] = (char)try_drive(engine[i]);
+    if (!s->held[i]) continue;
+    s->nheld++;
     hfr_engine_check(engine[i], now);
     hfr_arena_sleep_begin(engine[i]->arena, HFR_SLEEP_POLL);
+    atomic_store_explicit(&engine[i]->parked, engine[i]->queue != NULL, memory_order_relaxed);
   }
-  atomic_store_explicit(&pool.asleep, 1,
-                        memory_order_seq_cst); /* pairs with hfr_drive_kick(): it writes, or we see its request in this pass */
-  atomic_thread_fence(memory_order_seq_cst);
-  pthread_mutex_lock(&pool.lock);
-  int changed = n ? 0 : pool.list != NULL;
-  int listed = 0;
-  for (struct hfr_engine *e = pool.list; e; e = e->next_active) listed++;
-  changed |= listed > n && n < MAX_ENGINES;
-  pthread_mutex_unlock(&pool.lock);
-  int moved = pass(engine, n, held);
-  for (int i = 0; i < n; i++) looks |= hfr_engine_looks(engine[i]);
-  if (!moved && !changed) {
-    set.n = set.ready = 0;
-    for (int i = 0; i < n; i++) {
-      if (!held[i]) continue;
-      hfr_engine_want(engine[i], &set);
-      if (set.n < (int)(sizeof set.fd / sizeof *set.fd) - 1)
-        set.fd[set.n++] = (struct pollfd){engine[i]->arena->bell_fd, POLLIN, 0};
-    }
-    if (set.n == sizeof set.fd / sizeof *set.fd) set.n--;
-    set.fd[set.n++] = (struct pollfd){pool.kick_fd, POLLIN, 0};
-    if (!n) pthread_mutex_unlock(&pool.busy);
-    sleep_in(&set, set.ready ? 0 : n ? nap_ns(looks, nth) : -1);
-    if (!n) pthread_mutex_lock(&pool.busy);
-  }
-  atomic_store_explicit(&pool.asleep, 0, memory_order_seq_cst);
-  uint64_t drain;
-  (void)!read(pool.kick_fd, &drain, sizeof drain);
+}
+
+static void let_go(struct sleeper *s, struct hfr_engine **engine, int n) {
   for (int i = 0; i < n; i++) {
-    if (!held[i]) continue;
+    if (!s->held[i]) continue;
+    atomic_store_explicit(&engine[i]->parked, 0, memory_order_relaxed);
     hfr_arena_sleep_end(engine[i]->arena);
     stop_driving(engine[i]);
   }
-  return looks;
+}
+
+/* How long to sleep with nothing to drive; < 0: until woken. n engines have work, of which we hold some. */
+static int64_t rest_ns(struct sleeper *s, int n) {
+  if (atomic_exchange_explicit(&pool.launched, 0, memory_order_relaxed) || (s->had_work && !n)) s->rest_ns = FIRST_REST_NS;
+  s->had_work = n > 0;
+  if (s->nheld) return NAP_NS;
+  int64_t ns = s->rest_ns;
+  if (ns < LAST_REST_NS)
+    s->rest_ns += ns / 8;
+  else if (!n)
+    return -1;
+  return ns;
+}
+
+static void sleep_on_bells(struct sleeper *s, struct hfr_engine **engine, int n, int64_t ns) {
+  struct hfr_waitset *set = &s->set;
+  set->n = set->ready = 0;
+  for (int i = 0; i < n; i++) {
+    if (!s->held[i]) continue;
+    hfr_engine_want(engine[i], set);
+    if (set->n < (int)(sizeof set->fd / sizeof *set->fd) - 1)
+      set->fd[set->n++] = (struct pollfd){engine[i]->arena->bell_fd, POLLIN, 0};
+  }
+  if (set->n == sizeof set->fd / sizeof *set->fd) set->n--;
+  set->fd[set->n++] = (struct pollfd){pool.kick_fd, POLLIN, 0};
+  if (!n) pthread_mutex_unlock(&pool.busy);
+  sleep_in(set, set->ready ? 0 : ns);
+  if (!n) pthread_mutex_lock(&pool.busy);
+}
+
+static int more_listed(int n) {
+  int listed = 0;
+  pthread_mutex_lock(&pool.lock);
+  for (struct hfr_engine *e = pool.list; e; e = e->next_active) listed++;
+  pthread_mutex_unlock(&pool.lock);
+  return listed > n && n < MAX_ENGINES;
+}
+
+static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) {
+  int mine;
+  hold(s, engine, n);
+  int64_t ns = rest_ns(s, n);
+  /* Pairs with hfr_drive_kick() and hfr_drive_soon(): they write to us, or we see the request in this pass. */
+  atomic_store_explicit(&pool.rest, s->nheld || ns < 0 ? ASLEEP : NAPPING, memory_order_seq_cst);
+  atomic_thread_fence(memory_order_seq_cst);
+  int moved = more_listed(n) | pass(engine, n, s->held, &mine);
+  s->looks = 0; /* after the pass, which may have taken in what waits for a device */
+  for (int i = 0; i < n; i++) s->looks |= hfr_engine_looks(engine[i]);
+  if (!moved) sleep_on_bells(s, engine, n, s->nheld ? nap_ns(s->looks, s->nth) : ns);
+  atomic_store_explicit(&pool.rest, AWAKE, memory_order_seq_cst);
+  uint64_t drain;
+  (void)!read(pool.kick_fd, &drain, sizeof drain);
+  let_go(s, engine, n);
 }
 
 /* Engines that have work; those that ran dry leave the list. */
@@ -244,7 +309,8 @@ static int snapshot(struct hfr_engine **engine) {
 
 static void *progress_main(void *arg) {
   struct hfr_engine *engine[MAX_ENGINES];
-  int idle = 0, naps = 0;
+  struct sleeper sleeper = {.rest_ns = FIRST_REST_NS};
+  int idle = 0;
   (void)arg;
   prctl(PR_SET_NAME, "hfr-progress");
   sigset_t all;
@@ -253,22 +319,23 @@ static void *progress_main(void *arg) {
   for (;;) {
     while (atomic_load_explicit(&pool.waiting, memory_order_relaxed)) sched_yield();
     pthread_mutex_lock(&pool.busy);
-    int n = snapshot(engine), patience = 0, yields = 0;
+    int n = snapshot(engine), patience = 0, yields = 0, mine;
     for (int i = 0; i < n; i++) {
       if (engine[i]->spins > patience) patience = engine[i]->spins;
       if (engine[i]->yields > yields) yields = engine[i]->yields;
     }
     patience /= 8; /* the caller computes meanwhile: leave it the core soon */
-    if (n && pass(engine, n, NULL))
-      idle = naps = 0;
-    else if (n && ++idle < patience)
+    if (pass(engine, n, NULL, &mine)) {
+      idle = sleeper.nth = 0;
+    } else if (mine && ++idle < patience) {
       hfr_cpu_relax();
-    else if (n && idle < patience + yields)
+    } else if (mine && idle < patience + yields) {
       sched_yield();
-    else if (sleep_in_poll(engine, n, naps < 1000 ? naps++ : naps))
-      idle = patience + yields; /* a short sleep: no spinning again */
-    else
-      idle = naps = 0;
+    } else { /* also while those who wait drive themselves: we would only take their core */
+      sleep_in_poll(&sleeper, engine, n);
+      if (sleeper.nth < 1000) sleeper.nth++;
+      idle = sleeper.looks ? patience + yields : 0; /* a short sleep: no spinning again */
+    }
     pthread_mutex_unlock(&pool.busy);
   }
   return NULL;
@@ -291,14 +358,22 @@ static void ensure_thread(void) {
     pool.started = 1;
 }
 
-void hfr_drive_kick(void) {
-  atomic_thread_fence(memory_order_seq_cst);
-  if (!atomic_load_explicit(&pool.asleep, memory_order_seq_cst)) return;
+static void write_kick(void) {
   uint64_t one = 1;
   (void)!write(pool.kick_fd, &one, sizeof one);
 }
 
-void hfr_drive_async(struct hfr_engine *e) {
+/* Pairs with sleep_in_poll(): the thread sees what we have written, or we see that it sleeps. */
+static int rest_of_thread(void) {
+  atomic_thread_fence(memory_order_seq_cst);
+  return atomic_load_explicit(&pool.rest, memory_order_seq_cst);
+}
+
+void hfr_drive_kick(void) {
+  if (rest_of_thread() != AWAKE) write_kick();
+}
+
+static void list_engine(struct hfr_engine *e) {
   pthread_mutex_lock(&pool.lock);
   ensure_thread();
   if (!e->listed) {
@@ -307,7 +382,19 @@ void hfr_drive_async(struct hfr_engine *e) {
     pool.list = e;
   }
   pthread_mutex_unlock(&pool.lock);
+}
+
+void hfr_drive_async(struct hfr_engine *e) {
+  list_engine(e);
   hfr_drive_kick();
+}
+
+void hfr_drive_soon(struct hfr_engine *e, int in_line) {
+  list_engine(e);
+  atomic_store_explicit(&pool.launched, 1, memory_order_relaxed);
+  if (rest_of_thread() != ASLEEP) return; /* it looks by itself */
+  if (in_line && atomic_load_explicit(&e->parked, memory_order_relaxed)) return;
+  write_kick();
 }
 
 void hfr_drive_stop(struct hfr_engine *e) {
