@@ -26,7 +26,7 @@ from hfreduce.work import Sender, Work, reap
 
 # Bound once: the fast paths make no attribute chain.
 _ndarray = np.ndarray
-_fast = lib.hfr_ndarray_call
+_fast, _fast_launch = lib.hfr_ndarray_call, lib.hfr_ndarray_launch
 _BROADCAST, _ALL_GATHER, _ALL_TO_ALL = lib.HFR_NDARRAY_BROADCAST, lib.HFR_NDARRAY_ALL_GATHER, lib.HFR_NDARRAY_ALL_TO_ALL
 _ALL_REDUCE, _REDUCE, _REDUCE_SCATTER = (
     {op: which | code << 8 for op, code in OPS.items()}
@@ -158,6 +158,7 @@ class Communicator:
         "_finalizer",
         "_handle",
         "_host",
+        "_launched",
         "_local_nranks",
         "_local_rank",
         "_node",
@@ -206,6 +207,7 @@ class Communicator:
         self._host, self._transports = text(info.host), text(info.transports)
         self._timeout = timeout
         self._running: deque[Work] = deque()
+        self._launched = ffi.new("hfreduceWork_t *")  # where C puts the handle of what was launched
         self._handle = handle
         check(lib.hfreduceCommSetPatience(handle, _PATIENCE), handle)
         self._finalizer = weakref.finalize(self, _destroy, handle, self._running, os.getpid())
@@ -296,6 +298,13 @@ class Communicator:
                 return x
             if code > 0 and code != _INVALID_ARGUMENT:
                 return self._not_at_once(code, x, x)
+        elif async_op and out is None and type(x) is _fast_type and stream is None and not _open_groups:
+            call = _ALL_REDUCE.get(op, -1) if type(op) is str else -1
+            code = _fast_launch(call, id(x), 0, 0, self._handle, self._launched)
+            if code == 0:
+                return Work(self._launched[0], x, x, self._running)
+            if code > 0 and code != _INVALID_ARGUMENT:
+                raise self._failure(code)
         source, target, result = self._in_place_or_out(x, out, stream)
         return self._issue(
             lib.hfreduceAllReduce,

@@ -26,6 +26,8 @@ enum {
  * is 0. call: which, plus 256 times the op. Few arguments, because each is converted. -1: they are not such arrays, or do not
  * fit; nothing was done. */
 int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm);
+/* Launch the same. -1: nothing was launched. */
+int hfr_ndarray_launch(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm, hfreduceWork_t *work);
 /* ---- [cffi end] ---- */
 
 struct hfr_ndarray {
@@ -86,5 +88,14 @@ int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduc
       return count != other || count % (size_t)n ? -1 : (int)hfreduceAlltoAll(a->data, b->data, count / (size_t)n, t, comm, NULL);
     default: return -1;
   }
+}
+
+int hfr_ndarray_launch(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm, hfreduceWork_t *work) {
+  hfreduceGroupStart();
+  if (hfr_ndarray_call(call, array, out, root, comm) < 0) {
+    hfreduceGroupEnd(); /* of nothing */
+    return -1;
+  }
+  return (int)hfreduceGroupEndAsync(work); /* also says what was wrong with the call */
 }
 #endif
