@@ -33,8 +33,8 @@ from hfreduce.cli.perf import size as parse_size
 #: Loads and stores of each rank for each byte of its vector, n ranks on a node, large messages, counting caches like memory. README.md derives
 #: them. MPI chooses among many algorithms, so there is no one number.
 DERIVED: dict[str, Callable[[int], float]] = {
-    "hfreduce": lambda n: 5 + 1 / n,
-    "numpy": lambda n: 5 + 1 / n,
+    "hfreduce": lambda n: 5 - 1 / n,
+    "numpy": lambda n: 5 - 1 / n,
     "gloo": lambda n: 11 * (n - 1) / n,
 }
 #: Bytes from which the algorithms are those that DERIVED is of.
