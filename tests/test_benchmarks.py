@@ -296,7 +296,7 @@ def test_cost(tmp_path: Path) -> None:
         "bytes a byte, missed",
     ]
     assert [row[0] for row in cpu[1:]] == ["hfreduce, 64 KiB", "numpy, 64 KiB", "hfreduce, 1 MiB", "numpy, 1 MiB"]
-    assert [row[4] for row in cpu[1:]] == ["", "", "5.50", "5.50"]
+    assert [row[4] for row in cpu[1:]] == ["", "", "4.50", "4.50"]
     for row in json.loads(path.read_text())["cpu"]:
         busy = row["cores_busy"]
         assert 0 < busy < 4, row  # two ranks, the progress threads beside them
