@@ -71,6 +71,7 @@ size_t hfreduceDescribe(char *text, size_t size) {
                   hfr_addr_text(&addr, address));
   else
     n += snprintf(out + n, sizeof out - (size_t)n, "transport tcp: loopback only: %.300s\n", hfr_last_error()->text);
+  n += (int)hfr_bootstrap_describe(out + n, sizeof out - 1024 - (size_t)n);
   n += (int)hfr_transport_describe(out + n, sizeof out - 1024 - (size_t)n);
   n += snprintf(out + n, sizeof out - (size_t)n, "device host: in use\n");
   n += (int)hfr_device_describe(out + n, sizeof out - 256 - (size_t)n);

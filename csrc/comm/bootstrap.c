@@ -100,6 +100,19 @@ static int choose_slots(int told, uint64_t chunk) {
   return (int)((slots + 1) / 2 * 2);
 }
 
+static uint64_t choose_chunk(void) { return (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096; }
+
+size_t hfr_bootstrap_describe(char *text, size_t size) {
+  const struct hfr_geometry g = {.chunk = choose_chunk()};
+  int n = snprintf(
+      text, size,
+      "on one node: up to %lld bytes by the number of ranks in one exchange; above, each rank its share of chunks of %zu "
+      "bytes, in %d slots a rank; results of %zu bytes or more, over all ranks, past the caches\n",
+      (long long)hfr_oneshot_bytes(&g, 1), g.chunk, choose_slots((int)hfr_param_int(HFR_PARAM_SLOTS), g.chunk),
+      hfr_stream_from());
+  return n < 0 ? 0 : (size_t)n < size ? (size_t)n : size - 1;
+}
+
 static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, struct hfr_record *r) {
   memset(r, 0, sizeof *r);
   r->rank = c->rank;
@@ -111,7 +124,7 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
   r->pid = (uint32_t)getpid();
   r->members = c->uid.members;
   memcpy(r->transports, c->offer.number, sizeof r->transports);
-  r->chunk = (uint64_t)(hfr_param_int(HFR_PARAM_CHUNK) + 4095) / 4096 * 4096;
+  r->chunk = choose_chunk();
   r->slots = (uint32_t)choose_slots((int)hfr_param_int(HFR_PARAM_SLOTS), r->chunk);
   const char *algo = hfr_param_text(HFR_PARAM_ALGO);
   r->algo = !strcmp(algo, "tree")     ? HFR_ALGO_TREE

@@ -120,6 +120,9 @@ void hfr_shrunk_free(struct hfreduceComm *comm);
 
 /* --- bootstrap.c --- */
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);
+/* How the ranks of one node would do it here, by size, in a line: what rank 0 with this process' parameters and caches chooses.
+ * Writes at most size bytes, the NUL included; returns how many without it. */
+size_t hfr_bootstrap_describe(char *text, size_t size);
 
 /* --- group.c --- */
 /* Take a checked call: into the thread's open group, or launch it and wait; or put it into its stream's order. */

@@ -7,6 +7,7 @@
  */
 #ifndef HFR_ENGINE_ENGINE_H_
 #define HFR_ENGINE_ENGINE_H_
+#include "../topo/host.h"
 #include "plan.h"
 #include "window.h"
 
@@ -160,6 +161,8 @@ void hfr_engine_submit(struct hfr_engine *engine, struct hfr_request *request);
 void hfr_engine_arm(struct hfr_engine *engine, struct hfr_request *request);
 /* The graph was launched: whoever drives shall look. Any thread; calls no driver. */
 void hfr_replay_ring(void *replay);
+/* Results of so many bytes on a node are not left in the caches: the inputs and the slots want room there too. */
+static inline size_t hfr_stream_from(void) { return hfr_cache_bytes(3) / 4; }
 /* Does the engine wait for words that a device writes? Then sleeps are short. */
 static inline int hfr_engine_looks(const struct hfr_engine *engine) {
   return atomic_load_explicit(&engine->windows, memory_order_relaxed) || atomic_load_explicit(&engine->due, memory_order_relaxed);

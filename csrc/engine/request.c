@@ -4,7 +4,6 @@
 
 #include "../base/log.h"
 #include "../base/thread.h"
-#include "../topo/host.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -611,8 +610,8 @@ hfreduceResult_t hfr_engine_init(struct hfr_engine *e) {
   e->queue_tail = &e->queue;
   e->p2p_tail = &e->p2p;
   e->pid = getpid();
-  e->stream_from = hfr_cache_bytes(3) / 4; /* the inputs and the slots want room too */
-  e->base = (uint64_t)e->geometry.slots;   /* so that needs of earlier operations never go below zero */
+  e->stream_from = hfr_stream_from();
+  e->base = (uint64_t)e->geometry.slots; /* so that needs of earlier operations never go below zero */
   e->link = calloc((size_t)n * HFR_NVC, sizeof *e->link);
   e->linked = calloc((size_t)n, sizeof *e->linked);
   e->left_ns = calloc((size_t)n, sizeof *e->left_ns);

@@ -2,6 +2,7 @@
 #include "host.h"
 
 #include <fcntl.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -22,9 +23,32 @@ static void read_line(const char *path, char *text, size_t size) {
   text[strcspn(text, "\n")] = '\0';
 }
 
+/* As the kernel tells of the first CPU; 0: it does not. */
+static size_t told_cache_bytes(int level) {
+  for (int i = 0; i < 8; i++) {
+    char path[96], text[32], unit = 0;
+    size_t size = 0;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/level", i);
+    read_line(path, text, sizeof text);
+    if (text[0] != '0' + level) continue;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", i);
+    read_line(path, text, sizeof text);
+    if (sscanf(text, "%zu%c", &size, &unit) > 1) size <<= unit == 'K' ? 10 : unit == 'M' ? 20 : 0;
+    return size;
+  }
+  return 0;
+}
+
+/* sysconf() comes second: of the third level it may mean all that a socket has, of which a core reaches a part. */
 size_t hfr_cache_bytes(int level) {
-  long bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? (size_t)bytes : level == 2 ? (size_t)1 << 20 : (size_t)32 << 20;
+  static _Atomic size_t known[4];
+  size_t bytes = atomic_load_explicit(&known[level], memory_order_relaxed);
+  if (bytes) return bytes;
+  long fallback = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+  bytes = told_cache_bytes(level);
+  if (!bytes) bytes = fallback > 0 ? (size_t)fallback : level == 2 ? (size_t)1 << 20 : (size_t)32 << 20;
+  atomic_store_explicit(&known[level], bytes, memory_order_relaxed);
+  return bytes;
 }
 
 void hfr_host_name(char name[64]) {
