@@ -183,7 +183,7 @@ CASES = [
     *[("thread", "faults", 3, mode) for mode in ("abort", "flight", "kill-first")],
 ]
 #: What tests/nccl/arguments.c expects to find.
-PARAMETERS = {"HFREDUCE_CHUNK": "64K", "NCCL_SOCKET_IFNAME": "lo0", "HFREDUCE_TIMEOUT": "12.5"}
+PARAMETERS = {"HFREDUCE_CHUNK": "64K", "HFREDUCE_SLOTS": "4", "NCCL_SOCKET_IFNAME": "lo0", "HFREDUCE_TIMEOUT": "12.5"}
 
 
 @pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
