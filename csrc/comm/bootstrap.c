@@ -104,12 +104,12 @@ static uint64_t choose_chunk(void) { return (uint64_t)(hfr_param_int(HFR_PARAM_C
 
 size_t hfr_bootstrap_describe(char *text, size_t size) {
   const struct hfr_geometry g = {.chunk = choose_chunk()};
-  int n = snprintf(
-      text, size,
-      "on one node: up to %lld bytes by the number of ranks in one exchange; above, each rank its share of chunks of %zu "
-      "bytes, in %d slots a rank; results of %zu bytes or more, over all ranks, past the caches\n",
-      (long long)hfr_oneshot_bytes(&g, 1), g.chunk, choose_slots((int)hfr_param_int(HFR_PARAM_SLOTS), g.chunk),
-      hfr_stream_from());
+  int n = snprintf(text, size,
+                   "on one node: up to %lld bytes (%lld from 4 ranks on) by the number of ranks in one exchange; above, each "
+                   "rank its share of chunks of %zu "
+                   "bytes, in %d slots a rank; results of %zu bytes or more, over all ranks, past the caches\n",
+                   (long long)hfr_oneshot_bytes(&g, 1), 4 * (long long)hfr_oneshot_bytes(&g, 4), g.chunk,
+                   choose_slots((int)hfr_param_int(HFR_PARAM_SLOTS), g.chunk), hfr_stream_from());
   return n < 0 ? 0 : (size_t)n < size ? (size_t)n : size - 1;
 }
 

@@ -138,9 +138,10 @@ struct hfr_plan {
 struct hfr_stage *hfr_plan_add(struct hfr_plan *plan, int role, enum hfr_stage_kind kind, int64_t niter, const char *name);
 void hfr_plan_fini(struct hfr_plan *plan);
 
-/* Up to so many bytes every local rank reads everything in one synchronisation; above, the ranks share the work. */
+/* Up to so many bytes every local rank reads everything in one synchronisation; above, the ranks share the work. The more ranks,
+   the more a second synchronisation costs: from four on it is worth reading twice as much. */
 static inline int64_t hfr_oneshot_bytes(const struct hfr_geometry *g, int nlocal) {
-  int64_t limit = 65536 / (nlocal > 1 ? nlocal : 1);
+  int64_t limit = (nlocal < 4 ? 65536 : 131072) / (nlocal > 1 ? nlocal : 1);
   return limit < (int64_t)g->chunk ? limit : (int64_t)g->chunk;
 }
 
