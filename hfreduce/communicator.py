@@ -293,7 +293,11 @@ class Communicator:
         # Most calls are of this kind, and small ones take less than a microsecond in all: each look-up here shows. What is wrong
         # (a negative code), or special, the general path finds out and says. So in the other collectives.
         if out is None and type(x) is _fast_type and not (async_op or _open_groups or self._running or stream is not None):
-            code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), 0, 0, self._handle)
+            try:
+                code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), 0, 0, self._handle)
+            except BaseException:
+                self._salvage(x, x)
+                raise
             if code == 0:
                 return x
             if code > 0 and code != _INVALID_ARGUMENT:
@@ -326,10 +330,15 @@ class Communicator:
             out is None
             and type(x) is _fast_type
             and type(root) is int
+            and 0 <= root < self._nranks
             and type(op) is str
             and not (async_op or _open_groups or self._running or stream is not None)
         ):
-            code = _fast(_REDUCE.get(op, -1), id(x), 0, root, self._handle)
+            try:
+                code = _fast(_REDUCE.get(op, -1), id(x), 0, root, self._handle)
+            except BaseException:
+                self._salvage(x, x)
+                raise
             if code == 0:
                 return x
             if code > 0 and code != _INVALID_ARGUMENT:
@@ -357,9 +366,14 @@ class Communicator:
             out is None
             and type(x) is _fast_type
             and type(root) is int
+            and 0 <= root < self._nranks
             and not (async_op or _open_groups or self._running or stream is not None)
         ):
-            code = _fast(_BROADCAST, id(x), 0, root, self._handle)
+            try:
+                code = _fast(_BROADCAST, id(x), 0, root, self._handle)
+            except BaseException:
+                self._salvage(x, x)
+                raise
             if code == 0:
                 return x
             if code > 0 and code != _INVALID_ARGUMENT:
@@ -390,7 +404,11 @@ class Communicator:
             and type(out) is _fast_type
             and not (async_op or _open_groups or self._running or stream is not None)
         ):
-            code = _fast(_ALL_GATHER, id(x), id(out), 0, self._handle)
+            try:
+                code = _fast(_ALL_GATHER, id(x), id(out), 0, self._handle)
+            except BaseException:
+                self._salvage((x, out), out)
+                raise
             if code == 0:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
@@ -416,7 +434,11 @@ class Communicator:
             and type(out) is _fast_type
             and not (async_op or _open_groups or self._running or stream is not None)
         ):
-            code = _fast(_REDUCE_SCATTER.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, self._handle)
+            try:
+                code = _fast(_REDUCE_SCATTER.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, self._handle)
+            except BaseException:
+                self._salvage((x, out), out)
+                raise
             if code == 0:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
@@ -454,7 +476,11 @@ class Communicator:
             and recv_counts is None
             and not (async_op or _open_groups or self._running or stream is not None)
         ):
-            code = _fast(_ALL_TO_ALL, id(x), id(out), 0, self._handle)
+            try:
+                code = _fast(_ALL_TO_ALL, id(x), id(out), 0, self._handle)
+            except BaseException:
+                self._salvage((x, out), out)
+                raise
             if code == 0:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
@@ -595,7 +621,11 @@ class Communicator:
     def barrier(self, *, async_op: bool = False, stream: Any = None) -> Any:
         """Wait until all ranks have come here."""
         if not (async_op or _open_groups or self._running or stream is not None):
-            code = _barrier(self._handle, _NULL)
+            try:
+                code = _barrier(self._handle, _NULL)
+            except BaseException:
+                self._salvage((), None)
+                raise
             return None if code == 0 else self._not_at_once(code, (), None)
         return self._issue(lib.hfreduceBarrier, (), (), None, async_op, common_stream(stream, None, None))
 
@@ -700,7 +730,11 @@ class Communicator:
         where = _NULL if stream is None else stream
         outer = _group.current() if _open_groups else None
         if outer is None and not async_op:
-            code = function(*arguments, handle, where)
+            try:
+                code = function(*arguments, handle, where)
+            except BaseException:
+                self._salvage(keep, result)
+                raise
             if self._running:
                 reap(self._running)
             if code == _IN_PROGRESS:
@@ -732,6 +766,12 @@ class Communicator:
         if code == _IN_PROGRESS:
             return self._wait_out(keep, result)
         raise self._failure(code)
+
+    def _salvage(self, keep: Any, result: Any) -> None:
+        """A signal handler raised as a blocking call came back: what it left running goes on as async work, and keeps its arrays."""
+        work = ffi.new("hfreduceWork_t *")
+        if lib.hfreduceTakeWork(work) == 0:
+            Work(work[0], keep, result, self._running)
 
     def _wait_out(self, keep: Any, result: Any) -> Any:
         """Wait for what the C call began and has not ended; an exception from a signal handler leaves it running, as async work."""

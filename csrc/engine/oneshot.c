@@ -186,6 +186,10 @@ enum hfr_oneshot hfr_oneshot(struct hfr_engine *e, const struct hfr_call *call, 
   if (bytes < 0 || atomic_load_explicit(&e->active, memory_order_acquire) ||
       !atomic_compare_exchange_strong_explicit(&e->driver, &idle, 1, memory_order_acquire, memory_order_relaxed))
     return HFR_ONESHOT_NO;
+  if (atomic_load_explicit(&e->active, memory_order_acquire)) { /* a graph has launched something meanwhile */
+    hfr_drive_end(e);
+    return HFR_ONESHOT_NO;
+  }
   if (e->layout->nlocal == 1) {
     if (bytes) copy_unless_there(call->recv, call->send, (size_t)bytes);
     e->seq++;

@@ -263,12 +263,13 @@ static void sleep_on_bells(struct sleeper *s, struct hfr_engine **engine, int n,
   if (!n) pthread_mutex_lock(&pool.busy);
 }
 
-static int more_listed(int n) {
+/* Has the list changed since n engines were found on it? */
+static int list_changed(int n) {
   int listed = 0;
   pthread_mutex_lock(&pool.lock);
   for (struct hfr_engine *e = pool.list; e; e = e->next_active) listed++;
   pthread_mutex_unlock(&pool.lock);
-  return listed > n && n < MAX_ENGINES;
+  return listed != n && n < MAX_ENGINES;
 }
 
 static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) {
@@ -278,7 +279,9 @@ static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) 
   /* Pairs with hfr_drive_kick() and hfr_drive_soon(): they write to us, or we see the request in this pass. */
   atomic_store_explicit(&pool.rest, s->nheld || ns < 0 ? ASLEEP : NAPPING, memory_order_seq_cst);
   atomic_thread_fence(memory_order_seq_cst);
-  int moved = more_listed(n) | pass(engine, n, s->held, &mine);
+  int moved = list_changed(n) | pass(engine, n, s->held, &mine);
+  for (int i = 0; i < n; i++) /* whoever drove it may have left it to us when we were still awake */
+    if (!s->held[i] && !atomic_load_explicit(&engine[i]->driver, memory_order_seq_cst)) moved = 1;
   s->looks = 0; /* after the pass, which may have taken in what waits for a device */
   for (int i = 0; i < n; i++) s->looks |= hfr_engine_looks(engine[i]);
   if (!moved) sleep_on_bells(s, engine, n, s->nheld ? nap_ns(s->looks, s->nth) : ns);
@@ -398,6 +401,8 @@ void hfr_drive_soon(struct hfr_engine *e, int in_line) {
 }
 
 void hfr_drive_stop(struct hfr_engine *e) {
+  /* All works have ended: those who waited for one are on their way out, and may list the engine once more. */
+  while (atomic_load(&e->guests)) sched_yield();
   pthread_mutex_lock(&pool.lock);
   for (struct hfr_engine **at = &pool.list; *at; at = &(*at)->next_active)
     if (*at == e) {
@@ -412,7 +417,6 @@ void hfr_drive_stop(struct hfr_engine *e) {
   pthread_mutex_lock(&pool.busy); /* a pass that still knows the engine is over when we get it */
   pthread_mutex_unlock(&pool.busy);
   atomic_fetch_sub(&pool.waiting, 1);
-  while (atomic_load(&e->guests)) sched_yield(); /* all works have ended: they are on their way out */
 }
 
 void hfr_drive_after_fork(void) {

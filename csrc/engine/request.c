@@ -183,12 +183,13 @@ static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
   hfr_arena_notify(e->arena);
 }
 
-/* Results that the cache cannot hold, in memory that nobody has just read, are better not fetched before they are written. */
+/* Results that the cache cannot hold, in memory that nobody has just read, are better not fetched before they are written.
+   Between nodes, partial results are sent on from there. */
 static int streams_out(const struct hfr_engine *e, const struct hfr_request *r) {
   const struct hfr_call *c = &r->plan.call;
   size_t blocks = c->coll == HFR_ALL_GATHER || c->coll == HFR_ALL_TO_ALL ? (size_t)e->layout->nranks : 1;
   int in_place = c->send == c->recv && (c->coll == HFR_ALL_REDUCE || c->coll == HFR_REDUCE);
-  return !in_place && !c->windowed && c->coll != HFR_P2P &&
+  return e->layout->nnodes == 1 && !in_place && !c->windowed && c->coll != HFR_P2P &&
          c->count * blocks * r->plan.esize * (size_t)e->arena->nlocal >= e->stream_from;
 }
 
