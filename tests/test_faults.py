@@ -781,6 +781,49 @@ def test_death_is_noticed_though_a_forked_child_lives(
             assert when - float(note.read_text().split()[0]) < NOTICE
 
 
+# --- a signal handler that raises ---
+
+
+class Interrupted(Exception):
+    """What the signal handler raises."""
+
+
+def interrupted_early(comm: Any, way: str) -> tuple[int, float]:
+    """Rank 0 is interrupted before a blocking call has come back to Python for the first time."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted
+
+    x = np.full(100_000, comm.rank + 1.0)
+    calls = {
+        "array": lambda: comm.all_reduce(x),
+        "list": lambda: comm.all_reduce(memoryview(x)),
+        "barrier": comm.barrier,
+    }
+    comm.barrier()
+    if comm.rank:
+        time.sleep(1)
+        calls[way]()
+        return 0, float(x[0])
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    with pytest.raises(Interrupted):
+        calls[way]()
+    signal.signal(signal.SIGUSR1, before)
+    running = list(comm._running)
+    for work in running:
+        work.wait()
+    return len(running), float(x[0])
+
+
+@pytest.mark.limit(30)
+@pytest.mark.parametrize("way", ["array", "list", "barrier"])
+def test_interrupted_call_goes_on(run_ranks: Any, way: str) -> None:
+    """It becomes asynchronous work, which keeps the arrays and can be waited for."""
+    value = 1.0 if way == "barrier" else 3.0
+    assert run_ranks(interrupted_early, 2, way)[0] == (1, value)
+
+
 # --- many communicators ---
 
 
