@@ -143,7 +143,7 @@ hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *lay
     case HFR_BROADCAST: r = hfr_plan_broadcast(p); break;
     case HFR_ALL_GATHER: r = hfr_plan_all_gather(p); break;
     case HFR_REDUCE_SCATTER: r = hfr_plan_reduce_scatter(p); break;
-    default: r = hfr_plan_exchange(p);
+    default: r = call->coll == HFR_ALL_TO_ALL && layout->nnodes == 1 ? hfr_plan_all_to_all(p) : hfr_plan_exchange(p);
   }
   if (layout->nnodes == 1 && p->nchunks == 1) p->staged = call->count * p->esize * (size_t)blocks_in_slot(p);
   return r;

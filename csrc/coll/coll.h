@@ -43,7 +43,8 @@ hfreduceResult_t hfr_plan_reduce(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_broadcast(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_all_gather(struct hfr_plan *plan);
 hfreduceResult_t hfr_plan_reduce_scatter(struct hfr_plan *plan);
-hfreduceResult_t hfr_plan_exchange(struct hfr_plan *plan); /* all_to_all, gather, scatter, send/recv */
+hfreduceResult_t hfr_plan_all_to_all(struct hfr_plan *plan); /* even, on one node */
+hfreduceResult_t hfr_plan_exchange(struct hfr_plan *plan);   /* other all_to_all, gather, scatter, send/recv */
 
 /* Stages by which all nodes agree that all ranks make this call: a gather up and a release down tree 0, no payload. For
    operations whose data does not by itself bring every rank in touch with every other: rooted ones, barriers, and count 0. */
@@ -85,6 +86,7 @@ static inline struct hfr_part hfr_copy_part(const struct hfr_plan *p, struct hfr
   dst.off += at;
   return (struct hfr_part){src, dst, bytes - at < unit ? bytes - at : unit};
 }
+
 /* --- one node, where each rank reduces its share of each chunk --- */
 /* My own share is read where it lies: no other rank needs it. Not if the factor has still to be applied. */
 static inline int hfr_own_in_place(const struct hfr_plan *p) { return p->count[ROLE_RED] && !p->call.premul; }

@@ -1,8 +1,5 @@
-/*
- * What is made of messages alone: send/recv, all_to_all (even and uneven), gather, scatter. Between local ranks they go through
- * rings, else over the network. An even all_to_all on one node goes through the slots instead: IN holds a piece for each of the
- * others, OUT takes mine out of theirs.
- */
+/* What is made of messages alone: send/recv, all_to_all between nodes and uneven, gather, scatter. Between local ranks they go
+ * through rings, else over the network. */
 #include "coll.h"
 
 static size_t message_bytes(const struct hfr_plan *p, int peer) {
@@ -56,48 +53,10 @@ static hfreduceResult_t add_self_copy(struct hfr_plan *p) {
   return hfreduceSuccess;
 }
 
-/* ---------------------------------------------------------------- all_to_all on one node */
-
-static struct hfr_loc piece(const struct hfr_plan *p, enum hfr_space space, int r, int64_t k) {
-  return hfr_user(space, ((size_t)r * p->call.count + (size_t)k * p->elems) * p->esize);
-}
-
-static void step_node(const struct hfr_plan *p, int stage, int64_t k, struct hfr_step *s) {
-  int in = p->stage[stage].role == ROLE_IN;
-  hfr_after_peers(s, HFR_ALL, 0, in ? HFR_CTR_OUT : HFR_CTR_IN, in ? k + 1 - p->geometry.slots : k + 1);
-  s->nparts = p->layout->nranks - in;
-}
-
-static void part_node(const struct hfr_plan *p, int stage, int64_t k, int j, struct hfr_part *part) {
-  int me = p->layout->rank, in = p->stage[stage].role == ROLE_IN;
-  size_t bytes = hfr_chunk_len(p, p->call.count, k) * p->esize;
-  if (in) {
-    j += j >= me; /* mine stays where it lies */
-    *part = (struct hfr_part){piece(p, HFR_SEND, j, k), hfr_slot(HFR_IN, me, k, (size_t)j * p->elems * p->esize), bytes};
-  } else {
-    struct hfr_loc from = j == me ? piece(p, HFR_SEND, me, k) : hfr_slot(HFR_IN, j, k, (size_t)me * p->elems * p->esize);
-    *part = (struct hfr_part){from, piece(p, HFR_RECV, j, k), bytes};
-  }
-}
-
-static hfreduceResult_t plan_node(struct hfr_plan *p) {
-  size_t room = hfr_block_bytes(&p->geometry, p->layout->nranks, p->esize) / p->esize;
-  p->algo = "node";
-  p->step = step_node;
-  p->part = part_node;
-  hfr_cut(p, p->call.count < room ? p->call.count : room);
-  HFR_ADD(in, p, ROLE_IN, HFR_STAGE_COPY, p->nchunks, "copy-in");
-  in->ctr = HFR_CTR_IN;
-  HFR_ADD(out, p, ROLE_OUT, HFR_STAGE_COPY, p->nchunks, "copy-out");
-  out->ctr = HFR_CTR_OUT;
-  return hfreduceSuccess;
-}
-
 hfreduceResult_t hfr_plan_exchange(struct hfr_plan *p) {
   const struct hfr_layout *l = p->layout;
   const struct hfr_call *c = &p->call;
   int me = l->rank, n = l->nranks, root = c->root;
-  if (c->coll == HFR_ALL_TO_ALL && l->nnodes == 1 && !c->sendcounts) return plan_node(p);
   p->algo = "messages";
   p->step = step_exchange;
   p->part = part_exchange;
