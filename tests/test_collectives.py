@@ -637,9 +637,13 @@ def blocking_and_async(comm: Any) -> list[bytes]:
     return digests
 
 
-@pytest.mark.parametrize("nodes", [(0, 0), (0, 0, 0), (0, 1, 2), (0, 0, 1, 1)], ids=str)
-def test_blocking_and_async_mix(run_ranks: Any, nodes: tuple[int, ...]) -> None:
-    results = run_ranks(blocking_and_async, len(nodes), env=Environment(Layout("mix", nodes)))
+@pytest.mark.parametrize(
+    ("nodes", "chunk"),  # with the preset one, messages move about within their slots
+    [((0, 0), CHUNK), ((0, 0), 131072), ((0, 0, 0), CHUNK), ((0, 1, 2), CHUNK), ((0, 0, 1, 1), CHUNK)],
+    ids=str,
+)
+def test_blocking_and_async_mix(run_ranks: Any, nodes: tuple[int, ...], chunk: int) -> None:
+    results = run_ranks(blocking_and_async, len(nodes), env=Environment(Layout("mix", nodes, chunk=chunk)))
     assert all(result == results[0] for result in results)
 
 
