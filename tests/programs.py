@@ -81,6 +81,32 @@ def cuda_stand_in(variant: str = "plain") -> Path:
     return _library(f"cuda-{variant}", "libcuda.so.1", sorted(double.glob("*.c")), [*double.glob("*.h")], variant)
 
 
+def pairs_stand_in(variant: str = "plain") -> str:
+    """Build what pairs of devices need beside the driver: our kernels for the host, and a double of NVRTC; return the loader's path to all."""
+    need_compiler()
+    driver = cuda_stand_in(variant)
+    compiler = _library(f"nvrtc-{variant}", "libnvrtc.so.12", [SOURCES / "fake" / "nvrtc.c"], [], variant)
+    kernels_on_host(variant, driver / "kernels.so")
+    return f"{driver}:{compiler}"
+
+
+def kernels_on_host(variant: str, target: Path) -> Path:
+    """Compile the kernels for the host, plain or under a sanitizer, unless that is done, and return the library's path."""
+    cxx = shlex.split(os.environ.get("CXX", "g++"))
+    if not shutil.which(cxx[0]):
+        pytest.skip(f"no {cxx[0]} on PATH")
+    sources = [SOURCES / "fake" / "kernels.cpp", ROOT / "csrc" / "device" / "cuda_reduce.cu"]
+    with building(target.parent.name):
+        if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in sources):
+            flags = (
+                "-std=c++17 -O2 -g -fPIC -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -fvisibility=hidden -shared"
+            )
+            command = [*cxx, *flags.split(), *build.SANITIZERS["" if variant == "plain" else variant], "-I", str(ROOT / "csrc")]
+            done = subprocess.run([*command, "-o", str(target), str(sources[0])], capture_output=True, text=True)
+            assert not done.returncode, done.stderr
+    return target
+
+
 def gdr_stand_in(variant: str = "plain") -> Path:
     """Build the stand-in for GDRCopy's library, which works on that of CUDA's driver, and return the directory in which it lies."""
     need_compiler()

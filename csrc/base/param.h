@@ -42,6 +42,11 @@
     "segments of pinned memory each way, a communicator with a device")                                                          \
   X(GDR_MAX, "HFREDUCE_GDR_MAX", SIZE, "8K", 0, 1048576,                                                                         \
     "device memory of at most so many bytes is copied by CPUs, through GDRCopy where it is installed (0: never)")                \
+  X(NVLINK, "HFREDUCE_NVLINK", INT, "1", 0, 1, "0: GPUs that NVLink joins do not reduce in pairs")                               \
+  X(NVLINK_MIN, "HFREDUCE_NVLINK_MIN", SIZE, "256K", 4096, 1099511627776,                                                        \
+    "bytes from which all_reduce uses pairs of GPUs joined by NVLink (rank 0's holds)")                                          \
+  X(NVLINK_BLOCKS, "HFREDUCE_NVLINK_BLOCKS", INT, "8", 1, 1024,                                                                  \
+    "blocks of 512 threads that reduce in a pair: what it takes of the GPU")                                                     \
   X(CHUNK, "HFREDUCE_CHUNK", SIZE, "131072", 4096, 16777216, "bytes of a staging slot, the unit of pipelining (rank 0's holds)") \
   X(SLOTS, "HFREDUCE_SLOTS", INT, "0", 0, 64, "staging slots a rank (0: twice its second-level cache; rank 0's holds)")          \
   X(ALGO, "HFREDUCE_ALGO", TEXT, "", 0, 0,                                                                                       \

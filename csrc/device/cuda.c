@@ -58,6 +58,13 @@ void *hfr_device_context(int device) {
   return context;
 }
 
+void *hfr_device_context_here(int device) {
+  hfr_cu_context context = NULL;
+  int on = -1;
+  if (!hfr_cuda()->context_current(&context) && context && !hfr_cuda()->context_device(&on) && on == device) return context;
+  return hfr_device_context(device);
+}
+
 int hfr_device_current(void) {
   const struct hfr_cu *cu = hfr_device_present() ? hfr_cuda() : NULL;
   hfr_cu_context context = NULL;
@@ -205,7 +212,7 @@ size_t hfr_device_describe(char *text, size_t size) {
                        count > 1 ? "s" : "");
   for (int i = 0; i < count && n < size; i++) n += (size_t)describe_device(cu, i, text + n, size - n);
   if (n < size) n += hfr_gdrcopy_describe(text + n, size - n);
-  if (n < size) n += hfr_kernels_describe(text + n, size - n);
+  if (n < size) n += hfr_pair_describe(cu, count, text + n, size - n);
   if (hfr_cuda_one_queue() && n < size)
     n += (size_t)snprintf(text + n, size - n,
                           "device cuda warning: CUDA_DEVICE_MAX_CONNECTIONS=1: while a collective waits, other streams of the "

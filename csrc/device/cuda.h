@@ -22,11 +22,20 @@ size_t hfr_gdrcopy_describe(char *text, size_t size);
 /* --- cuda_kernels.c --- */
 /* NULL: kernels can be compiled, else what is missing. Any thread. */
 const char *hfr_kernels_why_absent(void);
-/* A line on it, as hfr_device_describe writes it; what snprintf returns. */
-size_t hfr_kernels_describe(char *text, size_t size);
+/* Its version: major * 100 + minor. */
+int hfr_kernels_compiler(void);
 /* Compile cuda_reduce.cu for a compute capability (80 is 8.0) to an image that cuModuleLoadData takes; the caller frees it.
    Takes a second or so. */
 hfreduceResult_t hfr_kernels_compile(int capability, void **image, size_t *bytes);
+/* The kernels of a device's context, compiled and loaded once; they stay until the process ends. The context is current. */
+struct hfr_kernels;
+hfreduceResult_t hfr_kernels_load(int device, void *context, const struct hfr_kernels **kernels);
+hfr_cu_function hfr_kernels_pair(const struct hfr_kernels *kernels, hfreduceDataType_t dtype, hfreduceRedOp_t op);
+/* --- cuda_pair.c --- */
+/* A line on NVLink, as hfr_device_describe writes it; what snprintf returns. */
+size_t hfr_pair_describe(const struct hfr_cu *cu, int count, char *text, size_t size);
+/* --- cuda_copier.c --- */
+hfr_cu_stream hfr_copier_stream(const struct hfr_copier *copier, enum hfr_queue queue);
 /* CUDA_DEVICE_MAX_CONNECTIONS=1: all streams share one queue in the hardware. */
 int hfr_cuda_one_queue(void);
 #endif

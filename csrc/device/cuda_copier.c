@@ -31,7 +31,8 @@ struct hfr_copier {
   hfr_cu_context context;
   hfr_cu_stream stream[2][2]; /* [capturing][queue]; the captured pair is made with the first capture */
   hfr_cu_event begun[2], joined[2], ended[2];
-  hfr_cu_stream bell; /* made for the first graph, with its event */
+  hfr_cu_event chained; /* made for the first pair of devices */
+  hfr_cu_stream bell;   /* made for the first graph, with its event */
   hfr_cu_event rung;
   int ringing;                     /* the bell's stream is still to be joined */
   hfr_cu_event waited;             /* by_host: behind its last host function outside graphs */
@@ -138,6 +139,7 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
           "process",
           c->device, (double)limit_ns * 1e-9);
     if (c->waited) c->cu->event_destroy(c->waited);
+    if (c->chained) c->cu->event_destroy(c->chained);
     for (int pair = 0; pair < 2; pair++) { /* destroying a stream that still has work lets it end first */
       for (int q = 0; q < (c->by_host ? 1 : 2); q++)
         if (c->stream[pair][q]) c->cu->stream_destroy(c->stream[pair][q]);
@@ -267,6 +269,20 @@ hfreduceResult_t hfr_copier_mark(struct hfr_copier *c, int number) {
 hfreduceResult_t hfr_copier_follow(struct hfr_copier *c, int number) {
   if (c->by_host) return hfreduceSuccess;
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->mark[c->capturing][number], 0);
+  return hfreduceSuccess;
+}
+
+hfr_cu_stream hfr_copier_stream(const struct hfr_copier *c, enum hfr_queue queue) { return stream_of(c, queue); }
+
+hfreduceResult_t hfr_copier_chain(struct hfr_copier *c, struct hfr_copier *after, enum hfr_queue queue) {
+  if (!after->chained) TRY_CU(c, event_create, "cuEventCreate", &after->chained, HFR_CU_EVENT_DISABLE_TIMING);
+  TRY_CU(c, event_record, "cuEventRecord", after->chained, stream_of(after, queue));
+  TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, queue), after->chained, 0);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_follow_mark(struct hfr_copier *c, enum hfr_queue queue, struct hfr_copier *after, int number) {
+  TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, queue), after->mark[0][number], 0);
   return hfreduceSuccess;
 }
 

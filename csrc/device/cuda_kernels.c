@@ -68,14 +68,7 @@ const char *hfr_kernels_why_absent(void) {
   return *nvrtc.absent ? nvrtc.absent : NULL;
 }
 
-size_t hfr_kernels_describe(char *text, size_t size) {
-  const char *why = hfr_kernels_why_absent();
-  if (why)
-    return (size_t)snprintf(text, size, "device cuda NVLink pairs: not part of this version; no compiler for kernels: %s\n", why);
-  return (size_t)snprintf(text, size,
-                          "device cuda NVLink pairs: not part of this version; kernels would be compiled by NVRTC %d.%d\n",
-                          nvrtc.major, nvrtc.minor);
-}
+int hfr_kernels_compiler(void) { return nvrtc.major * 100 + nvrtc.minor; }
 
 /* The newest architecture that the compiler knows and a device of this capability runs; 0: none. */
 static int best_arch(int capability) {
@@ -126,4 +119,79 @@ hfreduceResult_t hfr_kernels_compile(int capability, void **image, size_t *bytes
                            : take_image(p, arch, arch == capability, image, bytes);
   nvrtc.DestroyProgram(&p);
   return r;
+}
+
+/* ---------------------------------------------------------------- loading */
+
+#define OPS 4
+
+struct hfr_kernels {
+  struct hfr_kernels *next;
+  void *context;
+  hfr_cu_function pair[hfreduceNumTypes][OPS];
+};
+
+static struct {
+  pthread_mutex_t lock;
+  struct hfr_kernels *list;
+  int capability; /* of the image: devices of one machine are mostly alike */
+  void *image;
+} loaded = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static hfreduceResult_t find_functions(const struct hfr_cu *cu, hfr_cu_module module, struct hfr_kernels *k) {
+  static const char *const type[hfreduceNumTypes] = {"int8",    "uint8",   "int32",   "uint32",   "int64",         "uint64",
+                                                     "float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"};
+  static const char *const op[OPS] = {"sum", "prod", "max", "min"};
+  char name[64];
+  for (int t = 0; t < hfreduceNumTypes; t++)
+    for (int o = 0; o < OPS; o++) {
+      snprintf(name, sizeof name, "hfr_pair_%s_%s", type[t], op[o]);
+      int r = cu->module_function(&k->pair[t][o], module, name);
+      if (r) return hfr_cuda_fail("cuModuleGetFunction", r);
+    }
+  return hfreduceSuccess;
+}
+
+static hfreduceResult_t load_here(int device, struct hfr_kernels *k) {
+  const struct hfr_cu *cu = hfr_cuda();
+  int major = 0, minor = 0;
+  hfr_cu_module module;
+  size_t bytes;
+  int r = cu->device_attribute(&major, HFR_CU_ATTR_CAPABILITY_MAJOR, device);
+  if (!r) r = cu->device_attribute(&minor, HFR_CU_ATTR_CAPABILITY_MINOR, device);
+  if (r) return hfr_cuda_fail("cuDeviceGetAttribute", r);
+  int capability = 10 * major + minor;
+  if (!loaded.image || loaded.capability != capability) {
+    free(loaded.image);
+    loaded.image = NULL;
+    HFR_TRY(hfr_kernels_compile(capability, &loaded.image, &bytes));
+    loaded.capability = capability;
+  }
+  if ((r = cu->module_load(&module, loaded.image))) return hfr_cuda_fail("cuModuleLoadData", r);
+  return find_functions(cu, module, k);
+}
+
+hfreduceResult_t hfr_kernels_load(int device, void *context, const struct hfr_kernels **kernels) {
+  hfreduceResult_t r = hfreduceSuccess;
+  pthread_mutex_lock(&loaded.lock);
+  struct hfr_kernels *k = loaded.list;
+  while (k && k->context != context) k = k->next;
+  if (!k && !(k = calloc(1, sizeof *k))) r = hfr_fail(hfreduceSystemError, "out of memory for kernels");
+  if (!r && !k->context) {
+    r = load_here(device, k);
+    if (r) {
+      free(k);
+    } else {
+      k->context = context;
+      k->next = loaded.list;
+      loaded.list = k;
+    }
+  }
+  pthread_mutex_unlock(&loaded.lock);
+  if (!r) *kernels = k;
+  return r;
+}
+
+hfr_cu_function hfr_kernels_pair(const struct hfr_kernels *k, hfreduceDataType_t dtype, hfreduceRedOp_t op) {
+  return k->pair[dtype][op];
 }

@@ -18,6 +18,8 @@ typedef struct CUevent_st *hfr_cu_event;
 typedef struct CUgraph_st *hfr_cu_graph;
 typedef struct CUgraphNode_st *hfr_cu_node;
 typedef struct CUuserObject_st *hfr_cu_object;
+typedef struct CUmod_st *hfr_cu_module;
+typedef struct CUfunc_st *hfr_cu_function;
 typedef void (*hfr_cu_host_fn)(void *arg);
 
 enum {
@@ -31,6 +33,7 @@ enum {
   HFR_CU_INVALID_CONTEXT = 201,
   HFR_CU_INVALID_HANDLE = 400,
   HFR_CU_NOT_READY = 600,
+  HFR_CU_PEER_ACCESS_ALREADY_ENABLED = 704,
   HFR_CU_CONTEXT_IS_DESTROYED = 709,
   HFR_CU_HOST_MEMORY_ALREADY_REGISTERED = 712,
   HFR_CU_HOST_MEMORY_NOT_REGISTERED = 713,
@@ -50,9 +53,13 @@ enum { /* CUdevice_attribute */
        HFR_CU_ATTR_PCI_DEVICE = 34,
        HFR_CU_ATTR_COPY_ENGINES = 40,
        HFR_CU_ATTR_PCI_DOMAIN = 50,
+       HFR_CU_ATTR_CAPABILITY_MAJOR = 75,
+       HFR_CU_ATTR_CAPABILITY_MINOR = 76,
        HFR_CU_ATTR_MEM_OPS_V1 = 92,
        HFR_CU_ATTR_FLUSH_REMOTE_WRITES = 98,
 };
+
+enum { HFR_CU_P2P_ACCESS = 2, HFR_CU_P2P_ATOMICS = 3 }; /* CUdevice_P2PAttribute */
 
 enum { /* CUpointer_attribute */
        HFR_CU_POINTER_CONTEXT = 1,
@@ -74,6 +81,7 @@ enum { HFR_CU_CAPTURE_NONE = 0, HFR_CU_CAPTURE_ACTIVE = 1, HFR_CU_CAPTURE_BROKEN
 enum { HFR_CU_MODE_GLOBAL = 0, HFR_CU_MODE_THREAD_LOCAL = 1, HFR_CU_MODE_RELAXED = 2 };
 enum { HFR_CU_OBJECT_NO_SYNC = 1, HFR_CU_OBJECT_MOVE = 1 };
 enum { HFR_CU_PROC_LEGACY_STREAM = 1 };
+enum { HFR_CU_IPC_LAZY_PEER_ACCESS = 1 };
 #define HFR_CU_LEGACY ((hfr_cu_stream)1)
 #define HFR_CU_PER_THREAD ((hfr_cu_stream)2)
 
@@ -91,6 +99,10 @@ struct hfr_cu_copy2d { /* CUDA_MEMCPY2D */
   void *dst_array;
   size_t dst_pitch;
   size_t width, height;
+};
+
+struct hfr_cu_ipc { /* CUipcMemHandle */
+  char reserved[64];
 };
 
 /* X(member, name, symbol where there is no cuGetProcAddress, parameters): every function gives a CUresult. */
@@ -145,12 +157,38 @@ struct hfr_cu_copy2d { /* CUDA_MEMCPY2D */
     (hfr_cu_object * object, void *value, hfr_cu_host_fn destroy, unsigned references, unsigned flags))                          \
   X(object_release, "cuUserObjectRelease", "cuUserObjectRelease", (hfr_cu_object object, unsigned count))                        \
   X(graph_retain, "cuGraphRetainUserObject", "cuGraphRetainUserObject",                                                          \
-    (hfr_cu_graph graph, hfr_cu_object object, unsigned count, unsigned flags))
+    (hfr_cu_graph graph, hfr_cu_object object, unsigned count, unsigned flags))                                                  \
+  X(p2p_attribute, "cuDeviceGetP2PAttribute", "cuDeviceGetP2PAttribute",                                                         \
+    (int *value, int attribute, hfr_cu_device from, hfr_cu_device to))                                                           \
+  X(peer_enable, "cuCtxEnablePeerAccess", "cuCtxEnablePeerAccess", (hfr_cu_context peer, unsigned flags))                        \
+  X(ipc_get, "cuIpcGetMemHandle", "cuIpcGetMemHandle", (struct hfr_cu_ipc * handle, hfr_cu_ptr pointer))                         \
+  X(ipc_open, "cuIpcOpenMemHandle", "cuIpcOpenMemHandle_v2", (hfr_cu_ptr * pointer, struct hfr_cu_ipc handle, unsigned flags))   \
+  X(ipc_close, "cuIpcCloseMemHandle", "cuIpcCloseMemHandle", (hfr_cu_ptr pointer))                                               \
+  X(module_load, "cuModuleLoadData", "cuModuleLoadData", (hfr_cu_module * module, const void *image))                            \
+  X(module_function, "cuModuleGetFunction", "cuModuleGetFunction",                                                               \
+    (hfr_cu_function * function, hfr_cu_module module, const char *name))                                                        \
+  X(launch, "cuLaunchKernel", "cuLaunchKernel",                                                                                  \
+    (hfr_cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,            \
+     unsigned block_z, unsigned shared, hfr_cu_stream stream, void **parameters, void **extra))
 
 /* Without these the device layer works, but the features that need them do not: NULL then. */
 #define HFR_CU_OPTIONAL(X) \
   X(pointer_set)           \
-  X(stream_wait_value) X(stream_write_value) X(capture_info) X(capture_mode) X(object_create) X(object_release) X(graph_retain)
+  X(stream_wait_value)     \
+  X(stream_write_value)    \
+  X(capture_info)          \
+  X(capture_mode)          \
+  X(object_create)         \
+  X(object_release)        \
+  X(graph_retain)          \
+  X(p2p_attribute)         \
+  X(peer_enable)           \
+  X(ipc_get)               \
+  X(ipc_open)              \
+  X(ipc_close)             \
+  X(module_load)           \
+  X(module_function)       \
+  X(launch)
 
 struct hfr_cu {
 #define HFR_CU_MEMBER(member, name, symbol, parameters) hfr_cu_result(*member) parameters;

@@ -1,12 +1,12 @@
 /*
- * Reductions of two buffers on a GPU, as two GPUs joined by NVLink use them: dst[i] = first[i] op second[i], where one of the two
- * may lie in the other GPU.
+ * Reductions of two buffers on a GPU, as two GPUs joined by NVLink use them: dst[i] = first[i] op second[i].
  *
  * Compiled at run time by NVRTC (cuda_kernels.c), so it includes nothing; and on the host by tests, which compare it bit by bit
  * with simd/. Its bits are those of simd/: fp16, bf16 and fp8 are computed in float32 and rounded once, to nearest even; what
- * overflows e4m3 is NaN, and infinity in the others; max and min hand NaN on; integers wrap. Not run on hardware yet.
+ * overflows e4m3 is NaN, and infinity in the others; max and min hand NaN on; integers wrap. Sums of floats are scaled before they
+ * are rounded: those of an average must not overflow where it would not. Not run on hardware yet.
  *
- * Few blocks are enough to fill a link, and leave the GPU to those who compute: threads go over the data in strides of the whole
+ * Few blocks are enough to keep up with a link, and leave the GPU to those who compute: threads go over the data in strides of the whole
  * grid, with several loads of 16 bytes in flight each.
  */
 typedef unsigned char u8;
@@ -37,6 +37,7 @@ __device__ inline u32 as_bits(float f) {
 
 template <class Float>
 struct plain {
+  enum { FLOATS = 1 };
   typedef Float stored, computed, compared;
   __device__ static Float load(Float x) { return x; }
   __device__ static Float compare(Float x) { return x; }
@@ -46,6 +47,7 @@ struct plain {
 /* Sums and products are those of unsigned integers, which wrap. */
 template <class Stored, class Unsigned>
 struct integer {
+  enum { FLOATS = 0 };
   typedef Stored stored, compared;
   typedef Unsigned computed;
   __device__ static Unsigned load(Stored x) { return (Unsigned)x; }
@@ -67,6 +69,7 @@ __device__ inline u32 narrow(u32 a, int keep, int bias) {
 __device__ inline u32 lower(u32 a, u32 b) { return a < b ? a : b; }
 
 struct half16 {
+  enum { FLOATS = 1 };
   typedef u16 stored;
   typedef float computed, compared;
   __device__ static float compare(u16 x) { return load(x); }
@@ -83,6 +86,7 @@ struct half16 {
 };
 
 struct brain16 {
+  enum { FLOATS = 1 };
   typedef u16 stored;
   typedef float computed, compared;
   __device__ static float compare(u16 x) { return load(x); }
@@ -95,6 +99,7 @@ struct brain16 {
 };
 
 struct e4m3 { /* no infinity; only 0x7f is NaN */
+  enum { FLOATS = 1 };
   typedef u8 stored;
   typedef float computed, compared;
   __device__ static float compare(u8 x) { return load(x); }
@@ -109,6 +114,7 @@ struct e4m3 { /* no infinity; only 0x7f is NaN */
 };
 
 struct e5m2 {
+  enum { FLOATS = 1 };
   typedef u8 stored;
   typedef float computed, compared;
   __device__ static float compare(u8 x) { return load(x); }
@@ -126,7 +132,8 @@ struct e5m2 {
 /* ---- one operation ---- */
 
 template <class D, int Op>
-__device__ inline typename D::stored combine(typename D::stored x, typename D::stored y) {
+__device__ inline typename D::stored combine(typename D::stored x, typename D::stored y, float scale) {
+  if (Op == SUM && D::FLOATS) return D::store((D::load(x) + D::load(y)) * (typename D::computed)scale);
   if (Op == SUM) return D::store(D::load(x) + D::load(y));
   if (Op == PROD) return D::store(D::load(x) * D::load(y));
   const typename D::compared p = D::compare(x), q = D::compare(y);
@@ -167,7 +174,7 @@ __device__ inline void put(u8 *p, T x) {
 enum { AHEAD = 4 }; /* loads of each buffer that a thread has in flight */
 
 template <class D, int Op>
-__device__ inline void reduce(u8 *dst, const u8 *first, const u8 *second, u64 count) {
+__device__ inline void reduce(u8 *dst, const u8 *first, const u8 *second, u64 count, float scale) {
   typedef typename D::stored T;
   typedef vector<T> V;
   const u64 per = 16 / sizeof(T), me = (u64)blockIdx.x * blockDim.x + threadIdx.x, all = (u64)gridDim.x * blockDim.x;
@@ -192,22 +199,22 @@ __device__ inline void reduce(u8 *dst, const u8 *first, const u8 *second, u64 co
     for (int k = 0; k < AHEAD; k++)
       if (i + k * all < vectors) {
 #pragma unroll
-        for (int e = 0; e < (int)per; e++) x[k].element[e] = combine<D, Op>(x[k].element[e], y[k].element[e]);
+        for (int e = 0; e < (int)per; e++) x[k].element[e] = combine<D, Op>(x[k].element[e], y[k].element[e], scale);
         ((V *)to)[i + k * all].whole = x[k].whole;
       }
   }
   const u64 behind = head + vectors * per, rest = count - vectors * per;
   for (u64 i = me; i < rest; i += all) {
     const u64 at = (i < head ? i : behind + (i - head)) * sizeof(T);
-    put<T>(dst + at, combine<D, Op>(fetch<T>(first + at), fetch<T>(second + at)));
+    put<T>(dst + at, combine<D, Op>(fetch<T>(first + at), fetch<T>(second + at), scale));
   }
 }
 
 /* ---- kernels: hfr_pair_<datatype>_<operation> ---- */
 
 #define KERNEL(name, D, op, Op)                                                                                               \
-  extern "C" __global__ void hfr_pair_##name##_##op(u8 *dst, const u8 *first, const u8 *second, u64 count) {                  \
-    reduce<D, Op>(dst, first, second, count);                                                                                 \
+  extern "C" __global__ void hfr_pair_##name##_##op(u8 *dst, const u8 *first, const u8 *second, u64 count, float scale) {     \
+    reduce<D, Op>(dst, first, second, count, scale);                                                                                 \
   }
 #define KERNELS(name, ...)            \
   typedef __VA_ARGS__ of_##name;      \

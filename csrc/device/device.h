@@ -66,6 +66,8 @@ hfreduceResult_t hfr_stream_look(const char *who, void *handle, void *context, s
 
 /* The context that programs use by default on a device; it stays until the process ends. NULL: hfr_last_error(). */
 void *hfr_device_context(int device);
+/* The context that this thread has there, or that one. */
+void *hfr_device_context_here(int device);
 /* The device that this thread works on, as CUDA's runtime sees it (none chosen: 0); -1: the program has initialised no driver. */
 int hfr_device_current(void);
 /* Copy now, waiting for it; for single values. */
@@ -135,9 +137,13 @@ hfreduceResult_t hfr_copier_before(struct hfr_copier *copier, enum hfr_queue que
 /* Mark where the queue to the host stands, under one of HFR_MARKS numbers; and have the other go on only after such a mark. Words
    alone would do while all goes well, but the driver should see the order too, and after an error nothing may be overwritten that
    is still being read. */
-#define HFR_MARKS 64
+#define HFR_MARKS 72
 hfreduceResult_t hfr_copier_mark(struct hfr_copier *copier, int number);
 hfreduceResult_t hfr_copier_follow(struct hfr_copier *copier, int number);
+/* Across copiers of one device: `queue` of one goes on after that queue of the other, as it is now; or after a mark of it. Not in
+   captures. */
+hfreduceResult_t hfr_copier_chain(struct hfr_copier *copier, struct hfr_copier *after, enum hfr_queue queue);
+hfreduceResult_t hfr_copier_follow_mark(struct hfr_copier *copier, enum hfr_queue queue, struct hfr_copier *after, int number);
 /* Copy `rows` rows of `width` bytes between device (or managed) memory and pinned memory. */
 hfreduceResult_t hfr_copier_copy(struct hfr_copier *copier, enum hfr_queue queue, void *host, size_t host_pitch, uintptr_t device,
                                  size_t device_pitch, size_t width, size_t rows);
@@ -158,4 +164,56 @@ hfreduceResult_t hfr_copier_move(struct hfr_copier *copier, void *stream, uintpt
 /* Call release(arg) when neither the graph nor anything made of it exists any more; it must not call the driver, and may run in
    any thread. On failure it has been called. */
 hfreduceResult_t hfr_copier_keep(struct hfr_copier *copier, void *graph, void (*release)(void *arg), void *arg);
+
+/* ---------------------------------------------------------------- pairs */
+
+/*
+ * Two devices that NVLink joins. Each has some memory that the other writes: what is pushed into a queue here arrives there. What
+ * has arrived is added to one's own by a kernel. Who has pushed what, the two tell each other by other means.
+ */
+struct hfr_pair;
+
+#define HFR_LINKS_MAX 16
+struct hfr_links { /* PCI addresses: domain, bus, device in 16, 8, 8 bits; 0: none */
+  uint32_t self;   /* 0: this device cannot be one of a pair */
+  uint32_t peer[HFR_LINKS_MAX];
+};
+/* What NVLink joins a device with, as far as this process sees. NULL, or why the device cannot be one of a pair: text that lasts.
+   Any thread; makes no context. */
+const char *hfr_device_links(int device, struct hfr_links *links);
+int hfr_links_join(const struct hfr_links *a, const struct hfr_links *b);
+
+/* What a rank tells its partner of its memory; bytes only. */
+struct hfr_pair_memory {
+  uint64_t process; /* random */
+  uintptr_t pointer, context;
+  uint64_t bytes;
+  char handle[64];
+};
+/* A pair's side here, with so many bytes for the other to write. */
+hfreduceResult_t hfr_pair_create(int device, void *context, size_t bytes, struct hfr_pair **pair, struct hfr_pair_memory *mine);
+/* Reach the partner's memory. */
+hfreduceResult_t hfr_pair_meet(struct hfr_pair *pair, const struct hfr_pair_memory *theirs);
+/* whole: both sides have ended all that they began; else the memory is never used again, since the partner may still write there.
+   Waits for the queues as hfr_copier_destroy, and gives what that gives. */
+int hfr_pair_destroy(struct hfr_pair *pair, int whole, int64_t limit_ns);
+/* Its queues: those to the host and to the device are no more than the first and the second here. */
+struct hfr_copier *hfr_pair_copier(const struct hfr_pair *pair);
+
+/* As the copier's: between its enter and leave. `at` are offsets in the memory that a side has for the other; device addresses.
+ */
+hfreduceResult_t hfr_pair_push(struct hfr_pair *pair, enum hfr_queue queue, size_t at, uintptr_t from, size_t bytes);
+hfreduceResult_t hfr_pair_take(struct hfr_pair *pair, enum hfr_queue queue, uintptr_t to, size_t at, size_t bytes);
+uintptr_t hfr_pair_address(const struct hfr_pair *pair, size_t at);
+/* to = own op what arrived at `from`; lower: own comes first. op: sum, prod, max, min. scale: of sums of floats, before they are
+   rounded. */
+struct hfr_pair_sum {
+  uintptr_t to, own;
+  size_t from, count, esize; /* elements, bytes of one */
+  int lower;
+  hfreduceDataType_t dtype;
+  hfreduceRedOp_t op;
+  float scale;
+};
+hfreduceResult_t hfr_pair_reduce(struct hfr_pair *pair, enum hfr_queue queue, const struct hfr_pair_sum *sum);
 #endif

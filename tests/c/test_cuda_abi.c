@@ -17,6 +17,7 @@ SAME(HFR_CU_INVALID_DEVICE, CUDA_ERROR_INVALID_DEVICE);
 SAME(HFR_CU_INVALID_CONTEXT, CUDA_ERROR_INVALID_CONTEXT);
 SAME(HFR_CU_INVALID_HANDLE, CUDA_ERROR_INVALID_HANDLE);
 SAME(HFR_CU_NOT_READY, CUDA_ERROR_NOT_READY);
+SAME(HFR_CU_PEER_ACCESS_ALREADY_ENABLED, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
 SAME(HFR_CU_CONTEXT_IS_DESTROYED, CUDA_ERROR_CONTEXT_IS_DESTROYED);
 SAME(HFR_CU_HOST_MEMORY_ALREADY_REGISTERED, CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
 SAME(HFR_CU_HOST_MEMORY_NOT_REGISTERED, CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED);
@@ -32,6 +33,13 @@ SAME(HFR_CU_CAPTURE_IMPLICIT, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
 SAME(HFR_CU_ATTR_PCI_BUS, CU_DEVICE_ATTRIBUTE_PCI_BUS_ID);
 SAME(HFR_CU_ATTR_PCI_DEVICE, CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID);
 SAME(HFR_CU_ATTR_PCI_DOMAIN, CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID);
+SAME(HFR_CU_ATTR_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+SAME(HFR_CU_ATTR_CAPABILITY_MINOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+SAME(HFR_CU_P2P_ACCESS, CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED);
+SAME(HFR_CU_P2P_ATOMICS, CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED);
+SAME(HFR_CU_IPC_LAZY_PEER_ACCESS, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+SAME(sizeof(struct hfr_cu_ipc), sizeof(CUipcMemHandle));
+SAME(_Alignof(struct hfr_cu_ipc), _Alignof(CUipcMemHandle));
 SAME(HFR_CU_ATTR_COPY_ENGINES, CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT);
 SAME(HFR_CU_ATTR_MEM_OPS_V1, 92); /* its name moved between versions */
 SAME(HFR_CU_POINTER_CONTEXT, CU_POINTER_ATTRIBUTE_CONTEXT);
@@ -115,6 +123,25 @@ _Static_assert(__builtin_types_compatible_p(__typeof__(&cuMemHostRegister), CUre
                "cuMemHostRegister");
 _Static_assert(__builtin_types_compatible_p(__typeof__(&cuThreadExchangeStreamCaptureMode), CUresult (*)(CUstreamCaptureMode *)),
                "cuThreadExchangeStreamCaptureMode");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuDeviceGetP2PAttribute),
+                                            CUresult (*)(int *, CUdevice_P2PAttribute, CUdevice, CUdevice)),
+               "cuDeviceGetP2PAttribute");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuCtxEnablePeerAccess), CUresult (*)(CUcontext, unsigned)),
+               "cuCtxEnablePeerAccess");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuIpcGetMemHandle), CUresult (*)(CUipcMemHandle *, CUdeviceptr)),
+               "cuIpcGetMemHandle");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuIpcOpenMemHandle),
+                                            CUresult (*)(CUdeviceptr *, CUipcMemHandle, unsigned)),
+               "cuIpcOpenMemHandle");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuIpcCloseMemHandle), CUresult (*)(CUdeviceptr)), "cuIpcCloseMemHandle");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuModuleLoadData), CUresult (*)(CUmodule *, const void *)),
+               "cuModuleLoadData");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuModuleGetFunction), CUresult (*)(CUfunction *, CUmodule, const char *)),
+               "cuModuleGetFunction");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuLaunchKernel),
+                                            CUresult (*)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                                                         unsigned, CUstream, void **, void **)),
+               "cuLaunchKernel");
 
 int main(void) {
   printf("our declarations agree with cuda.h of CUDA %d.%d\n", CUDA_VERSION / 1000, CUDA_VERSION % 1000 / 10);

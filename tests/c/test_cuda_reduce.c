@@ -9,9 +9,9 @@
 #include "check.h"
 #include "simd/simd.h"
 
-typedef void kernel_function(void *dst, const void *first, const void *second, unsigned long long count);
+typedef void kernel_function(void *dst, const void *first, const void *second, unsigned long long count, float scale);
 static void (*run)(kernel_function *kernel, unsigned blocks, unsigned threads, void *dst, const void *first, const void *second,
-                   unsigned long long count);
+                   unsigned long long count, float scale);
 
 enum { MOST = 3000, ROOM = 64 };
 static const char *const op_name[] = {"sum", "prod", "max", "min"};
@@ -51,22 +51,26 @@ static size_t differ(const uint8_t *a, const uint8_t *b, size_t count, hfreduceD
 }
 
 static void one_case(kernel_function *kernel, hfreduceDataType_t type, int op, size_t count, const size_t at[3], int in_place,
-                     unsigned blocks) {
+                     unsigned blocks, int parts) {
   static uint8_t first[MOST * 8 + ROOM], second[sizeof first], out[sizeof first], want[sizeof first];
   size_t size = hfr_dtype_size(type);
   uint8_t *a = first + at[0], *b = second + at[1], *dst = in_place ? a : out + at[2];
   fill(a, count, size);
   fill(b, count, size);
-  hfr_reduce(want, (const void *[]){a, b}, 2, count, type, (enum hfr_op)op, NULL);
+  struct hfr_scale scale = {.npre = 2, .pre = 1.0f / (float)parts};
+  hfr_reduce(want, (const void *[]){a, b}, 2, count, type, (enum hfr_op)op, parts > 1 ? &scale : NULL);
   memset(out, 0xee, sizeof out);
   uint8_t before = dst == a ? 0 : dst[-1], behind = dst[count * size];
-  run(kernel, blocks, 64, dst, a, b, count);
+  run(kernel, blocks, 64, dst, a, b, count, 1.0f / (float)parts);
   size_t n = differ(dst, want, count, type);
-  CHECK(!n, "%s %s of %zu at %zu, %zu, %zu%s, %u blocks: %zu elements differ", hfr_dtype_name(type), op_name[op], count, at[0],
-        at[1], at[2], in_place ? ", in place" : "", blocks, n);
+  CHECK(!n, "%s %s of %zu at %zu, %zu, %zu%s, %u blocks, of %d: %zu elements differ", hfr_dtype_name(type), op_name[op], count,
+        at[0], at[1], at[2], in_place ? ", in place" : "", blocks, parts, n);
   CHECK(dst[count * size] == behind && (dst == a || dst[-1] == before), "%s %s of %zu writes outside", hfr_dtype_name(type),
         op_name[op], count);
 }
+
+/* An average's sums are scaled in the kernel. */
+static int is_float(hfreduceDataType_t type) { return type >= hfreduceFloat16; }
 
 static void every_case(kernel_function *kernel, hfreduceDataType_t type, int op) {
   static const size_t counts[] = {0, 1, 2, 15, 16, 17, 63, 255, 1000, MOST};
@@ -75,7 +79,8 @@ static void every_case(kernel_function *kernel, hfreduceDataType_t type, int op)
   for (size_t c = 0; c < sizeof counts / sizeof *counts; c++)
     for (size_t s = 0; s < sizeof starts / sizeof *starts; s++)
       for (int in_place = 0; in_place < 2; in_place++)
-        one_case(kernel, type, op, counts[c], starts[s], in_place, 1 + (unsigned)(c + s) % 3);
+        for (int parts = 1; parts <= (op == 0 && is_float(type) ? 6 : 1); parts += 5)
+          one_case(kernel, type, op, counts[c], starts[s], in_place, 1 + (unsigned)(c + s) % 3, parts);
 }
 
 /* All pairs of values of the datatypes that have 256. */
@@ -83,7 +88,7 @@ static void all_bytes(kernel_function *kernel, hfreduceDataType_t type, int op) 
   static uint8_t a[65536], b[65536], out[65536], want[65536];
   for (int i = 0; i < 65536; i++) a[i] = (uint8_t)i, b[i] = (uint8_t)(i >> 8);
   hfr_reduce(want, (const void *[]){a, b}, 2, 65536, type, (enum hfr_op)op, NULL);
-  run(kernel, 2, 64, out, a, b, 65536);
+  run(kernel, 2, 64, out, a, b, 65536, 1);
   size_t n = differ(out, want, 65536, type);
   CHECK(!n, "%s %s: %zu of all pairs differ", hfr_dtype_name(type), op_name[op], n);
 }

@@ -57,6 +57,8 @@ static void read_script(void) {
       fake.reuse = value;
     else if (sscanf(word, "flush=%d", &value) == 1)
       fake.flush = value;
+    else if (sscanf(word, "nvlink=%d", &value) == 1)
+      fake.nvlink = value;
     else if (!strcmp(word, "memops=0"))
       fake.mem_ops = 0, fake.version = 11040;
     else if (sscanf(word, "fail=%47[^:]:%d:%d", f.call, &f.number, &f.result) == 3 && nfaults < FAULTS_MAX)
@@ -172,6 +174,8 @@ EXPORT hfr_cu_result cuDeviceGetAttribute(int *value, int attribute, hfr_cu_devi
     case HFR_CU_ATTR_PCI_BUS: *value = 0x10 + device; break;
     case HFR_CU_ATTR_PCI_DEVICE: *value = 0; break;
     case HFR_CU_ATTR_PCI_DOMAIN: *value = 0xfffe; break;
+    case HFR_CU_ATTR_CAPABILITY_MAJOR: *value = 9; break;
+    case HFR_CU_ATTR_CAPABILITY_MINOR: *value = 0; break;
     case HFR_CU_ATTR_COPY_ENGINES: *value = 2; break;
     case HFR_CU_ATTR_MEM_OPS_V1: *value = fake.mem_ops; break;
     case HFR_CU_ATTR_FLUSH_REMOTE_WRITES: *value = fake.flush; break;
@@ -276,7 +280,14 @@ EXPORT hfr_cu_result cuGetProcAddress_v2(const char *name, void **function, int 
   return *function ? HFR_CU_SUCCESS : 500;
 }
 
-/* For tests of this library alone: what went through it. */
+/* For tests of this library alone: what went through it, and how many kernels ran. */
+EXPORT uint64_t fake_cuda_kernels(void);
+EXPORT uint64_t fake_cuda_kernels(void) {
+  LOCK();
+  uint64_t n = fake.kernels;
+  UNLOCK();
+  return n;
+}
 EXPORT void fake_cuda_counts(uint64_t *copies, uint64_t *launches);
 EXPORT void fake_cuda_counts(uint64_t *copies, uint64_t *launches) {
   LOCK();

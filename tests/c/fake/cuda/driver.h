@@ -6,6 +6,7 @@
  *   program ──► memory.c   pointers: what they are, how far they reach, whether they are freed
  *           ──► queue.c    streams and events: operations in queues, run by threads
  *           ──► graph.c    capture, graphs, user objects
+ *           ──► pair.c     what joins two devices: peer access, memory of other processes; and kernels, which CPUs run
  *           ──► api.c      contexts, devices, versions, the script
  *
  * What would hang, corrupt or crash on a device ends the process with a line that says why: copies past the end of memory, the
@@ -17,6 +18,7 @@
  *   reuse=1              memory that is freed is given again, at the same address
  *   flush=0              waits for words cannot flush: what comes over the bus by itself is never seen by work behind them
  *   memops=0             a driver of 11.4 whose kernel module does not grant stream memory operations
+ *   nvlink=N             N devices each, from the first on, are joined by NVLink (0: none, the preset)
  *   fail=CALL:N:RESULT   the N-th call of this function gives this CUresult (0: every one)
  * CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device share one queue, as in hardware that has but one.
  */
@@ -37,7 +39,7 @@ struct CUctx_st {
 };
 
 /* ---- memory.c ---- */
-enum fake_kind { FAKE_DEVICE, FAKE_MANAGED, FAKE_PINNED, FAKE_REGISTERED };
+enum fake_kind { FAKE_DEVICE, FAKE_MANAGED, FAKE_PINNED, FAKE_REGISTERED, FAKE_IMPORTED };
 struct fake_block {
   struct fake_block *next;
   enum fake_kind kind;
@@ -46,8 +48,11 @@ struct fake_block {
   size_t bytes;
   int freed;
   struct CUctx_st *context;
-  uint64_t id; /* of the allocation: memory that was freed and given again has another */
+  uint64_t id;            /* of the allocation: memory that was freed and given again has another */
+  int fd;                 /* of memory that other processes may open; else -1 */
+  _Atomic int *importers; /* that have it open, in memory that all of them share; NULL: it cannot be opened */
 };
+struct fake_block *fake_add_block(enum fake_kind kind, uintptr_t start, uint8_t *alias, size_t bytes);
 /* What others put on the bus towards device memory (fake/gdrapi.c) arrives. Under the lock. */
 void fake_arrive(void);
 /* Under the lock. The block that holds this address, freed ones too; NULL: none, it is plain host memory. */
@@ -56,7 +61,7 @@ struct fake_block *fake_block_of(uintptr_t address);
 uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what);
 
 /* ---- queue.c ---- */
-enum fake_what { FAKE_NOP, FAKE_COPY, FAKE_SET, FAKE_WRITE, FAKE_WAIT, FAKE_HOST, FAKE_GRAPH };
+enum fake_what { FAKE_NOP, FAKE_COPY, FAKE_SET, FAKE_WRITE, FAKE_WAIT, FAKE_HOST, FAKE_GRAPH, FAKE_KERNEL };
 struct fake_after { /* so many operations of a stream */
   struct CUstream_st *stream;
   uint64_t count;
@@ -72,6 +77,7 @@ struct fake_op {
   hfr_cu_host_fn function;
   void *arg;
   struct fake_exec *exec;
+  const struct fake_launch *launch; /* KERNEL; kept for ever, for a graph may run it again */
   struct fake_after *after;
   int nafter;
 };
@@ -126,19 +132,22 @@ void fake_mark(struct CUstream_st *stream, struct CUevent_st *event);
 hfr_cu_result fake_unsafe(void);
 void fake_run_graph(struct fake_exec *exec);
 
+/* ---- pair.c ---- */
+void fake_run_kernel(const struct fake_launch *launch);
+
 /* ---- api.c ---- */
 extern struct fake_driver {
   pthread_mutex_t lock;
   pthread_cond_t moved; /* something completed, or came */
   pid_t pid;            /* that initialised it; 0: none has */
-  int devices, delay_us, version, mem_ops, one_queue, reuse, flush;
+  int devices, delay_us, version, mem_ops, one_queue, reuse, flush, nvlink;
   uint64_t allocations;
   struct CUstream_st *streams; /* destroyed ones too */
   struct fake_capture *captures;
   struct CUctx_st primary[FAKE_DEVICES_MAX];
   int retained[FAKE_DEVICES_MAX];
   struct fake_queue shared[FAKE_DEVICES_MAX];
-  uint64_t copies, launches;
+  uint64_t copies, launches, kernels;
 } fake;
 extern _Thread_local int fake_in_host_function;
 extern _Thread_local int fake_capture_mode;

@@ -14,7 +14,7 @@ static struct fake_block *blocks;
 struct fake_block *fake_block_of(uintptr_t address) {
   for (struct fake_block *b = blocks; b; b = b->next)
     if ((address >= b->start && address < b->start + b->bytes) || (address >= b->device && address < b->device + b->bytes))
-      if (!b->freed || b->kind == FAKE_DEVICE || b->kind == FAKE_MANAGED)
+      if (!b->freed || b->kind == FAKE_DEVICE || b->kind == FAKE_MANAGED || b->kind == FAKE_IMPORTED)
         return b; /* a freed range of a device is never reused */
   return NULL;
 }
@@ -29,9 +29,9 @@ uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what) {
   return b->alias + at;
 }
 
-static struct fake_block *add_block(enum fake_kind kind, uintptr_t start, uint8_t *alias, size_t bytes) {
+struct fake_block *fake_add_block(enum fake_kind kind, uintptr_t start, uint8_t *alias, size_t bytes) {
   struct fake_block *b = calloc(1, sizeof *b);
-  *b = (struct fake_block){blocks, kind, start, start, alias, bytes, 0, fake_current(), ++fake.allocations};
+  *b = (struct fake_block){blocks, kind, start, start, alias, bytes, 0, fake_current(), ++fake.allocations, -1, NULL};
   blocks = b;
   return b;
 }
@@ -55,16 +55,19 @@ static hfr_cu_result allocate(const char *call, enum fake_kind kind, size_t byte
   hfr_cu_result r = fake_unsafe();
   if (r) return r;
   size_t size = (bytes + 4095) / 4096 * 4096;
-  int fd = memfd_create("stand-in", MFD_CLOEXEC);
-  if (fd < 0 || ftruncate(fd, (off_t)size)) return HFR_CU_OUT_OF_MEMORY;
+  int fd = memfd_create("stand-in", MFD_CLOEXEC), shared = kind == FAKE_DEVICE && fake.nvlink;
+  size_t whole = shared ? size + 4096 : size; /* behind it: who has it open */
+  if (fd < 0 || ftruncate(fd, (off_t)whole)) return HFR_CU_OUT_OF_MEMORY;
   void *place = kind == FAKE_DEVICE && fake.reuse ? take_freed(size) : NULL;
   void *seen = mmap(place, size, open ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_SHARED | (place ? MAP_FIXED : 0), fd, 0);
-  void *alias = open ? seen : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  close(fd);
+  void *alias = open ? seen : mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (!shared) close(fd);
   if (seen == MAP_FAILED || alias == MAP_FAILED) return HFR_CU_OUT_OF_MEMORY;
   memset(alias, 0xa5, size); /* memory that nobody has written holds nothing useful */
   LOCK();
-  add_block(kind, (uintptr_t)seen, alias, bytes);
+  struct fake_block *b = fake_add_block(kind, (uintptr_t)seen, alias, bytes);
+  b->fd = shared ? fd : -1;
+  b->importers = shared ? (_Atomic int *)(alias + size) : NULL;
   UNLOCK();
   *pointer = (uintptr_t)seen;
   return HFR_CU_SUCCESS;
@@ -89,8 +92,11 @@ static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
   for (struct CUstream_st *s = fake.streams; s && !pinned; s = s->next) fake_await(s, s->submitted);
   struct fake_block *b = fake_block_of(pointer);
   int wrong = !b || b->freed || b->start != pointer || (b->kind == FAKE_PINNED) != pinned || b->kind == FAKE_REGISTERED;
+  if (!wrong && b->importers && atomic_load(b->importers))
+    fake_die("cuMemFree at %#zx: another process has the memory open", (size_t)pointer);
   if (!wrong) {
     b->freed = 1;
+    if (b->fd >= 0) close(b->fd);
     if (b->alias != (uint8_t *)b->start) munmap(b->alias, (b->bytes + 4095) / 4096 * 4096);
     mmap((void *)b->start, (b->bytes + 4095) / 4096 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
          -1, 0);
@@ -111,7 +117,7 @@ EXPORT hfr_cu_result cuMemHostRegister_v2(void *memory, size_t bytes, unsigned f
   LOCK();
   struct fake_block *b = fake_block_of((uintptr_t)memory);
   if (!b) {
-    b = add_block(FAKE_REGISTERED, (uintptr_t)memory, memory, bytes);
+    b = fake_add_block(FAKE_REGISTERED, (uintptr_t)memory, memory, bytes);
     b->device = b->start + REGISTERED_AT;
     b = NULL;
   }
@@ -161,7 +167,9 @@ EXPORT hfr_cu_result cuPointerGetAttributes(unsigned count, int *attributes, voi
   for (unsigned i = 0; i < count; i++) switch (attributes[i]) {
       case HFR_CU_POINTER_CONTEXT: *(void **)data[i] = b ? b->context : NULL; break;
       case HFR_CU_POINTER_MEMORY_TYPE:
-        *(unsigned *)data[i] = !b ? 0 : b->kind <= FAKE_MANAGED ? HFR_CU_MEMORY_DEVICE : HFR_CU_MEMORY_HOST;
+        *(unsigned *)data[i] = !b                                                    ? 0
+                               : b->kind <= FAKE_MANAGED || b->kind == FAKE_IMPORTED ? HFR_CU_MEMORY_DEVICE
+                                                                                     : HFR_CU_MEMORY_HOST;
         break;
       case HFR_CU_POINTER_IS_MANAGED: *(unsigned *)data[i] = b && b->kind == FAKE_MANAGED; break;
       case HFR_CU_POINTER_BUFFER_ID: *(uint64_t *)data[i] = b ? b->id : 0; break;

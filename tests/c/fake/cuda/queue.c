@@ -74,6 +74,7 @@ void fake_execute(const struct fake_op *op) {
       pthread_mutex_unlock(&one_host_function);
       break;
     case FAKE_GRAPH: fake_run_graph(op->exec); break;
+    case FAKE_KERNEL: fake_run_kernel(op->launch); break;
     default: break;
   }
 }
