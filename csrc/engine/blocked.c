@@ -51,6 +51,7 @@ void hfr_engine_want(struct hfr_engine *e, struct hfr_waitset *set) {
   if (e->queue) want_request(e, e->queue, set);
   e->visit++;
   for (struct hfr_request *r = e->p2p; r; r = r->next) {
+    if (r->plan.call.coll == HFR_PAIR) continue; /* the arena's bell is rung */
     if (r->plan.call.receiving)
       hfr_p2p_want(e, r, set);
     else if (hfr_my_turn(e, r))
@@ -159,6 +160,19 @@ static void name_sources(struct culprits *c, const struct hfr_request *r) {
   c->phase = "recv";
 }
 
+/* Of a pair's devices, one's own may be the late one. */
+static void name_partner(struct culprits *c, struct hfr_request *r) {
+  const struct hfr_layout *lay = c->engine->layout;
+  const struct hfr_exchange *x = &r->exchange;
+  if (x->pushed > r->window->passed) {
+    name_rank(c, x->back ? "NVLink results" : "NVLink inputs", hfr_rank_at(lay, lay->node, x->partner));
+    return;
+  }
+  snprintf(c->text, sizeof c->text, "waiting for the copies of its own device over NVLink (segment %d of %d)", x->pushed + 1,
+           r->window->nsegs);
+  c->phase = "device copy";
+}
+
 /* Who and what does the request wait for: the first stage that is stuck on others, and the peers it lacks. */
 static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t now, struct culprits *c) {
   const struct hfr_layout *lay = e->layout;
@@ -166,6 +180,10 @@ static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t n
       .engine = e, .phase = "start", .lead = "waiting for ", .peer = -1, .gone = -1, .now_ns = now, .text = "waiting"};
   if (r->plan.call.coll == HFR_P2P && r->plan.call.receiving) {
     name_sources(c, r);
+    return;
+  }
+  if (r->plan.call.coll == HFR_PAIR) {
+    name_partner(c, r);
     return;
   }
   if (!r->verified)
@@ -180,7 +198,7 @@ static void check_request(struct hfr_engine *e, struct hfr_request *r, int64_t n
   struct culprits c;
   char text[600];
   int late = now > r->deadline_ns;
-  if (!r->reported && e->on_stuck && e->layout->nnodes > 1 && r->plan.call.coll != HFR_P2P && r->timeout_ns > 0 &&
+  if (!r->reported && e->on_stuck && e->layout->nnodes > 1 && r->plan.call.coll < HFR_P2P && r->timeout_ns > 0 &&
       now - (r->deadline_ns - r->timeout_ns) > STUCK_NS) {
     r->reported = 1;
     e->on_stuck(e->on_error_arg, &r->fp);

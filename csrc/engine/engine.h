@@ -29,6 +29,14 @@ struct hfreduceWork {
   _Atomic int notified;
 };
 
+/* The segments that two devices give each other (HFR_PAIR): words of the request's window, one a segment. */
+struct hfr_exchange {
+  int partner;   /* local rank */
+  int back;      /* 0: inputs on their way out, 1: results on their way back */
+  uint64_t base; /* segments that came before this operation, since the communicator was made */
+  int pushed;    /* of this one, as the partner knows */
+};
+
 struct hfr_request {
   struct hfr_request *next;
   struct hfreduceWork *work;
@@ -40,9 +48,10 @@ struct hfr_request {
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;
-  int lent;                  /* bit 0: the send buffer was lent to the transport, bit 1: the receive buffer */
-  uint64_t ticket;           /* a send's turn on the link */
-  int source;                /* a receive: whose message it takes; -1: none yet */
+  int lent;        /* bit 0: the send buffer was lent to the transport, bit 1: the receive buffer */
+  uint64_t ticket; /* a send's turn on the link */
+  int source;      /* a receive: whose message it takes; -1: none yet */
+  struct hfr_exchange exchange;
   struct hfr_cursor *cursor; /* one a stage */
   int cursors_cap, left;     /* left: stages not yet finished */
   void *temp;                /* copy of the send buffer (in-place all_to_all) */
@@ -138,6 +147,8 @@ struct hfr_engine {
   /* told once, by whichever thread found the error, without locks held */
   void (*on_error)(void *arg, const hfreduceErrorInfo_t *info);
   void *on_error_arg;
+  /* told of the first error, wherever it came from; tell: the other ranks have not heard of it yet */
+  void (*on_break)(void *arg, const hfreduceErrorInfo_t *info, int tell);
   /* told once a collective that has waited long on several nodes: ranks that use different channels never meet, so somebody must
    * compare */
   void (*on_stuck)(void *arg, const struct hfr_fingerprint *fp);

@@ -28,6 +28,11 @@ int hfr_p2p_receive(struct hfr_engine *engine, struct hfr_request *request);
 void hfr_p2p_want(struct hfr_engine *engine, const struct hfr_request *request, struct hfr_waitset *set);
 void hfr_p2p_fini(struct hfr_engine *engine);
 
+/* --- pairing.c: driver only --- */
+void hfr_pairing_post(struct hfr_engine *engine, struct hfr_request *request);
+/* 1: something moved. */
+int hfr_pairing_progress(struct hfr_engine *engine, struct hfr_request *request);
+
 /* --- replay.c: driver only --- */
 /* A captured request came: it joins the others of its graph. */
 void hfr_replay_add(struct hfr_engine *engine, struct hfr_request *request);

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 
 const char *hfr_coll_name(int coll) {
-  static const char *const name[HFR_NCOLL] = {"all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter",
-                                              "all_to_all", "gather", "scatter",   "barrier",    "send/recv"};
+  static const char *const name[HFR_NCOLL] = {"all_reduce", "reduce",  "broadcast", "all_gather", "reduce_scatter", "all_to_all",
+                                              "gather",     "scatter", "barrier",   "send/recv",  "pair exchange"};
   return coll >= 0 && coll < HFR_NCOLL ? name[coll] : "?";
 }
 

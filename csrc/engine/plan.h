@@ -25,6 +25,7 @@ enum hfr_coll {
   HFR_SCATTER,
   HFR_BARRIER,
   HFR_P2P,
+  HFR_PAIR, /* two ranks whose devices exchange segments: no plan, engine/pairing.c */
   HFR_NCOLL
 };
 const char *hfr_coll_name(int coll);
@@ -47,6 +48,7 @@ struct hfr_call {
   uint8_t scalar[8];
   const void *scalar_from; /* the factor lies there, and is read when the operation starts; NULL: it is in `scalar` */
   uint8_t scalar_bytes;
+  int over;     /* avg divides by so many; 0: the ranks of the communicator */
   int windowed; /* the buffers are reached in segments: no copy covers all of them at once */
   const size_t *sendcounts, *senddispls, *recvcounts, *recvdispls; /* uneven all_to_all, else NULL; owned by the request */
 };

@@ -13,7 +13,8 @@
 
 void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size_t size) {
   static const char *const op[] = {"sum", "prod", "max", "min", "avg", "premul_sum"};
-  int n = snprintf(text, size, "%s #%llu(", hfr_coll_name(fp->coll), (unsigned long long)fp->seq);
+  int n = snprintf(text, size, "%s%s #%llu(", hfr_coll_name(fp->coll), fp->way ? " over NVLink pairs" : "",
+                   (unsigned long long)fp->seq);
   if (fp->coll != HFR_BARRIER && n > 0 && (size_t)n < size)
     n += snprintf(text + n, size - (size_t)n, "count %llu, %s", (unsigned long long)fp->count,
                   hfr_dtype_name((hfreduceDataType_t)fp->dtype));
@@ -24,7 +25,7 @@ void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size
   if ((size_t)n < size) snprintf(text + n, size - (size_t)n, ")");
 }
 
-int hfr_engine_break(struct hfr_engine *e, const hfreduceErrorInfo_t *info) {
+static int set_error(struct hfr_engine *e, const hfreduceErrorInfo_t *info) {
   int first = 0;
   pthread_mutex_lock(&e->lock);
   if (!atomic_load_explicit(&e->error, memory_order_relaxed)) {
@@ -41,9 +42,15 @@ int hfr_engine_break(struct hfr_engine *e, const hfreduceErrorInfo_t *info) {
   return 1;
 }
 
-void hfr_engine_fail(struct hfr_engine *e, const hfreduceErrorInfo_t *info) {
-  if (hfr_engine_break(e, info) && e->on_error) e->on_error(e->on_error_arg, &e->why);
+static int break_and_tell(struct hfr_engine *e, const hfreduceErrorInfo_t *info, int tell) {
+  if (!set_error(e, info)) return 0;
+  if (tell && e->on_error) e->on_error(e->on_error_arg, &e->why);
+  if (e->on_break) e->on_break(e->on_error_arg, &e->why, tell);
+  return 1;
 }
+
+int hfr_engine_break(struct hfr_engine *e, const hfreduceErrorInfo_t *info) { return break_and_tell(e, info, 0); }
+void hfr_engine_fail(struct hfr_engine *e, const hfreduceErrorInfo_t *info) { break_and_tell(e, info, 1); }
 
 int hfr_engine_error(struct hfr_engine *e, hfreduceErrorInfo_t *info) {
   int code = atomic_load_explicit(&e->error, memory_order_acquire);
@@ -399,7 +406,7 @@ static int do_reduce(struct hfr_engine *e, struct hfr_request *r, int s, int64_t
     scale.npre = st->npre;
     scale.pre = 1.0 / e->layout->nranks;
   } else if (call->op == hfreduceAvg && (st->final || step->final)) {
-    scale.div = (uint64_t)e->layout->nranks;
+    scale.div = (uint64_t)(call->over ? call->over : e->layout->nranks);
   }
   if (step->bytes)
     reduce_into(e, hfr_place(e, r, &step->dst), st->doubled ? hfr_place(e, r, &step->also) : NULL, step->dst.space != HFR_RECV,
@@ -505,6 +512,8 @@ static void take_inbox(struct hfr_engine *e) {
     r->next = NULL;
     if (r->replay) {
       hfr_replay_add(e, r);
+    } else if (r->plan.call.coll == HFR_PAIR) {
+      hfr_pairing_post(e, r);
     } else if (r->plan.call.coll == HFR_P2P) {
       hfr_p2p_post(e, r);
     } else {
@@ -556,7 +565,9 @@ static int progress_p2p(struct hfr_engine *e) {
   e->visit++;
   for (struct hfr_request **at = &e->p2p; *at;) {
     struct hfr_request *r = *at;
-    if (r->plan.call.receiving) {
+    if (r->plan.call.coll == HFR_PAIR) {
+      moved |= hfr_pairing_progress(e, r);
+    } else if (r->plan.call.receiving) {
       moved |= hfr_p2p_receive(e, r);
     } else if (hfr_my_turn(e, r)) {
       if (!r->started && hfr_request_ready(r) && !begin(e, r)) return 1;
@@ -564,7 +575,7 @@ static int progress_p2p(struct hfr_engine *e) {
     }
     if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
     if (over(r)) {
-      if (!r->plan.call.receiving) hfr_engine_link(e, r->plan.call.root, HFR_VC_P2P)->tx_turn++;
+      if (r->plan.call.coll == HFR_P2P && !r->plan.call.receiving) hfr_engine_link(e, r->plan.call.root, HFR_VC_P2P)->tx_turn++;
       *at = r->next;
       if (!*at) e->p2p_tail = at;
       finish(e, r, NULL);

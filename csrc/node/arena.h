@@ -21,11 +21,12 @@ struct hfr_fingerprint {
   uint64_t seq;
   uint64_t count;
   int32_t root; /* or the tag of a send/recv; -1: none */
-  uint8_t coll, op, dtype, pad;
+  uint8_t coll, op, dtype;
+  uint8_t way; /* 1: by pairs of devices (engine/pairing.c) */
 };
 static inline int hfr_fingerprint_equal(const struct hfr_fingerprint *a, const struct hfr_fingerprint *b) {
   return a->seq == b->seq && a->count == b->count && a->root == b->root && a->coll == b->coll && a->op == b->op &&
-         a->dtype == b->dtype;
+         a->dtype == b->dtype && a->way == b->way;
 }
 
 /* 128-byte groups, because neighbouring lines are fetched in pairs. */
@@ -38,6 +39,7 @@ struct hfr_rank_ctrl {
   _Alignas(128) _Atomic uint64_t red;
   _Alignas(128) _Atomic uint64_t out;
   _Atomic uint64_t ver;
+  _Alignas(128) _Atomic uint64_t pushed[2]; /* segments that this rank's device has given to its partner, out and back */
   _Alignas(128) _Atomic uint64_t waiters; /* bit (local rank % 64): asleep until this rank publishes */
   _Alignas(128) _Atomic uint32_t bell;    /* futex word, moves when the rank is rung */
   _Atomic uint32_t sleeping;              /* enum hfr_sleep */
