@@ -133,6 +133,8 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
                                       : HFR_ALGO_AUTO;
   if (*algo && r->algo == HFR_ALGO_AUTO)
     HFR_WARN("HFREDUCE_ALGO is \"%s\"; it can be tree, direct or ring: choosing by size and node count", algo);
+  if (!c->whole) hfr_device_links(c->device, &r->links);
+  r->nvlink_min = (uint64_t)hfr_param_int(HFR_PARAM_NVLINK_MIN);
   r->streams = (uint32_t)hfr_param_int(HFR_PARAM_TCP_STREAMS);
   r->checksum = (uint32_t)hfr_param_int(HFR_PARAM_CHECKSUM);
 }
@@ -257,6 +259,8 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
                     (unsigned long long)zero->chunk, n, 8 * n);
   c->engine.geometry = (struct hfr_geometry){
       .chunk = zero->chunk, .ring_slot = zero->chunk / 2, .slots = (int)zero->slots, .algo = (enum hfr_algo)zero->algo};
+  if (c->whole) c->engine.geometry = c->whole->engine.geometry;
+  hfr_pairs_match(c, table);
   c->net = (struct hfr_net){.rank = c->rank,
                             .nranks = n,
                             .comm_id = c->uid.comm_id,
@@ -380,6 +384,8 @@ static void on_engine_error(void *arg, const hfreduceErrorInfo_t *info) {
   if (!atomic_load(&c->closing)) hfr_runtime_flood(c, HFR_FRAME_ERROR, info, sizeof *info, -1);
 }
 
+static void on_engine_break(void *arg, const hfreduceErrorInfo_t *info, int tell) { hfr_pairs_broke(arg, info, tell); }
+
 static void on_stuck(void *arg, const struct hfr_fingerprint *fp) { hfr_runtime_stuck(arg, fp); }
 
 static hfreduceResult_t start_engine(struct hfreduceComm *c) {
@@ -392,6 +398,7 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
   e->on_error = on_engine_error;
   e->on_error_arg = c;
   e->on_stuck = on_stuck;
+  e->on_break = on_engine_break;
   int crowded = c->ranks_here > hfr_ncpus();
   int64_t spin = hfr_param_int(HFR_PARAM_SPIN);
   /* Spinning keeps the awaited rank from running when ranks are more than cores; over the network a poll is a system call, and

@@ -83,7 +83,7 @@ hfreduceResult_t hfreduceUniqueIdFromAddress(hfreduceUniqueId *id, const char *a
 /* ---------------------------------------------------------------- making */
 
 void hfreduceConfigInit(hfreduceConfig_t *config) {
-  *config = (hfreduceConfig_t){.size = sizeof *config, .magic = CONFIG_MAGIC, .version = HFREDUCE_VERSION_CODE};
+  *config = (hfreduceConfig_t){.size = sizeof *config, .magic = CONFIG_MAGIC, .version = HFREDUCE_VERSION_CODE, .device = -1};
 }
 
 static void free_comm(struct hfreduceComm *c) {
@@ -103,11 +103,11 @@ static void free_comm(struct hfreduceComm *c) {
   free(c);
 }
 
-/* Out of the watcher's and the progress thread's reach, then gone. */
-static void dispose(struct hfreduceComm *c) {
+void hfr_comm_dispose(struct hfreduceComm *c) {
   atomic_store(&c->closing, 1);
   hfr_runtime_remove(c);
   if (c->engine_up) hfr_drive_stop(&c->engine);
+  hfr_pairs_destroy(c);
   free_comm(c);
 }
 
@@ -132,10 +132,10 @@ static hfreduceResult_t check_init(hfreduceComm_t *comm, int nranks, const hfred
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank,
-                                            hfreduceConfig_t *config) {
+static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank,
+                                  const hfreduceConfig_t *config, struct hfreduceComm *whole) {
   struct hfr_uid uid;
-  HFR_TRY(check_init(comm, nranks, &id, rank, config, &uid));
+  HFR_TRY(check_init(comm, nranks, id, rank, config, &uid));
   void *memory = NULL;
   if (posix_memalign(&memory, 128, sizeof(struct hfreduceComm)))
     return hfr_fail(hfreduceSystemError, "out of memory for a communicator");
@@ -153,12 +153,16 @@ hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hf
     snprintf(c->name, sizeof c->name, "%016llx", (unsigned long long)uid.comm_id);
   c->cancel = config ? config->cancel : NULL;
   c->devices = hfr_device_present();
+  c->whole = whole;
+  c->partner = -1;
+  c->device = config && config->device >= 0 ? config->device : hfr_device_current();
   pthread_mutex_init(&c->ops_lock, NULL);
-  hfr_log_set_rank(rank);
+  if (!whole) hfr_log_set_rank(rank);
   hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->timeout * 1e9));
+  if (!r && c->partner >= 0) r = hfr_pairs_make(c);
   if (r) {
     hfreduceErrorInfo_t why = *hfr_last_error();
-    dispose(c);
+    hfr_comm_dispose(c);
     if (!why.op[0]) snprintf(why.op, sizeof why.op, "init");
     if (why.rank < 0) why.rank = rank;
     *hfr_last_error() = why;
@@ -167,6 +171,11 @@ hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hf
   c->cancel = NULL;
   *comm = c;
   return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank,
+                                            hfreduceConfig_t *config) {
+  return init_rank(comm, nranks, &id, rank, config, NULL);
 }
 
 hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank) {
@@ -210,6 +219,7 @@ hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
     hfr_drive_async(&comm->engine);
     nanosleep(&t, NULL);
   }
+  if (hfr_pairs_half(comm)) hfreduceCommFinalize(hfr_pairs_half(comm)); /* an error of it is this one's too */
   int code = hfr_engine_error(&comm->engine, hfr_last_error());
   return (hfreduceResult_t)code;
 }
@@ -218,7 +228,7 @@ hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommDestroy"));
   if (comm->pid != getpid()) return hfreduceSuccess; /* the parent's; a forked child only forgets it */
   hfreduceCommFinalize(comm);
-  dispose(comm);
+  hfr_comm_dispose(comm);
   return hfreduceSuccess;
 }
 
@@ -235,7 +245,9 @@ hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
   snprintf(info.op, sizeof info.op, "abort");
   snprintf(info.text, sizeof info.text, "the communicator was aborted by rank %d on %s", comm->rank, comm->hosts[comm->rank]);
   hfr_engine_fail(&comm->engine, &info);
+  struct hfreduceComm *half = hfr_pairs_half(comm);
   if (atomic_load(&comm->engine.active)) hfr_drive_async(&comm->engine);
+  if (half && atomic_load(&half->engine.active)) hfr_drive_async(&half->engine);
   return hfreduceSuccess;
 }
 
@@ -321,6 +333,7 @@ hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
   if (!(seconds > 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetTimeout: %g s; it must be positive", seconds);
   comm->timeout = seconds;
   comm->engine.timeout_ns = (int64_t)(seconds * 1e9);
+  if (hfr_pairs_half(comm)) hfreduceCommSetTimeout(hfr_pairs_half(comm), seconds);
   return hfreduceSuccess;
 }
 
@@ -342,7 +355,8 @@ static int by_key(const void *a, const void *b) {
   return x->key != y->key ? (x->key < y->key ? -1 : 1) : x->rank - y->rank;
 }
 
-hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config) {
+static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, const hfreduceConfig_t *config,
+                              struct hfreduceComm *whole) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommSplit"));
   if (!newcomm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: newcomm is NULL");
   *newcomm = NULL;
@@ -374,9 +388,25 @@ hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfre
     hfreduceConfig_t inherited;
     hfreduceConfigInit(&inherited);
     inherited.timeout = comm->timeout;
-    r = hfreduceCommInitRankConfig(newcomm, members, ids[first], mine, config ? config : &inherited);
+    inherited.device = comm->device;
+    r = init_rank(newcomm, members, &ids[first], mine, config ? config : &inherited, whole);
   }
   free(all);
   free(ids);
   return r;
+}
+
+hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config) {
+  return split(comm, color, key, newcomm, config, NULL);
+}
+
+hfreduceResult_t hfr_comm_split_half(struct hfreduceComm *whole, int color, struct hfreduceComm **half) {
+  char name[sizeof whole->name + 8];
+  hfreduceConfig_t config;
+  hfreduceConfigInit(&config);
+  snprintf(name, sizeof name, "%.24s.half%d", whole->name, color);
+  config.timeout = whole->timeout;
+  config.name = name;
+  config.cancel = whole->cancel;
+  return split(whole, color, whole->rank, half, &config, whole);
 }

@@ -30,12 +30,14 @@ struct hfr_record {
   uint32_t pid;
   uint64_t members;                       /* of its unique id */
   uint8_t transports[HFR_TRANSPORTS_MAX]; /* that it can use between nodes, best first; rank 0's order holds */
+  struct hfr_links links;                 /* of its device */
   /* rank 0's values hold for all */
   uint32_t slots, algo, streams, checksum;
-  uint64_t chunk;
+  uint64_t chunk, nvlink_min;
 };
 
 struct hfr_staging;
+struct hfr_pairs;
 struct hfreduceComm {
   uint32_t magic;
   pid_t pid;
@@ -69,8 +71,13 @@ struct hfreduceComm {
   uint64_t seen;
   int idle;
   struct hfr_staging *staging; /* its device side; NULL before the first call with a stream or device memory (stream.h) */
-  int devices;                 /* this process has a driver: pointers may be a device's */
-  struct hfreduceComm *next;   /* registered */
+  int device;                  /* that it will work on, as far as known when it was made; -1: none */
+  int partner;                 /* rank whose device NVLink joins with this one's, where all ranks have one; -1: none */
+  uint64_t nvlink_min;
+  _Atomic(struct hfr_pairs *) pairs; /* NULL: none, or no use is made of them (pairs.h); the watcher looks */
+  struct hfreduceComm *whole;        /* this one is half of it, and not the user's */
+  int devices;                       /* this process has a driver: pointers may be a device's */
+  struct hfreduceComm *next;         /* registered */
   /* user-made ops: values from hfreduceNumOps */
   struct hfr_premul {
     int used;
@@ -117,6 +124,23 @@ hfreduceResult_t hfr_comm_check(hfreduceComm_t comm, const char *function);
 
 /* --- shrink.c --- */
 void hfr_shrunk_free(struct hfreduceComm *comm);
+
+/* Make a communicator of some ranks, as hfreduceCommSplit, that is a half of `whole`: with its geometry, and no pairs of its own.
+ */
+hfreduceResult_t hfr_comm_split_half(struct hfreduceComm *whole, int color, struct hfreduceComm **half);
+/* Out of everybody's reach, then gone. */
+void hfr_comm_dispose(struct hfreduceComm *comm);
+
+/* --- pairs.c --- */
+/* Set comm->partner from what the ranks have told of their devices. */
+void hfr_pairs_match(struct hfreduceComm *comm, const struct hfr_record *table);
+/* All ranks together, once the communicator stands: agree on pairs and make them. Those that cannot be made are none. */
+hfreduceResult_t hfr_pairs_make(struct hfreduceComm *comm);
+/* An engine broke: the other one of whole and half does too. */
+void hfr_pairs_broke(struct hfreduceComm *comm, const hfreduceErrorInfo_t *info, int tell);
+/* With all that is a half's; the whole is in nobody's reach any more. */
+void hfr_pairs_destroy(struct hfreduceComm *comm);
+struct hfreduceComm *hfr_pairs_half(const struct hfreduceComm *comm); /* NULL: none */
 
 /* --- bootstrap.c --- */
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);

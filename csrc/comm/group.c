@@ -1,5 +1,5 @@
 /* Issuing: single calls, and groups of calls that launch together. Groups are a thread's own. */
-#include "stream.h"
+#include "pairs.h"
 
 #include "../base/thread.h"
 
@@ -7,10 +7,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* all_reduce over pairs of devices is four requests, in this order. */
+enum part { ALL_OF_IT, AGREE, EXCHANGE_OUT, EXCHANGE_BACK, HALF };
+
 struct grouped {
   struct hfreduceComm *comm;
   struct hfr_call call;
   struct hfr_ordered ordered; /* by a stream */
+  enum part part;
+  const struct grouped *of; /* the call that it is a part of */
 };
 
 static _Thread_local struct {
@@ -72,6 +77,26 @@ static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_ca
   return hfreduceSuccess;
 }
 
+/* The request of a part; *out stays NULL where none is needed. */
+static hfreduceResult_t plan_part(const struct grouped *g, struct hfr_request **out) {
+  struct hfr_engine *e = &g->comm->engine;
+  if (g->part == ALL_OF_IT) return plan_request(g->comm, &g->call, g->ordered.on ? &g->ordered : NULL, out);
+  if (g->part == HALF) return g->comm->nranks > 1 ? plan_request(g->comm, &g->call, &g->ordered, out) : hfreduceSuccess;
+  if (g->part == AGREE) {
+    HFR_TRY(plan_request(g->comm, &g->call, &g->ordered, out)); /* of no data, but with the whole call's fingerprint */
+  } else {
+    *out = hfr_request_get(e);
+    if (!*out) return hfr_fail(hfreduceSystemError, "out of memory for a request");
+    (*out)->plan.layout = &g->comm->layout;
+    (*out)->plan.call = g->call;
+    (*out)->timeout_ns = e->timeout_ns;
+  }
+  (*out)->fp = hfr_call_fingerprint(&g->of->call);
+  (*out)->fp.way = 1;
+  (*out)->fp.seq = atomic_load(&g->comm->pairs)->calls;
+  return hfreduceSuccess;
+}
+
 /* Launch n calls on host memory, which no stream orders, as one work. */
 static hfreduceResult_t launch_host(struct grouped *g, int n, struct hfreduceWork **out) {
   struct hfreduceWork *w = hfr_work_new((uint32_t)n);
@@ -102,15 +127,30 @@ static hfreduceResult_t launch_host(struct grouped *g, int n, struct hfreduceWor
 
 /* ---------------------------------------------------------------- launching */
 
+/* What the half of a call is to its pair; its requests come one after the other. */
+static struct hfr_paired pair_of(const struct grouped *g, struct hfr_request **r) {
+  return (struct hfr_paired){.pairs = atomic_load(&g->of->comm->pairs),
+                             .whole = g->of->comm,
+                             .call = &g->of->call,
+                             .exchange = {r[-2], r[-1]},
+                             .half = g->call.count * hfr_dtype_size(g->call.dtype)};
+}
+
 /* Plan the calls; those that a stream orders get their windows. On failure nothing is left of it. */
 static hfreduceResult_t prepare(struct grouped *g, int n, struct hfr_request **r, struct hfr_ordered_call *ordered,
                                 struct hfr_streams **streams) {
   hfreduceResult_t result = hfreduceSuccess;
   int by_stream = 0;
   for (int i = 0; !result && i < n; i++) {
-    int copy = hfr_stream_is_copy(g[i].comm, &g[i].call, &g[i].ordered);
-    if (!copy) result = plan_request(g[i].comm, &g[i].call, g[i].ordered.on ? &g[i].ordered : NULL, &r[i]);
-    if (g[i].ordered.on) ordered[by_stream++] = (struct hfr_ordered_call){g[i].comm, &g[i].call, &g[i].ordered, r[i]};
+    int copy = g[i].part == ALL_OF_IT && hfr_stream_is_copy(g[i].comm, &g[i].call, &g[i].ordered);
+    if (!copy) result = plan_part(&g[i], &r[i]);
+    if (!result && g[i].ordered.on && g[i].part != EXCHANGE_OUT && g[i].part != EXCHANGE_BACK)
+      ordered[by_stream++] =
+          (struct hfr_ordered_call){.comm = g[i].comm,
+                                    .call = &g[i].call,
+                                    .ordered = &g[i].ordered,
+                                    .request = r[i],
+                                    .pair = g[i].part == HALF ? pair_of(&g[i], &r[i]) : (struct hfr_paired){0}};
     if (!result && i && g[i].ordered.on != g[0].ordered.on && (g[i].ordered.stream.capture || g[0].ordered.stream.capture))
       result =
           hfr_fail(hfreduceInvalidUsage,
@@ -150,8 +190,8 @@ static struct hfr_engine *common_engine(const struct grouped *g, struct hfr_requ
   return several ? NULL : engine;
 }
 
-/* Launch n calls. *out stands for those that are done at once, on host memory (all: and for those that streams order). */
-static hfreduceResult_t launch(struct grouped *g, int n, int all, struct hfreduceWork **out) {
+/* Launch n requests. *out stands for those that are done at once, on host memory (all: and for those that streams order). */
+static hfreduceResult_t launch_parts(struct grouped *g, int n, int all, struct hfreduceWork **out) {
   int ordered_calls = 0;
   for (int i = 0; i < n; i++) ordered_calls += g[i].ordered.on;
   if (!ordered_calls) return launch_host(g, n, out);
@@ -189,6 +229,42 @@ static hfreduceResult_t launch(struct grouped *g, int n, int all, struct hfreduc
   free(ordered);
   *out = host;
   return result;
+}
+
+/* Put the parts of a call over pairs at *to. */
+static void spread(struct grouped **to, const struct grouped *g) {
+  for (enum part part = AGREE; part <= HALF; part++) {
+    struct grouped *p = (*to)++;
+    *p = *g;
+    p->part = part;
+    p->of = g;
+    if (part == HALF) {
+      p->comm = hfr_pairs_half(g->comm);
+      p->call = hfr_pairs_half_call(g->comm, &g->call);
+    } else if (part == AGREE) {
+      p->call.count = 0;
+    } else {
+      p->call.coll = HFR_PAIR;
+    }
+  }
+  atomic_load(&g->comm->pairs)->calls++;
+}
+
+/* The same for calls, of which each is one request or several. */
+static hfreduceResult_t launch(struct grouped *g, int n, int all, struct hfreduceWork **out) {
+  int paired = 0;
+  for (int i = 0; i < n; i++) paired += g[i].ordered.paired;
+  if (!paired) return launch_parts(g, n, all, out);
+  struct grouped *parts = calloc((size_t)n + 3 * (size_t)paired, sizeof *parts), *to = parts;
+  if (!parts) return hfr_fail(hfreduceSystemError, "out of memory for a group of %d calls", n);
+  for (int i = 0; i < n; i++)
+    if (g[i].ordered.paired)
+      spread(&to, &g[i]);
+    else
+      *to++ = g[i];
+  hfreduceResult_t r = launch_parts(parts, (int)(to - parts), all, out);
+  free(parts);
+  return r;
 }
 
 static hfreduceResult_t outcome(struct hfreduceWork *w) {

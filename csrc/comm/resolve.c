@@ -1,4 +1,5 @@
 /* Which way a call goes: what its pointers are, whether they reach far enough, and whose stream it was given. */
+#include "pairs.h"
 #include "staging.h"
 
 #include <errno.h>
@@ -109,7 +110,10 @@ hfreduceResult_t hfr_stream_resolve(struct hfreduceComm *c, struct hfr_call *cal
   HFR_TRY(context_of(m, &context));
   HFR_TRY(hfr_stream_look(f, stream, context, &o->stream));
   for (int recv = 0; recv < 2; recv++) HFR_TRY(check_device(c, call, recv, &m[recv], &o->stream));
-  return hfr_staging_get(c, f, &o->stream);
+  HFR_TRY(hfr_staging_get(c, f, &o->stream));
+  hfreduceResult_t r;
+  o->paired = hfr_pairs_want(c, call, o, &r);
+  return o->paired ? hfr_staging_get(hfr_pairs_half(c), f, &o->stream) : r;
 }
 
 int hfr_stream_is_copy(const struct hfreduceComm *c, const struct hfr_call *call, const struct hfr_ordered *o) {

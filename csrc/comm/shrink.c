@@ -112,6 +112,7 @@ hfreduceResult_t hfreduceCommShrink(hfreduceComm_t comm, const int *exclude, int
   hfreduceConfig_t inherited;
   hfreduceConfigInit(&inherited);
   inherited.timeout = comm->timeout;
+  inherited.device = comm->device;
   hfr_uid_pack(&uid, &id);
   if (rank == 0) HFR_TRY(hfr_runtime_open_root(&uid));
   return hfreduceCommInitRankConfig(newcomm, n, id, rank, config ? config : &inherited);

@@ -10,6 +10,8 @@
  */
 #include "staging.h"
 
+#include "pairs.h"
+
 #include "../base/param.h"
 
 #include <stdio.h>
@@ -51,7 +53,7 @@ struct hfr_streams {
   struct batch *batch;
   int nbatches;
   struct hfr_ordered_call *call;
-  int ncalls;
+  int ncalls, runs;
 };
 
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
@@ -129,7 +131,7 @@ static void map_small(struct hfr_ordered_call *call) {
   const struct hfr_plan *p = &call->request->plan;
   struct hfr_window *w = call->request->window;
   size_t most = (size_t)hfr_param_int(HFR_PARAM_GDR_MAX);
-  if (w->nsegs > 1 || w->again || p->call.sendcounts) return;
+  if (w->nsegs > 1 || w->again || p->call.sendcounts || call->pair.pairs) return;
   for (int recv = 0; recv < 2; recv++) {
     size_t bytes = (size_t)hfr_window_rows(p, recv) * p->call.count * p->esize;
     uint8_t *user = recv ? p->call.recv : (uint8_t *)(uintptr_t)p->call.send;
@@ -310,10 +312,12 @@ static hfreduceResult_t prepare_batch(struct batch *b) {
     HFR_TRY(hfr_staging_ring(s, which, slot));
   }
   for (int i = 0; i < b->ncalls; i++) {
+    const struct hfr_pairs *pairs = b->call[i]->pair.pairs;
     measure(b->call[i], &cut);
-    choose_cut(&cut, slot);
+    choose_cut(&cut, pairs && pairs->segment < slot ? pairs->segment : slot);
     HFR_TRY(make_window(b->call[i], &cut, b->ring));
     map_small(b->call[i]);
+    if (pairs) HFR_TRY(hfr_pairs_prepare(b->call[i], b->call[i]->request->window->nsegs, cut.bytes));
   }
   HFR_TRY(list_turns(b));
   if (b->captured) return assign_captured(b);
@@ -367,6 +371,13 @@ hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, stru
     if (!b->call && !(b->call = calloc((size_t)n, sizeof *b->call))) r = hfr_fail(hfreduceSystemError, "out of memory");
     if (!r && calls[i].request) b->call[b->ncalls++] = &calls[i];
   }
+  for (int i = 0; !r && i < n; i++) {
+    int nsegs;
+    size_t bytes;
+    if (!calls[i].pair.pairs || calls[i].request) continue;
+    hfr_pairs_cut(&calls[i], &nsegs, &bytes);
+    r = hfr_pairs_prepare(&calls[i], nsegs, bytes);
+  }
   for (int i = 0; !r && i < s->nbatches; i++) {
     struct batch *b = &s->batch[i];
     if (!b->ncalls) continue;
@@ -385,6 +396,7 @@ hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, stru
 }
 
 void hfr_streams_drop(struct hfr_streams *s) {
+  for (int i = s->ncalls - 1; !s->runs && i >= 0; i--) hfr_pairs_undo(&s->call[i]);
   for (int i = 0; i < s->nbatches; i++) {
     free(s->batch[i].call);
     free(s->batch[i].turn);
@@ -439,7 +451,10 @@ static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
   if (t->copy_scalar)
     HFR_TRY(hfr_copier_copy(copier, HFR_TO_HOST, (void *)(uintptr_t)w->scalar, 8, (uintptr_t)t->call->call->scalar_from, 8,
                             t->call->call->scalar_bytes, 1));
-  if (t->copy_in) HFR_TRY(copy_segment(b, t, 0));
+  if (t->call->pair.pairs)
+    HFR_TRY(hfr_pairs_out(t->call, copier, g->in, t->segment));
+  else if (t->copy_in)
+    HFR_TRY(copy_segment(b, t, 0));
   HFR_TRY(hfr_copier_write(copier, HFR_TO_HOST, t->words, g->ready, g->ready_value));
   return hfr_copier_mark(copier, t->slot);
 }
@@ -455,6 +470,7 @@ static hfreduceResult_t come_in(const struct batch *b, const struct turn *t) {
   if (t->in) HFR_TRY(hfr_copier_follow(copier, t->slot));
   HFR_TRY(hfr_copier_wait(copier, HFR_TO_DEVICE, t->words, g->done[t->out], g->value));
   if (!t->out) return hfreduceSuccess;
+  if (t->call->pair.pairs) return hfr_pairs_back(t->call, copier, g->out, t->segment, t->words, t->taken, g->value);
   if (t->copy_out) HFR_TRY(copy_segment(b, t, 1));
   return hfr_copier_write(copier, HFR_TO_DEVICE, t->words, t->taken, g->value);
 }
@@ -475,6 +491,15 @@ static enum hfr_queue last_queue(const struct batch *b) {
   return HFR_TO_HOST;
 }
 
+/* The pair's queues, for a call of a half; all of it, where no CPUs take part. */
+static hfreduceResult_t begin_or_end_pair(const struct hfr_ordered_call *c, int end) {
+  struct hfr_copier *copier = hfr_pair_copier(c->pair.pairs->pair);
+  if (!end) HFR_TRY(hfr_copier_after(copier, c->ordered->stream.handle));
+  if (!end) return c->request ? hfreduceSuccess : hfr_pairs_alone(c);
+  HFR_TRY(hfr_copier_join(copier));
+  return hfr_copier_before(copier, HFR_TO_DEVICE, c->ordered->stream.handle);
+}
+
 static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *b, int end) {
   struct hfr_copier *copier = b->comm->staging->copier;
   enum hfr_queue last = last_queue(b);
@@ -483,7 +508,8 @@ static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *
   for (int i = 0; i < s->ncalls; i++) {
     const struct hfr_ordered_call *c = &s->call[i];
     if (c->comm != b->comm) continue;
-    if (!end && !c->request && c->call->count) {
+    if (c->pair.pairs) HFR_TRY(begin_or_end_pair(c, end));
+    if (!end && !c->request && !c->pair.pairs && c->call->count) {
       size_t bytes = c->call->count * hfr_dtype_size(c->call->dtype);
       HFR_TRY(hfr_copier_move(copier, c->ordered->stream.handle, (uintptr_t)c->call->recv, (uintptr_t)c->call->send, bytes));
     }
@@ -515,6 +541,7 @@ static hfreduceResult_t run_phase(const struct hfr_streams *s, struct batch *b, 
 static void let_go(const struct hfr_streams *s, int failed) {
   for (int i = 0; i < s->ncalls; i++) {
     struct hfr_ordered_call *c = &s->call[i];
+    for (int back = 0; c->pair.pairs && back < 2; back++) hfr_request_let_go(&c->pair.whole->engine, c->pair.exchange[back]);
     if (!c->request) continue;
     if (!c->ordered->stream.capture)
       hfr_request_let_go(&c->comm->engine, c->request);
@@ -551,6 +578,7 @@ static hfreduceResult_t run_all(const struct hfr_streams *s, enum phase phase, i
 
 hfreduceResult_t hfr_streams_run(struct hfr_streams *s) {
   int capturing = s->call[0].ordered->stream.capture != 0, more;
+  s->runs = 1;
   hfreduceResult_t result = run_all(s, BEGIN, &more);
   if (!result) result = run_all(s, FILL, &more);
   while (!result && more) result = run_all(s, STEP, &more);

@@ -15,6 +15,19 @@ struct hfr_ordered {
   int on; /* by a stream; 0: host memory, at once */
   struct hfr_stream stream;
   int staged[2]; /* the send, the receive buffer lies where only the device may go */
+  int paired;    /* all_reduce over pairs of devices (pairs.h) */
+};
+
+/* Of a call of a half: what it is to the pair. */
+struct hfr_paired {
+  struct hfr_pairs *pairs; /* NULL: an ordinary call */
+  struct hfreduceComm *whole;
+  const struct hfr_call *call;     /* of the whole */
+  struct hfr_request *exchange[2]; /* segments on their way out, and back */
+  size_t half;                     /* bytes */
+  size_t bytes;                    /* of a segment */
+  int nsegs;
+  uint64_t base; /* number of the first, since the communicator was made */
 };
 
 /* One call of a launch. */
@@ -23,6 +36,7 @@ struct hfr_ordered_call {
   const struct hfr_call *call;
   const struct hfr_ordered *ordered;
   struct hfr_request *request; /* planned; owned by the launch until it is submitted */
+  struct hfr_paired pair;
 };
 
 /* Look at the buffers of a checked call and at the stream that was given with it, and say in *ordered which way it goes.

@@ -77,8 +77,9 @@ typedef enum {
   hfreduceNumTypes = 12
 } hfreduceDataType_t;
 
-/* fp16, bf16 and fp8 are accumulated in float32 and rounded once a node. min and max propagate NaN. avg is the sum divided by the
-   number of ranks (integers truncate toward zero). Values from 5 on name ops made by hfreduceRedOpCreatePreMulSum. */
+/* fp16, bf16 and fp8 are accumulated in float32 and rounded once a node (and before that once a pair of GPUs joined by NVLink).
+   min and max propagate NaN. avg is the sum divided by the number of ranks (integers truncate toward zero). Values from 5 on name
+   ops made by hfreduceRedOpCreatePreMulSum. */
 typedef enum {
   hfreduceSum = 0,
   hfreduceProd = 1,
@@ -107,6 +108,9 @@ typedef struct {
   /* While the ranks join: when *cancel becomes other than 0 (by an atomic store of any thread), the call ends within a tenth of a
      second with hfreduceAborted, and so do the others that have joined. NULL: no such word. */
   const int *cancel;
+  /* Ordinal of the GPU that this rank will work on: GPUs that NVLink joins reduce in pairs. -1: the one that the thread has when
+     it joins, if the program uses CUDA. */
+  int device;
 } hfreduceConfig_t;
 
 /* Where a rank stands. node numbers nodes in the order of their lowest rank. */

@@ -108,6 +108,7 @@ void hfr_nccl_core_config(const struct ncclComm *comm, hfreduceConfig_t *config)
   config->timeout = timeout();
   config->name = comm->name[0] ? comm->name : NULL;
   config->cancel = &comm->cancel;
+  config->device = comm->device;
 }
 
 ncclResult_t hfr_nccl_check_coll_config(const char *f, const ncclCollConfig_t *c) {

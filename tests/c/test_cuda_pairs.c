@@ -1,0 +1,288 @@
+/*
+ * all_reduce over pairs of GPUs that NVLink joins: that they are used, that all ranks get the same bits, what happens when ranks
+ * do not go along, and communicators that have no pairs. Beside it, test_cuda and test_cuda_faults run where there are pairs,
+ * too.
+ *
+ * Arguments: [--quick] [case [layout ...]]. Exit status 77: no driver. On a real driver it needs GPUs that NVLink joins.
+ */
+#include "gpu.h"
+#include "ranks.h"
+
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Kernels that the stand-in has been given. */
+static uint64_t kernels(void) {
+  uint64_t (*count)(void);
+  *(void **)&count = dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), "fake_cuda_kernels");
+  return count ? count() : 0;
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static int runs_dry(hfr_cu_stream stream, double seconds) {
+  for (double end = now() + seconds; gpu.cu->stream_query(stream) == HFR_CU_NOT_READY; usleep(1000))
+    if (now() > end) return 0;
+  return 1;
+}
+
+static hfreduceResult_t error_of(hfreduceComm_t comm, double seconds) {
+  hfreduceResult_t error = hfreduceSuccess;
+  for (double end = now() + seconds; !error && now() < end; usleep(1000)) hfreduceCommGetAsyncError(comm, &error);
+  return error;
+}
+
+static _Thread_local uint32_t state;
+static float any_float(void) {
+  state = state * 1664525 + 1013904223;
+  return (float)((int32_t)state >> 8) / (float)(1 << 20);
+}
+
+/* Values of which no order of additions gives the same bits: all ranks have the same all the same, near the true sum, each time.
+ */
+static int bits(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  static const size_t counts[] = {1031, 65536, 300007, 2000003};
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  size_t most = arg ? 300007 : 2000003;
+  float *x = gpu_alloc(most * 4), *y = gpu_alloc(most * 4), *mine = malloc(most * 4), *got = malloc(most * 4),
+        *again = malloc(most * 4);
+  float *theirs = malloc(most * 4), *sum = malloc(most * 4);
+  for (int c = 0; c < 4 && counts[c] <= most; c++) {
+    size_t count = counts[c];
+    uint64_t before = kernels();
+    state = (uint32_t)(rank * 97 + c);
+    for (size_t i = 0; i < count; i++) mine[i] = any_float();
+    gpu_copy(x, mine, count * 4, stream);
+    OK(hfreduceAllReduce(x, y, count, hfreduceFloat32, hfreduceSum, comm, stream));
+    gpu_read(got, y, count * 4, stream);
+    OK(hfreduceAllReduce(x, x, count, hfreduceFloat32, hfreduceSum, comm, stream)); /* in place */
+    gpu_read(again, x, count * 4, stream);
+    WANT(!memcmp(got, again, count * 4));
+    WANT(!gpu.stand_in || kernels() > before);
+    memcpy(theirs, got, count * 4);
+    OK(hfreduceBroadcast(theirs, theirs, count, hfreduceFloat32, 0, comm, NULL));
+    WANT(!memcmp(got, theirs, count * 4));
+    OK(hfreduceAllReduce(mine, sum, count, hfreduceFloat32, hfreduceSum, comm, NULL));
+    for (size_t i = 0; i < count; i++) WANT(got[i] - sum[i] < 1e-3f && sum[i] - got[i] < 1e-3f);
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x), gpu_free(y);
+  free(mine), free(got), free(again), free(theirs), free(sum);
+  return 0;
+}
+
+/* An average of halves that overflow when they are added: each sum is scaled before it is rounded. */
+static int averages(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 4099 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  uint16_t *x = gpu_alloc(COUNT * 2), got[COUNT];
+  double *wide = gpu_alloc(COUNT * 8), wide_got[COUNT];
+  int32_t *whole = gpu_alloc(COUNT * 4), whole_got[COUNT];
+  (void)arg;
+  for (int i = 0; i < COUNT; i++) got[i] = 0x7b00, wide_got[i] = rank + i, whole_got[i] = -3 * rank - 1; /* 0x7b00: 57344 */
+  gpu_copy(x, got, sizeof got, stream);
+  gpu_copy(wide, wide_got, sizeof wide_got, stream);
+  gpu_copy(whole, whole_got, sizeof whole_got, stream);
+  CU(gpu.stream_sync(stream));
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat16, hfreduceAvg, comm, stream));
+  OK(hfreduceAllReduce(wide, wide, COUNT, hfreduceFloat64, hfreduceAvg, comm, stream));
+  OK(hfreduceAllReduce(whole, whole, COUNT, hfreduceInt32, hfreduceAvg, comm, stream));
+  gpu_read(got, x, sizeof got, stream);
+  gpu_read(wide_got, wide, sizeof wide_got, stream);
+  gpu_read(whole_got, whole, sizeof whole_got, stream);
+  int sum = 0;
+  for (int r = 0; r < n; r++) sum += -3 * r - 1;
+  for (int i = 0; i < COUNT; i++) {
+    WANT(got[i] == 0x7b00);
+    WANT(wide_got[i] == i + (n - 1) / 2.0);
+    WANT(whole_got[i] == sum / n);
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x), gpu_free(wide), gpu_free(whole);
+  return 0;
+}
+
+/* Many calls in flight, of all sizes, in groups with others, in two streams; nothing waits in between. */
+static int crowd(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { CALLS = 12, MOST = 400000 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream[2] = {gpu_stream(), gpu_stream()};
+  int32_t *x[CALLS], *small = gpu_alloc(64), *message = gpu_alloc(4000), *got = malloc((size_t)MOST * 4);
+  int rounds = arg ? 3 : 10;
+  for (int i = 0; i < CALLS; i++) x[i] = gpu_alloc((size_t)MOST * 4);
+  for (int round = 0; round < rounds; round++) {
+    for (int i = 0; i < CALLS; i++) CU(gpu.cu->set_async((hfr_cu_ptr)x[i], (unsigned)(rank + i + round), MOST, stream[i % 2]));
+    CU(gpu.cu->set_async((hfr_cu_ptr)small, 1, 16, stream[0]));
+    for (int i = 0; i < CALLS; i += 3) {
+      OK(hfreduceGroupStart());
+      for (int k = i; k < i + 3; k++) {
+        size_t count = (size_t)MOST / (size_t)(k % 4 == 0 ? 1 : k % 4 == 1 ? 7 : 100);
+        OK(hfreduceAllReduce(x[k], x[k], count, hfreduceInt32, k % 2 ? hfreduceMax : hfreduceSum, comm, stream[k % 2]));
+      }
+      if (i == 3) OK(hfreduceAllReduce(small, small, 16, hfreduceInt32, hfreduceSum, comm, stream[0]));
+      if (i == 6) OK(hfreduceSend(x[6], 1000, hfreduceInt32, (rank + 1) % n, comm, stream[0]));
+      if (i == 6) OK(hfreduceRecv(message, 1000, hfreduceInt32, (rank + n - 1) % n, comm, stream[0]));
+      OK(hfreduceGroupEnd());
+    }
+    for (int i = 0; i < CALLS; i++) {
+      size_t count = (size_t)MOST / (size_t)(i % 4 == 0 ? 1 : i % 4 == 1 ? 7 : 100);
+      int sum = n * (n - 1) / 2 + n * (i + round), max = n - 1 + i + round;
+      gpu_read(got, x[i], (size_t)MOST * 4, stream[i % 2]);
+      for (size_t k = 0; k < MOST; k++) WANT(got[k] == (k >= count ? rank + i + round : i % 2 ? max : sum));
+    }
+    gpu_read(got, small, 64, stream[0]);
+    WANT(got[15] == n);
+  }
+  OK(hfreduceCommDestroy(comm));
+  for (int i = 0; i < CALLS; i++) gpu_free(x[i]);
+  gpu_free(small), gpu_free(message);
+  free(got);
+  return 0;
+}
+
+#define COUNT 100000
+
+/* A rank whose buffer lies in host memory, one that captures: it cannot go along, and all hear of it. */
+static int apart(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfr_cu_stream stream;
+  hfreduceComm_t parent = gpu_join(rank, n, id), comm;
+  float *x = gpu_alloc(COUNT * 4), *host = calloc(COUNT, 4);
+  (void)arg;
+  stream = gpu_stream();
+  gpu_fill(x, 0, COUNT * 4, stream);
+  OK(hfreduceCommSplit(parent, 0, rank, &comm, NULL));
+  OK(hfreduceCommSetTimeout(comm, 20));
+  hfreduceResult_t r = hfreduceAllReduce(rank == 1 ? host : x, rank == 1 ? host : x, COUNT, hfreduceFloat32, hfreduceSum, comm,
+                                         rank == 1 ? NULL : stream);
+  WANT(r == (rank == 1 ? hfreduceMismatch : hfreduceSuccess));
+  WANT(error_of(comm, 5) == hfreduceMismatch && strstr(hfreduceGetLastError(comm), "over NVLink pairs"));
+  WANT(runs_dry(stream, 5));
+  OK(hfreduceCommDestroy(comm));
+  /* the other communicator is none the worse for it */
+  float got, one = 1;
+  uint32_t pattern;
+  memcpy(&pattern, &one, 4);
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, pattern, COUNT, stream));
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, parent, stream));
+  gpu_read(&got, x + COUNT - 1, 4, stream);
+  WANT(got == (float)n);
+  OK(hfreduceCommDestroy(parent));
+  gpu_free(x);
+  free(host);
+  return 0;
+}
+
+/* The call is on another device than the communicator was made for. */
+static int elsewhere(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_context other;
+  (void)arg;
+  CU(gpu.cu->primary_retain(&other, (rank + 2) % gpu.devices));
+  CU(gpu.set_current(other));
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4);
+  WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream) == hfreduceInvalidArgument);
+  WANT(strstr(hfreduceGetLastError(NULL), "was made for device") && strstr(hfreduceGetLastError(NULL), "HFREDUCE_NVLINK=0"));
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  return 0;
+}
+
+/* Aborted while its half waits for ranks that neither call nor leave: the streams go on at once, and later the others' do. */
+static int aborted(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4);
+  (void)arg;
+  gpu_fill(x, 0, COUNT * 4, stream);
+  CU(gpu.stream_sync(stream));
+  if (rank < 2) {
+    for (int i = 0; i < 10; i++) OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+    usleep(200000);
+    if (rank == 0) OK(hfreduceCommAbort(comm));
+    WANT(error_of(comm, 2) == hfreduceAborted);
+    WANT(runs_dry(stream, 1.5));
+  } else {
+    sleep(3);
+    WANT(error_of(comm, 1) == hfreduceAborted);
+    WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream) == hfreduceAborted);
+  }
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  return 0;
+}
+
+static int sum_is_right(int rank, int n, hfreduceComm_t comm, hfr_cu_stream stream, float *x) {
+  float got[2];
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  gpu_read(got, x + COUNT - 1, 4, stream);
+  gpu_read(got + 1, x, 4, stream);
+  WANT(got[0] == (float)n && got[1] == (float)n);
+  return 0;
+}
+
+/* Communicators come and go, made of each other: each has pairs of its own, where all of its ranks have a partner. */
+static int family(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id), child;
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4);
+  int last = n - 1;
+  for (int i = 0; i < (arg ? 4 : 20); i++) {
+    uint64_t before = kernels();
+    OK(hfreduceCommSplit(comm, rank / 2, -rank, &child, NULL));
+    if (sum_is_right(rank, 2, child, stream, x)) return 1;
+    WANT(!gpu.stand_in || kernels() > before);
+    OK(hfreduceCommDestroy(child));
+  }
+  uint64_t before = kernels();
+  if (rank == last) {
+    OK(hfreduceCommDestroy(comm));
+  } else {
+    OK(hfreduceCommShrink(comm, &last, 1, &child, NULL, 0)); /* one rank has lost its partner */
+    if (sum_is_right(rank, n - 1, child, stream, x)) return 1;
+    WANT(kernels() == before);
+    OK(hfreduceCommDestroy(child));
+    OK(hfreduceCommDestroy(comm));
+  }
+  gpu_free(x);
+  return 0;
+}
+
+/* There are no pairs: an odd number of ranks, one device for all, switched off, or a driver that fails when they are made. */
+static int none(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4);
+  (void)arg;
+  if (sum_is_right(rank, n, comm, stream, x)) return 1;
+  WANT(!kernels());
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  return 0;
+}
+
+/* One rank's driver fails when it makes its side: all of them do without. */
+static int one_sided(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  if (rank == n - 1) setenv("FAKE_CUDA", "devices=4 nvlink=2 fail=cuIpcOpenMemHandle:1:1", 1);
+  return none(rank, n, id, arg);
+}
+
+int main(int argc, char **argv) {
+  static const struct gpu_case cases[] = {
+      {"bits", bits, "2 4 2,2 t4"}, {"averages", averages, "2 4 2,2"}, {"crowd", crowd, "2 4 2,2 t4"},
+      {"apart", apart, "2 4 2,2"},  {"elsewhere", elsewhere, "4"},     {"aborted", aborted, "4 2,2 t4"},
+      {"family", family, "4"},      {"one_sided", one_sided, "2 4"},   {"none", none, ""},
+  };
+  return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
+}

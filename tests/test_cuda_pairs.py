@@ -1,0 +1,120 @@
+"""all_reduce over pairs of GPUs that NVLink joins, on stand-ins for CUDA's driver and its compiler (tests/c/fake): test doubles, no GPU.
+
+The kernels are the library's own (csrc/device/cuda_reduce.cu), compiled for the host; devices, links and memory of other processes are played.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from programs import BUILD_LIMIT, built, environment, pairs_stand_in, run_to_end, shorten
+from test_c import OPTIONS, need_sanitizer
+
+#: Seconds that a program may run. Building comes on top.
+RUN_LIMIT = 100
+pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
+LINKED = "devices=4 nvlink=2"
+JITTER = {"FAKE_CUDA": f"{LINKED} delay=200 seed=5"}
+SMALL_RING = {"HFREDUCE_CUDA_SEGMENT": "128K", "HFREDUCE_CUDA_SEGMENTS": "2"}
+
+#: Name, variant, program, arguments, environment.
+RUNS: list[tuple[str, str, str, str, dict[str, str]]] = [
+    ("plain", "plain", "test_cuda_pairs", "", {}),
+    ("jitter", "plain", "test_cuda_pairs", "--quick", JITTER),
+    ("jitter-small-ring", "plain", "test_cuda_pairs", "--quick crowd", {**JITTER, **SMALL_RING}),
+    ("small-ring", "plain", "test_cuda_pairs", "bits 2 4 2,2", SMALL_RING),
+    (
+        "one-queue",
+        "plain",
+        "test_cuda_pairs",
+        "--quick crowd 2 4",
+        {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HFREDUCE_DEBUG": "NONE"},
+    ),
+    ("two-ranks-a-device", "plain", "test_cuda_pairs", "--quick bits 4", {"FAKE_CUDA": "devices=2 nvlink=2"}),
+    ("all-joined", "plain", "test_cuda_pairs", "--quick crowd 4", {"FAKE_CUDA": "devices=4 nvlink=4"}),
+    ("collectives", "plain", "test_cuda", "--quick collectives 2 4 2,2 t4", {}),
+    ("types", "plain", "test_cuda", "types 2 4 2,2", {}),
+    ("streams", "plain", "test_cuda", "--quick streams 2 4 t2", {}),
+    ("messages", "plain", "test_cuda", "--quick messages 4", {}),
+    ("faults", "plain", "test_cuda_faults", "--quick mismatch 2 4 2,2", {}),
+    ("deadline", "plain", "test_cuda_faults", "--quick deadline 2 4 2,2", {}),
+    ("aborted", "plain", "test_cuda_faults", "--quick aborted 2 4 2,2 t2", {}),
+    ("destroyed", "plain", "test_cuda_faults", "--quick destroyed 2 4", {"HFREDUCE_DEBUG": "NONE"}),
+    ("odd", "plain", "test_cuda_pairs", "none 3 2,1", {}),
+    ("one-device", "plain", "test_cuda_pairs", "none 2", {"FAKE_CUDA": "devices=1"}),
+    ("no-link", "plain", "test_cuda_pairs", "none 2", {"FAKE_CUDA": "devices=4"}),
+    ("switched-off", "plain", "test_cuda_pairs", "none 2", {"HFREDUCE_NVLINK": "0"}),
+    ("too-small", "plain", "test_cuda_pairs", "none 2", {"HFREDUCE_NVLINK_MIN": "1M"}),
+    ("no-memory-operations", "plain", "test_cuda_pairs", "none 2", {"HFREDUCE_CUDA_MEMOPS": "0", "HFREDUCE_DEBUG": "NONE"}),
+    ("address", "address", "test_cuda_pairs", "--quick bits 2 4 t4", {}),
+    ("address-crowd", "address", "test_cuda_pairs", "--quick crowd 4", {}),
+    ("address-family", "address", "test_cuda_pairs", "--quick family", {}),
+    ("address-apart", "address", "test_cuda_pairs", "--quick apart 2", {}),
+    ("address-aborted", "address", "test_cuda_faults", "--quick aborted 4", {}),
+    ("thread", "thread", "test_cuda_pairs", "--quick bits 2 t4", JITTER),
+    ("thread-crowd", "thread", "test_cuda_pairs", "--quick crowd 2", {}),
+    ("thread-aborted", "thread", "test_cuda_faults", "--quick aborted 2 t2", {}),
+]
+#: Calls of the driver that fail: when pairs are made, and in the middle of a launch.
+WHEN_MADE = [
+    "cuIpcGetMemHandle:1:1",
+    "cuIpcOpenMemHandle:1:1",
+    "cuModuleLoadData:1:2",
+    "cuModuleGetFunction:9:1",
+    "cuMemAlloc:1:2",
+]
+IN_A_LAUNCH = [
+    "cuLaunchKernel:3:719",
+    "cuMemcpyAsync:9:700",
+    "cuStreamWaitValue32:9:719",
+    "cuStreamWriteValue32:12:719",
+    "cuEventRecord:12:700",
+]
+
+
+def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str) -> tuple[int | None, str]:
+    """Build the program, run it on the stand-ins; its exit status (None: it did not end) and output."""
+    if variant != "plain":
+        need_sanitizer(variant, tmp_path)
+    path = pairs_stand_in(variant)
+    target = built(program, variant)
+    leaks = tmp_path / "leaks"  # the stand-in keeps streams, nodes, functions and launches for ever
+    leaks.write_text("leak:libcuda.so.1\n")
+    preset = {"FAKE_CUDA": LINKED, "HFREDUCE_NVLINK_MIN": "4K", "LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0"}
+    env = environment(LD_LIBRARY_PATH=path, **{**preset, **OPTIONS.get(variant, {}), **more})
+    return run_to_end([str(target), *arguments.split()], tmp_path, RUN_LIMIT, env)
+
+
+@pytest.mark.parametrize(("variant", "program", "arguments", "more"), [c[1:] for c in RUNS], ids=[c[0] for c in RUNS])
+def test_conformance(variant: str, program: str, arguments: str, more: dict[str, str], tmp_path: Path) -> None:
+    code, text = run(variant, program, arguments, tmp_path, **more)
+    how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
+    assert code == 0, f"{program} {arguments} ({variant}) {how}\n{shorten(text)}"
+    assert "stand-in driver (test double, no GPU)" in text, f"{program} did not run on the stand-in\n{shorten(text)}"
+
+
+@pytest.mark.parametrize("failure", WHEN_MADE)
+def test_pairs_that_cannot_be_made_are_done_without(failure: str, tmp_path: Path) -> None:
+    code, text = run("plain", "test_cuda_pairs", "none 2 4", tmp_path, FAKE_CUDA=f"{LINKED} fail={failure}")
+    assert code == 0, shorten(text)
+    assert f"GPUs will not reduce over NVLink: {failure.split(':')[0]} failed" in text, shorten(text)
+
+
+@pytest.mark.parametrize("failure", IN_A_LAUNCH)
+def test_a_failing_driver(failure: str, tmp_path: Path) -> None:
+    code, text = run("plain", "test_cuda_faults", "failing 2 4", tmp_path, FAKE_CUDA=f"{LINKED} fail={failure}")
+    assert code == 0, shorten(text)
+
+
+def test_a_killed_rank_ends_the_waits_of_the_others(tmp_path: Path) -> None:
+    code, text = run("plain", "test_cuda_faults", "killed 2 4", tmp_path)
+    assert code == 1, shorten(text)
+    assert text.count("killed, 2: 1 ranks failed") == 1, shorten(text)
+    assert text.count("killed, 4: 1 ranks failed") == 1, shorten(text)
+
+
+def test_a_late_partner_is_named(tmp_path: Path) -> None:
+    _, text = run("plain", "test_cuda_faults", "deadline 2", tmp_path, HFREDUCE_DEBUG="INFO")
+    assert "all_reduce over NVLink pairs" in text, shorten(text)
+    assert "rank 0 reduces with rank 1 over NVLink, from 4096 bytes on" in text, shorten(text)
