@@ -5,11 +5,16 @@ The kernels are the library's own (csrc/device/cuda_reduce.cu), compiled for the
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, built, environment, pairs_stand_in, run_to_end, shorten
+from programs import BUILD_LIMIT, ROOT, built, environment, pairs_stand_in, run_to_end, shorten
 from test_c import OPTIONS, need_sanitizer
+from test_cuda_fake import DESCRIBE
+
+from hfreduce._ffi import BINARY_DIRECTORY
 
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 100
@@ -118,3 +123,35 @@ def test_a_late_partner_is_named(tmp_path: Path) -> None:
     _, text = run("plain", "test_cuda_faults", "deadline 2", tmp_path, HFREDUCE_DEBUG="INFO")
     assert "all_reduce over NVLink pairs" in text, shorten(text)
     assert "rank 0 reduces with rank 1 over NVLink, from 4096 bytes on" in text, shorten(text)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_one_process_for_all_devices(devices: int) -> None:
+    """NCCL's interface, as a program uses it that has all GPUs: ncclCommInitAll, and one thread that calls for all in groups."""
+    env = environment(LD_LIBRARY_PATH=pairs_stand_in(), FAKE_CUDA=f"devices={devices} nvlink=2 delay=100", HFREDUCE_DEBUG="INFO")
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "nccl" / "one_process.py"),
+        str(Path(BINARY_DIRECTORY) / "lib" / "libnccl.so.2"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=RUN_LIMIT)
+    assert done.returncode == 0, done.stdout + shorten(done.stderr)
+    assert f"{devices} devices: right" in done.stdout
+    assert (done.stdout + done.stderr).count("over NVLink, from 262144 bytes on") == devices
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, "device cuda 3 NVLink: joined with 2; pairs reduce with kernels that NVRTC 12.0 compiles"),
+        ({"FAKE_CUDA": "devices=4 nvlink=4"}, "device cuda 1 NVLink: joined with 0 2 3; pairs"),
+        ({"FAKE_CUDA": "devices=3 nvlink=2"}, "device cuda 2 NVLink: not used: NVLink joins it with no other device"),
+        ({"HFREDUCE_NVLINK": "0"}, "device cuda 0 NVLink: not used: switched off by HFREDUCE_NVLINK=0"),
+        ({"HFREDUCE_CUDA_MEMOPS": "0"}, "device cuda 0 NVLink: not used: no stream memory operations"),
+    ],
+)
+def test_what_info_tells(more: dict[str, str], expected: str) -> None:
+    env = environment(LD_LIBRARY_PATH=pairs_stand_in(), **{"FAKE_CUDA": LINKED, **more})
+    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout, done.stdout
