@@ -310,8 +310,8 @@ static hfreduceResult_t run_patiently(struct hfreduceComm *c, const struct hfr_c
   return leave_pending(w);
 }
 
-/* What the short way began goes on as a request. The short way drives the engine. */
-static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *call, int copied) {
+/* What the short way began goes on as a request. The short way drives the engine: no more after it. */
+static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *call, int copied, struct hfreduceWork **out) {
   struct hfr_request *r = NULL;
   struct hfreduceWork *w = hfr_work_new(1);
   hfreduceResult_t result =
@@ -323,7 +323,7 @@ static hfreduceResult_t adopt(struct hfreduceComm *c, const struct hfr_call *cal
     w->engine = &c->engine;
     r->work = w;
     hfr_engine_adopt(&c->engine, r, copied);
-    result = leave_pending(w);
+    *out = w;
   }
   hfr_drive_end(&c->engine);
   return result;
@@ -333,7 +333,12 @@ static hfreduceResult_t issue_at_once(struct hfreduceComm *c, const struct hfr_c
   hfreduceResult_t r;
   enum hfr_oneshot how = hfr_oneshot(&c->engine, call, &r);
   if (how == HFR_ONESHOT_DONE) return r;
-  return how == HFR_ONESHOT_NO ? run_patiently(c, call) : adopt(c, call, how == HFR_ONESHOT_COPIED);
+  if (how == HFR_ONESHOT_NO) return run_patiently(c, call);
+  struct hfreduceWork *w;
+  HFR_TRY(adopt(c, call, how == HFR_ONESHOT_COPIED, &w));
+  if (c->engine.patience_ns) return leave_pending(w);
+  hfr_drive_until(&c->engine, w, -1);
+  return conclude(w);
 }
 
 /* Into the thread's open group. */

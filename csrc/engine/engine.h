@@ -113,7 +113,8 @@ struct hfr_engine {
   pid_t pid;
 
   _Atomic int driver;                      /* 1: somebody drives */
-  _Atomic int parked;                      /* 1: the progress thread sleeps with it, since its first collective waits for peers */
+  _Atomic int napping;                     /* 1: the caller who drives it sleeps, or is about to */
+  _Atomic int parked;                      /* 1: whoever drives it sleeps, since its first collective waits for peers */
   pthread_mutex_t lock;                    /* guards inbox, tickets, free requests, error */
   struct hfr_request *inbox, **inbox_tail; /* submitted, not yet seen by a driver */
   _Atomic int inbox_full;
@@ -178,7 +179,7 @@ static inline size_t hfr_stream_from(void) { return hfr_cache_bytes(3) / 4; }
 static inline int hfr_engine_looks(const struct hfr_engine *engine) {
   return atomic_load_explicit(&engine->windows, memory_order_relaxed) || atomic_load_explicit(&engine->due, memory_order_relaxed);
 }
-/* Go on with what hfr_oneshot began and lost patience with, as a request; copied: its data lies in the arena. The
+/* Go on with what hfr_oneshot began and does not wait for any longer, as a request; copied: its data lies in the arena. The
  * caller drives the engine, and still does afterwards. */
 void hfr_engine_adopt(struct hfr_engine *engine, struct hfr_request *request, int copied);
 /* Do what can be done now for all requests. 1: something moved. Driver only. */
@@ -231,7 +232,8 @@ void hfr_drive_after_fork(void);
 enum hfr_oneshot {
   HFR_ONESHOT_NO,     /* take the normal way */
   HFR_ONESHOT_DONE,   /* done or failed: *result */
-  HFR_ONESHOT_BEGUN,  /* patience is over; the caller drives the engine now and goes on with hfr_engine_adopt(.., 0) */
+  HFR_ONESHOT_BEGUN,  /* patience is over, or another thread has launched something; the caller drives the engine now and goes on
+                         with hfr_engine_adopt(.., 0) */
   HFR_ONESHOT_COPIED, /* ... with hfr_engine_adopt(.., 1) */
 };
 enum hfr_oneshot hfr_oneshot(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);

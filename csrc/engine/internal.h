@@ -44,6 +44,14 @@ void hfr_replay_fini(struct hfr_engine *engine);
 static inline int hfr_request_ready(struct hfr_request *request) {
   return !request->window || hfr_window_reach(request->window, 0);
 }
+/* --- progress.c, for tests --- */
+/* NAPPING: it looks again within a millisecond by itself. ASLEEP: it has to be woken. */
+enum hfr_rest { HFR_THREAD_AWAKE, HFR_THREAD_NAPPING, HFR_THREAD_ASLEEP };
+/* What the progress thread does at this moment. */
+enum hfr_rest hfr_drive_rest(void);
+/* How long a sleep lasts at most. A test that lengthens it sees who is not woken: he sleeps on. */
+extern int64_t hfr_nap_ns;
+
 /* The clock of a request starts. */
 void hfr_request_start(struct hfr_request *request);
 /* The error as this request tells it: one that came from outside gets the operation that it interrupted. */

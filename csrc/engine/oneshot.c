@@ -33,7 +33,13 @@ static int arrived(struct hfr_engine *e, void *arg) {
   return 0;
 }
 
-enum outcome { FAILED, IMPATIENT, CAME };
+enum outcome { FAILED, INTERRUPTED, CAME };
+
+/* Is there more to do than to wait? Another thread has launched what nobody but the driver takes up, and what the peers may
+ * need before they come here; or patience is over. Asked once the wait has become a sleep. */
+static int interrupted(const struct hfr_engine *e, const struct awaited *a) {
+  return atomic_load_explicit(&e->inbox_full, memory_order_relaxed) || hfr_now_ns() > *a->give_up_ns;
+}
 
 static enum outcome await(struct hfr_engine *e, struct awaited *a) {
   struct hfr_backoff b = {0};
@@ -44,7 +50,7 @@ static enum outcome await(struct hfr_engine *e, struct awaited *a) {
       a->request->deadline_ns = a->request->timeout_ns > 0 ? now + a->request->timeout_ns : INT64_MAX;
       *a->give_up_ns = e->patience_ns > 0 ? now + e->patience_ns : INT64_MAX;
     }
-    if (b.idle > e->spins + e->yields && hfr_now_ns() > *a->give_up_ns) return IMPATIENT;
+    if (b.idle > e->spins + e->yields && interrupted(e, a)) return INTERRUPTED;
     e->queue = a->request; /* hfr_engine_check looks at the head of the queue; nobody else drives */
     hfr_backoff_wait(e, &b, arrived, a);
     e->queue = NULL;
@@ -212,7 +218,7 @@ enum hfr_oneshot hfr_oneshot(struct hfr_engine *e, const struct hfr_call *call, 
   r.verified = 0;
   int copied = 0;
   enum outcome outcome = exchange(e, call, &r, (size_t)bytes, &copied);
-  if (outcome == IMPATIENT) return copied ? HFR_ONESHOT_COPIED : HFR_ONESHOT_BEGUN;
+  if (outcome == INTERRUPTED) return copied ? HFR_ONESHOT_COPIED : HFR_ONESHOT_BEGUN;
   e->base += bytes > 0;
   e->collectives++;
   e->fast++;

@@ -1,5 +1,6 @@
 /* Who drives engines: the blocked caller itself, or the one progress thread of the process. */
 #include "engine.h"
+#include "internal.h"
 
 #include "../base/log.h"
 #include "../base/thread.h"
@@ -11,7 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 
-#define NAP_NS 50000000ll /* longest sleep: deadlines and departures are looked at this often */
+int64_t hfr_nap_ns = 50000000; /* longest sleep: deadlines and departures are looked at this often */
 /* A device rings no bell. So sleeps that wait for its words are short, and grow to this, at which a core is idle to 98 %. */
 #define LOOK_NS 1000000ll
 /* With nothing to drive the progress thread naps an eighth as long as it has had nothing, from the first of these to the last,
@@ -20,14 +21,12 @@
 #define LAST_REST_NS 1000000ll
 #define CHECK_EVERY 4096 /* idle polls between looks at the clock while spinning */
 
-enum rest { AWAKE, NAPPING, ASLEEP };
-
 static struct {
   pthread_mutex_t lock; /* list, started */
   pthread_mutex_t busy; /* held by the thread while it touches engines */
   struct hfr_engine *list;
   int started, kick_fd;
-  _Atomic int rest;     /* enum rest, of the thread */
+  _Atomic int rest;     /* enum hfr_rest, of the thread */
   _Atomic int launched; /* something has been launched since the thread looked */
   _Atomic int waiting;  /* threads that want `busy`: mutexes are not fair, so the thread stands back for them */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .busy = PTHREAD_MUTEX_INITIALIZER, .kick_fd = -1};
@@ -41,7 +40,7 @@ static void stop_driving(struct hfr_engine *e) { atomic_store_explicit(&e->drive
 /* How long to sleep the n-th time in a row. */
 static int64_t nap_ns(int looks, int n) {
   int64_t ns = 20000 + 5000ll * n;
-  return !looks ? NAP_NS : ns < LOOK_NS ? ns : LOOK_NS;
+  return !looks ? hfr_nap_ns : ns < LOOK_NS ? ns : LOOK_NS;
 }
 
 static void sleep_in(struct hfr_waitset *set, int64_t ns) {
@@ -55,8 +54,10 @@ static void nap(struct hfr_engine *e, int nth, int (*look)(struct hfr_engine *, 
   struct hfr_waitset set;
   set.n = set.ready = 0;
   enum hfr_sleep how = e->layout->nnodes == 1 ? HFR_SLEEP_FUTEX : HFR_SLEEP_POLL;
-  uint32_t bell = hfr_arena_sleep_begin(e->arena, how);
-  if (!look(e, arg)) {
+  atomic_store_explicit(&e->parked, e->queue != NULL, memory_order_relaxed);
+  atomic_store_explicit(&e->napping, 1, memory_order_relaxed);
+  uint32_t bell = hfr_arena_sleep_begin(e->arena, how); /* a fence: who launches now finds us, or we find the inbox full */
+  if (!atomic_load_explicit(&e->inbox_full, memory_order_relaxed) && !look(e, arg)) {
     if (how == HFR_SLEEP_FUTEX) {
       hfr_arena_sleep_futex(e->arena, bell, ns);
     } else {
@@ -66,6 +67,9 @@ static void nap(struct hfr_engine *e, int nth, int (*look)(struct hfr_engine *, 
       sleep_in(&set, set.ready ? 0 : ns);
     }
   }
+  atomic_store_explicit(&e->napping, 0, memory_order_relaxed);
+  atomic_store_explicit(&e->parked, 0, memory_order_relaxed);
+  atomic_thread_fence(memory_order_seq_cst); /* who took us for asleep and left us his launch has counted it: leave() sees that */
   hfr_arena_sleep_end(e->arena);
 }
 
@@ -238,7 +242,7 @@ static void let_go(struct sleeper *s, struct hfr_engine **engine, int n) {
 static int64_t rest_ns(struct sleeper *s, int n) {
   if (atomic_exchange_explicit(&pool.launched, 0, memory_order_relaxed) || (s->had_work && !n)) s->rest_ns = FIRST_REST_NS;
   s->had_work = n > 0;
-  if (s->nheld) return NAP_NS;
+  if (s->nheld) return hfr_nap_ns;
   int64_t ns = s->rest_ns;
   if (ns < LAST_REST_NS)
     s->rest_ns += ns / 8;
@@ -277,7 +281,7 @@ static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) 
   hold(s, engine, n);
   int64_t ns = rest_ns(s, n);
   /* Pairs with hfr_drive_kick() and hfr_drive_soon(): they write to us, or we see the request in this pass. */
-  atomic_store_explicit(&pool.rest, s->nheld || ns < 0 ? ASLEEP : NAPPING, memory_order_seq_cst);
+  atomic_store_explicit(&pool.rest, s->nheld || ns < 0 ? HFR_THREAD_ASLEEP : HFR_THREAD_NAPPING, memory_order_seq_cst);
   atomic_thread_fence(memory_order_seq_cst);
   int moved = list_changed(n) | pass(engine, n, s->held, &mine);
   for (int i = 0; i < n; i++) /* whoever drove it may have left it to us when we were still awake */
@@ -285,7 +289,7 @@ static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) 
   s->looks = 0; /* after the pass, which may have taken in what waits for a device */
   for (int i = 0; i < n; i++) s->looks |= hfr_engine_looks(engine[i]);
   if (!moved) sleep_on_bells(s, engine, n, s->nheld ? nap_ns(s->looks, s->nth) : ns);
-  atomic_store_explicit(&pool.rest, AWAKE, memory_order_seq_cst);
+  atomic_store_explicit(&pool.rest, HFR_THREAD_AWAKE, memory_order_seq_cst);
   uint64_t drain;
   (void)!read(pool.kick_fd, &drain, sizeof drain);
   let_go(s, engine, n);
@@ -372,8 +376,10 @@ static int rest_of_thread(void) {
   return atomic_load_explicit(&pool.rest, memory_order_seq_cst);
 }
 
+enum hfr_rest hfr_drive_rest(void) { return (enum hfr_rest)rest_of_thread(); }
+
 void hfr_drive_kick(void) {
-  if (rest_of_thread() != AWAKE) write_kick();
+  if (rest_of_thread() != HFR_THREAD_AWAKE) write_kick();
 }
 
 static void list_engine(struct hfr_engine *e) {
@@ -387,17 +393,25 @@ static void list_engine(struct hfr_engine *e) {
   pthread_mutex_unlock(&pool.lock);
 }
 
+/* Wake whoever sleeps with it: a caller, or the progress thread; `rest` is the thread's. */
+static void wake_driver(struct hfr_engine *e, int rest) {
+  if (atomic_load_explicit(&e->napping, memory_order_relaxed))
+    hfr_engine_wake(e); /* and the thread is told when he leaves */
+  else if (rest != HFR_THREAD_AWAKE)
+    write_kick();
+}
+
 void hfr_drive_async(struct hfr_engine *e) {
   list_engine(e);
-  hfr_drive_kick();
+  wake_driver(e, rest_of_thread());
 }
 
 void hfr_drive_soon(struct hfr_engine *e, int in_line) {
   list_engine(e);
   atomic_store_explicit(&pool.launched, 1, memory_order_relaxed);
-  if (rest_of_thread() != ASLEEP) return; /* it looks by itself */
+  int rest = rest_of_thread();
   if (in_line && atomic_load_explicit(&e->parked, memory_order_relaxed)) return;
-  write_kick();
+  wake_driver(e, rest == HFR_THREAD_ASLEEP ? rest : HFR_THREAD_AWAKE); /* from a nap it looks by itself */
 }
 
 void hfr_drive_stop(struct hfr_engine *e) {

@@ -225,7 +225,8 @@ hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfred
 /* The deadline in seconds for operations issued from now on. */
 hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds);
 /* A blocking call outside a group that has not ended after so many seconds (0, the default: wait on) returns hfreduceInProgress;
-   the operation goes on, and its buffers must live until then. So a caller can look at its signals now and then. */
+   the operation goes on, and its buffers must live until then. So a caller can look at its signals now and then. It may return
+   so earlier when another thread issues a call on the same communicator. */
 hfreduceResult_t hfreduceCommSetPatience(hfreduceComm_t comm, double seconds);
 /* The work of this thread's blocking call that returned hfreduceInProgress. Once. */
 hfreduceResult_t hfreduceTakeWork(hfreduceWork_t *work);
