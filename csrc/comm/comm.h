@@ -91,31 +91,38 @@ struct hfreduceComm {
 };
 #define HFR_COMM_MAGIC 0x6d6d6f63u
 
-/* --- runtime.c: once a process --- */
+/* The process' side (runtime.h): */
+/* --- listen.c --- */
 /* Start what a process needs (watcher thread, listener). The listener's address goes to *addr: loopback; or where
    HFREDUCE_SOCKET_IFNAME says; or, that unset, on the way to `root` (NULL: not known yet). */
 hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, struct hfr_addr *addr);
 /* Also listen on exactly this address. */
 hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr);
+/* Strangers refused so far. */
+long hfr_runtime_refused(void);
+
+/* --- rendezvous.c --- */
 static inline uint64_t hfr_uid_root(const struct hfr_uid *uid) { return uid->root_id ? uid->root_id : uid->comm_id; }
 /* Serve the rendezvous of a communicator in this process. */
 hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid);
 /* Joining failed and its root is in this process: let the ranks that come late hear why before this process may end; at most
  * limit_ns. */
 void hfr_runtime_linger(const struct hfr_uid *uid, int64_t limit_ns);
-hfreduceResult_t hfr_runtime_add(struct hfreduceComm *comm);
-/* Leave: say BYE if the communicator stood, forget the connections. */
-void hfr_runtime_remove(struct hfreduceComm *comm);
-/* Ranks of this communicator that this process has, this one among them. */
-int hfr_runtime_ranks_here(const struct hfreduceComm *comm);
+
+/* --- control.c --- */
 /* Hand an authenticated control connection to the watcher (ranks other than 0). */
 void hfr_runtime_control(struct hfreduceComm *comm, int fd);
 /* Send a frame on all control connections but `except`. */
 void hfr_runtime_flood(struct hfreduceComm *comm, enum hfr_frame type, const void *payload, size_t bytes, int except);
 /* A collective waits long here: tell rank 0, who compares. */
 void hfr_runtime_stuck(struct hfreduceComm *comm, const struct hfr_fingerprint *fp);
-/* Strangers refused so far. */
-long hfr_runtime_refused(void);
+
+/* --- runtime.c --- */
+hfreduceResult_t hfr_runtime_add(struct hfreduceComm *comm);
+/* Leave: say BYE if the communicator stood, forget the connections. */
+void hfr_runtime_remove(struct hfreduceComm *comm);
+/* Ranks of this communicator that this process has, this one among them. */
+int hfr_runtime_ranks_here(const struct hfreduceComm *comm);
 
 /* --- comm.c --- */
 void hfr_uid_pack(const struct hfr_uid *uid, hfreduceUniqueId *id);
