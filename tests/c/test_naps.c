@@ -1,6 +1,8 @@
 /*
- * Who sleeps is woken: a caller that naps while it drives. Here a sleep lasts ten minutes unless somebody ends it, so whoever is
- * forgotten hangs until the time limit of his test. Arguments: the layouts to run.
+ * Who sleeps is woken: the progress thread in each state of rest, and a caller
+ * that naps while it drives. Here a sleep lasts ten minutes unless somebody
+ * ends it, so whoever is forgotten hangs until the time limit of his test.
+ * Arguments: the layouts to run.
  */
 #include "check.h"
 #include "ranks.h"
@@ -8,10 +10,12 @@
 #include "comm/comm.h"
 #include "engine/internal.h"
 
+#include <dirent.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define OK(call)                                                                                       \
@@ -35,7 +39,8 @@
 #define LARGE 2000000 /* floats of a message that leaves only while it is taken */
 #define RANKS_MAX 8
 
-/* What the ranks tell each other beside the library, which must not be woken by it. */
+/* What the ranks tell each other beside the library, which must not be woken by
+ * it. */
 static struct shared { _Atomic int step[RANKS_MAX]; } * shared;
 
 static void reach(int rank, int step) { atomic_store(&shared->step[rank], step); }
@@ -59,7 +64,8 @@ static hfreduceResult_t launch(hfreduceComm_t comm, enum what what, float *x, si
   return r ? r : end;
 }
 
-/* Wait for a work as who computes does: nobody drives but the progress thread. Gives it back. */
+/* Wait for a work as who computes does: nobody drives but the progress thread.
+ * Gives it back. */
 static hfreduceResult_t poll_work(hfreduceWork_t work) {
   int done = 0;
   hfreduceResult_t r = hfreduceSuccess;
@@ -71,14 +77,18 @@ static hfreduceResult_t poll_work(hfreduceWork_t work) {
   return r;
 }
 
-/* ---------------------------------------------------------------- a caller that naps */
+static int sleeps_with(hfreduceComm_t comm) { return atomic_load(&comm->engine.parked) && hfr_drive_rest() == HFR_THREAD_ASLEEP; }
+
+/* ---------------------------------------------------------------- a caller
+ * that naps */
 
 /* A thread of a rank that waits for a call of its own. */
 struct waiter {
   pthread_t thread;
   hfreduceComm_t comm;
   enum what what;
-  int blocking; /* the call itself blocks; else it is launched, and waited for */
+  int blocking; /* the call itself blocks; else it is launched, and waited for
+                 */
   int peer, rank;
   size_t count;
   float *x;
@@ -103,8 +113,9 @@ static void *wait_in_thread(void *arg) {
 static int begin_waiter(struct waiter *w) { return pthread_create(&w->thread, NULL, wait_in_thread, w); }
 static int end_waiter(struct waiter *w) { return pthread_join(w->thread, NULL) || w->failed; }
 
-/* Rank 0 has a thread that drives and naps, since what it waits for comes only after its main thread's own call. Nobody but that
-   thread can make this call move, and nothing but the call itself can wake it. */
+/* Rank 0 has a thread that drives and naps, since what it waits for comes only
+   after its main thread's own call. Nobody but that thread can make this call
+   move, and nothing but the call itself can wake it. */
 static const struct seconds {
   const char *name;
   enum what first;
@@ -112,7 +123,8 @@ static const struct seconds {
   size_t first_count;
   enum what second;
   int second_blocks;
-  int second_later; /* the first one ends before it, and its thread leaves the other to the progress thread */
+  int second_later; /* the first one ends before it, and its thread leaves the
+                       other to the progress thread */
 } seconds[] = {
     {"a send behind a receive", RECV, 0, 1, SEND, 0, 0},
     {"a blocking send behind a receive", RECV, 0, 1, SEND, 1, 0},
@@ -184,11 +196,242 @@ static int second_thread(int rank, int n, const hfreduceUniqueId *id, void *arg)
   return 0;
 }
 
+/* ---------------------------------------------------------------- the progress
+ * thread by itself */
+
+/* Nobody waits for what was launched, at whatever moment of the thread's rest
+ * that was. */
+static int unattended(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  hfreduceWork_t work;
+  float *x = malloc(300000 * sizeof *x);
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  for (int i = 0; i < 60; i++) {
+    size_t count = i % 5 ? 10 : 300000;
+    for (size_t j = 0; j < count; j++) x[j] = 1;
+    usleep((useconds_t)((i * 211 + rank * 977) % 13000));
+    OK(launch(comm, SUM, x, count, 0, &work));
+    OK(poll_work(work));
+    WANT(x[0] == (float)n && x[count - 1] == (float)n);
+  }
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
+#define MANY 300
+
+/* Launches that find the thread asleep, and more behind them while it wakes,
+ * works and naps. */
+static int asleep(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  hfreduceWork_t work[MANY];
+  float *x = malloc(MANY * sizeof *x);
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  OK(launch(comm, SUM, x, 1, 0, &work[0])); /* starts the thread */
+  OK(poll_work(work[0]));
+  for (int round = 0; round < 8; round++) {
+    int many = round % 2 ? MANY : 1;
+    UNTIL(hfr_drive_rest() == HFR_THREAD_ASLEEP);
+    for (int i = 0; i < many; i++) {
+      x[i] = 1;
+      if (i == MANY / 2) usleep(3000);
+      OK(launch(comm, SUM, &x[i], 1, 0, &work[i]));
+    }
+    for (int i = 0; i < many; i++) {
+      OK(poll_work(work[i]));
+      WANT(x[i] == (float)n);
+    }
+  }
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
+/* How often the progress thread has gone to sleep, as the kernel counts it; -1 while it is awake. */
+static long sleeps(void) {
+  DIR *tasks = opendir("/proc/self/task");
+  long count = -1;
+  for (struct dirent *task; tasks && count < 0 && (task = readdir(tasks));) {
+    char path[300], line[200];
+    int ours = 0, asleep = 0;
+    snprintf(path, sizeof path, "/proc/self/task/%s/status", task->d_name);
+    FILE *status = fopen(path, "r");
+    while (status && fgets(line, sizeof line, status)) {
+      ours |= !strcmp(line, "Name:\thfr-progress\n");
+      asleep |= !strncmp(line, "State:\tS", 8);
+      if (ours && asleep) sscanf(line, "voluntary_ctxt_switches: %ld", &count);
+    }
+    if (status) fclose(status);
+  }
+  if (tasks) closedir(tasks);
+  return count;
+}
+
+/* The thread sleeps with rank 0's engine until the others come to its sum. What
+   is behind the sum in line may let it sleep; a send may not: the others take
+   it before they come. */
+static int parked(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { SUMS = 6 };
+  hfreduceComm_t comm;
+  hfreduceWork_t work[SUMS], send;
+  float x[SUMS], *y = calloc(LARGE, sizeof *y);
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  for (int round = 0; round < 4; round++) {
+    for (int i = 0; i < SUMS; i++) x[i] = 1;
+    if (rank) {
+      UNTIL(reached(0, round + 1));
+      if (rank == 1) OK(call(comm, RECV, y, LARGE, 0));
+    }
+    for (int r = 1; !rank && r < n; r++) UNTIL(reached(r, round)); /* who still ends the last round would wake it */
+    OK(launch(comm, SUM, &x[0], 1, 0, &work[0]));
+    long slept = 0;
+    UNTIL(rank || (sleeps_with(comm) && (slept = sleeps()) >= 0));
+    for (int i = 1; i < SUMS; i++) OK(launch(comm, SUM, &x[i], 1, 0, &work[i]));
+    if (!rank) {
+      usleep(5000);                                       /* had it been woken, it would have run */
+      WANT(comm->layout.nnodes > 1 || sleeps() == slept); /* a connection that comes up wakes it */
+      y[LARGE - 1] = (float)round;
+      OK(launch(comm, SEND, y, LARGE, 1, &send));
+      reach(0, round + 1);
+      OK(poll_work(send));
+    }
+    for (int i = 0; i < SUMS; i++) {
+      OK(poll_work(work[i]));
+      WANT(x[i] == (float)n);
+    }
+    WANT(rank > 1 || y[LARGE - 1] == (float)round);
+    if (rank) reach(rank, round + 1);
+  }
+  OK(hfreduceCommDestroy(comm));
+  free(y);
+  return 0;
+}
+
+/* It sleeps with one engine, and works for another all the same. */
+static int two_communicators(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t quiet, busy;
+  hfreduceWork_t waits, work;
+  float x = 1, y;
+  (void)arg;
+  OK(hfreduceCommInitRank(&quiet, n, *id, rank));
+  OK(hfreduceCommSplit(quiet, 0, rank, &busy, NULL));
+  if (!rank) {
+    OK(launch(quiet, SUM, &x, 1, 0, &waits));
+    UNTIL(sleeps_with(quiet));
+  }
+  for (int i = 0; i < 40; i++) {
+    y = 1;
+    usleep((useconds_t)((i * 131 + rank * 377) % 3000));
+    OK(launch(busy, SUM, &y, 1, 0, &work));
+    OK(poll_work(work));
+    WANT(y == (float)n);
+  }
+  if (!rank) {
+    int done;
+    OK(hfreduceWorkTest(waits, &done));
+    WANT(!done);
+    UNTIL(sleeps_with(quiet));
+    reach(0, 1);
+  } else {
+    UNTIL(reached(0, 1));
+    OK(launch(quiet, SUM, &x, 1, 0, &waits));
+  }
+  OK(poll_work(waits));
+  WANT(x == (float)n);
+  OK(hfreduceCommDestroy(busy));
+  OK(hfreduceCommDestroy(quiet));
+  return 0;
+}
+
+/* While it sleeps with one engine another is destroyed; then its own is
+ * aborted, by this rank and by another one. */
+static int leaving(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm, child, mine, theirs;
+  hfreduceWork_t waits, work;
+  float x = 1, y = 1;
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  OK(hfreduceCommSplit(comm, 0, rank, &mine, NULL));
+  OK(hfreduceCommSplit(comm, 0, rank, &theirs, NULL));
+  OK(hfreduceCommSplit(comm, 0, rank, &child, NULL));
+  OK(launch(child, SUM, &y, 1, 0, &work));
+  OK(poll_work(work));
+  hfreduceComm_t waiting = rank ? theirs : mine;
+  OK(launch(waiting, SUM, &x, 1, 0, &waits));
+  if (n == 2) UNTIL(sleeps_with(waiting)); /* more would wait for each other */
+  OK(hfreduceCommDestroy(child));
+  reach(rank, 1);
+  if (!rank) {
+    for (int r = 1; r < n; r++) UNTIL(reached(r, 1));
+    if (n == 2) UNTIL(sleeps_with(mine));
+    OK(hfreduceCommAbort(mine));
+    WANT(poll_work(waits) == hfreduceAborted);
+    OK(hfreduceCommAbort(theirs));
+  } else {
+    WANT(poll_work(waits) != hfreduceSuccess);
+  }
+  OK(hfreduceBarrier(comm, NULL)); /* all have heard of it */
+  OK(hfreduceCommDestroy(mine));
+  OK(hfreduceCommDestroy(theirs));
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
+/* A child has no thread and no kick of its parent's: it starts its own. */
+static int in_child(void) {
+  int rank = -1;
+  hfreduceUniqueId id;
+  hfreduceComm_t comm;
+  hfreduceWork_t work;
+  float x = 3;
+  alarm(10);
+  OK(hfreduceGetUniqueIdLocal(&id));
+  OK(hfreduceCommInitRank(&comm, 1, id, 0));
+  for (int i = 0; i < 3; i++) {
+    OK(launch(comm, SUM, &x, 1, 0, &work));
+    OK(poll_work(work));
+    UNTIL(hfr_drive_rest() == HFR_THREAD_ASLEEP);
+  }
+  WANT(x == 3);
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
+static int forking(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  hfreduceWork_t work;
+  float x = 1;
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  UNTIL(rank == 0 || reached(0, 1));
+  OK(launch(comm, SUM, &x, 1, 0, &work));
+  if (!rank) {
+    UNTIL(sleeps_with(comm));
+#ifndef __SANITIZE_THREAD__ /* which starts no threads after a fork */
+    int status;
+    pid_t pid = fork();
+    if (!pid) _exit(in_child());
+    WANT(pid > 0 && waitpid(pid, &status, 0) == pid && status == 0);
+    WANT(sleeps_with(comm));
+#endif
+    reach(0, 1);
+  }
+  OK(poll_work(work));
+  WANT(x == (float)n);
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
-  } test[] = {{"second_thread", second_thread}};
+  } test[] = {{"second_thread", second_thread},         {"unattended", unattended}, {"asleep", asleep},  {"parked", parked},
+              {"two_communicators", two_communicators}, {"leaving", leaving},       {"forking", forking}};
   static char *preset[] = {"2", "3", "1,1", "2,1"};
   size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   char **layouts = argc > 1 ? argv + 1 : preset;
@@ -197,12 +440,12 @@ int main(int argc, char **argv) {
   for (size_t t = 0; t < tests; t++)
     for (size_t i = 0; i < n; i++) {
       memset(shared, 0, sizeof *shared);
-      CHECK(run_processes(layouts[i], test[t].function, NULL, 20) == 0, "%s, nodes %s", test[t].name, layouts[i]);
+      CHECK(run_processes(layouts[i], test[t].function, NULL, 40) == 0, "%s, nodes %s", test[t].name, layouts[i]);
     }
   if (argc > 1) return check_done();
   for (size_t t = 0; t < tests; t++) { /* last: a process with threads does not fork well */
     memset(shared, 0, sizeof *shared);
-    CHECK(run_threads(2, test[t].function, NULL, 20) == 0, "%s, 2 threads", test[t].name);
+    CHECK(run_threads(2, test[t].function, NULL, 40) == 0, "%s, 2 threads", test[t].name);
   }
   return check_done();
 }
