@@ -261,6 +261,7 @@ void hfr_fail_mismatch(struct hfr_engine *engine, const struct hfr_fingerprint *
 /* Patience of one wait: spins, then yields, then sleeps. */
 struct hfr_backoff {
   int idle;
+  int64_t until_ns; /* it sleeps no longer than until then; 0: it need not know */
 };
 /* Nothing moved: wait a little. look() is asked once more before sleeping; when it says 1 there is no sleep. */
 void hfr_backoff_wait(struct hfr_engine *engine, struct hfr_backoff *backoff, int (*look)(struct hfr_engine *, void *),

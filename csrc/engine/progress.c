@@ -48,9 +48,10 @@ static void sleep_in(struct hfr_waitset *set, int64_t ns) {
   ppoll(set->fd, (nfds_t)set->n, ns < 0 ? NULL : &t, NULL);
 }
 
-static void nap(struct hfr_engine *e, int nth, int (*look)(struct hfr_engine *, void *), void *arg) {
+static void nap(struct hfr_engine *e, int nth, int64_t until_ns, int (*look)(struct hfr_engine *, void *), void *arg) {
   int armed = atomic_load_explicit(&e->armed, memory_order_relaxed) != 0; /* a graph's bell wakes the progress thread only */
-  int64_t ns = nap_ns(armed || hfr_engine_looks(e), nth);
+  int64_t ns = nap_ns(armed || hfr_engine_looks(e), nth), left = until_ns ? until_ns - hfr_now_ns() : ns;
+  if (left < ns) ns = left > 0 ? left : 0;
   struct hfr_waitset set;
   set.n = set.ready = 0;
   enum hfr_sleep how = e->layout->nnodes == 1 ? HFR_SLEEP_FUTEX : HFR_SLEEP_POLL;
@@ -82,7 +83,7 @@ void hfr_backoff_wait(struct hfr_engine *e, struct hfr_backoff *b, int (*look)(s
     sched_yield();
     return;
   } else {
-    nap(e, idle - e->spins - e->yields, look, arg);
+    nap(e, idle - e->spins - e->yields, b->until_ns, look, arg);
   }
   hfr_engine_check(e, hfr_now_ns());
 }
@@ -116,7 +117,7 @@ void hfr_drive_end(struct hfr_engine *e) { leave(e, 0); }
 /* As the driver. */
 static int drive(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
   struct until u = {work};
-  struct hfr_backoff b = {0};
+  struct hfr_backoff b = {.until_ns = deadline_ns > 0 ? deadline_ns : 0};
   int done;
   while (!(done = (int)atomic_load_explicit(&work->done, memory_order_acquire))) {
     if (hfr_engine_progress(e)) {
@@ -124,7 +125,7 @@ static int drive(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadli
       continue;
     }
     hfr_backoff_wait(e, &b, look_for_progress, &u);
-    if (deadline_ns >= 0 && b.idle > e->spins && hfr_now_ns() > deadline_ns) break;
+    if (deadline_ns >= 0 && b.idle > e->spins && hfr_now_ns() >= deadline_ns) break;
   }
   return done;
 }

@@ -426,12 +426,48 @@ static int forking(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* A wait with a limit ends by it, also when whoever waits drives and sleeps; and so does patience. */
+static int timed(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  hfreduceWork_t work;
+  float *x = calloc(LARGE, sizeof *x), small = 1;
+  int done;
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  if (rank == 0) {
+    hfreduceResult_t r = hfreduceGroupStart();
+    for (int i = 1; i < n && !r; i++) r = hfreduceRecv(x + i, 1, hfreduceFloat32, i, comm, NULL);
+    OK(r);
+    OK(hfreduceGroupEndAsync(&work));
+    for (int i = 0; i < 5; i++) WANT(hfreduceWorkWait(work, 0.02) == hfreduceInProgress);
+    OK(hfreduceCommSetPatience(comm, 0.05));
+    WANT(hfreduceAllReduce(&small, &small, 1, hfreduceFloat32, hfreduceSum, comm, NULL) == hfreduceInProgress);
+    OK(hfreduceWorkTest(work, &done));
+    WANT(!done);
+    hfreduceWork_t second;
+    OK(hfreduceTakeWork(&second));
+    reach(0, 1);
+    OK(hfreduceWorkWait(second, -1));
+    OK(hfreduceWorkWait(work, -1));
+    hfreduceWorkDestroy(second);
+    hfreduceWorkDestroy(work);
+  } else {
+    UNTIL(reached(0, 1));
+    OK(hfreduceSend(&small, 1, hfreduceFloat32, 0, comm, NULL));
+    OK(hfreduceAllReduce(&small, &small, 1, hfreduceFloat32, hfreduceSum, comm, NULL));
+  }
+  WANT(small == (float)n);
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
-  } test[] = {{"second_thread", second_thread},         {"unattended", unattended}, {"asleep", asleep},  {"parked", parked},
-              {"two_communicators", two_communicators}, {"leaving", leaving},       {"forking", forking}};
+  } test[] = {{"second_thread", second_thread},         {"unattended", unattended}, {"asleep", asleep},   {"parked", parked},
+              {"two_communicators", two_communicators}, {"leaving", leaving},       {"forking", forking}, {"timed", timed}};
   static char *preset[] = {"2", "3", "1,1", "2,1"};
   size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   char **layouts = argc > 1 ? argv + 1 : preset;
