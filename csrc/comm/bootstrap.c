@@ -90,8 +90,6 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
                   c->rank, whom, text, c->timeout, *refusal ? refusal : strerror(error));
 }
 
-#define SLOTS_MAX 64
-
 /* Even, for two trees. Unless told otherwise so many that a rank's slots are twice its cache: those who read them have then let
    go of a line when it is written again (node/writer.h). */
 static int choose_slots(int told, uint64_t chunk) {
@@ -250,7 +248,7 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
   c->engine.remote = &hfr_transport_tcp;
   if (c->layout.nnodes > 1) HFR_TRY(choose_transport(c, table));
   const struct hfr_record *zero = &table[0];
-  if (zero->slots < 2 || zero->slots > SLOTS_MAX || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) ||
+  if (zero->slots < 2 || zero->slots > HFR_SLOTS_MAX || zero->slots % 2 || zero->chunk < 4096 || zero->chunk > (16 << 20) ||
       zero->chunk % 4096 || zero->streams < 1 || zero->streams > HFR_MAX_STREAMS)
     return hfr_fail(hfreduceInternalError, "rank 0 announced impossible parameters: %u slots of %llu bytes, %u streams",
                     zero->slots, (unsigned long long)zero->chunk, zero->streams);
@@ -350,7 +348,7 @@ static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t 
         while ((r = hfr_unix_recv_fd(sock, &fd)) == -EAGAIN && !cancelled(c) && wait_fd(c, sock, POLLIN, deadline_ns)) {
         }
       close(sock);
-      if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots);
+      if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots, 0);
     }
     if (cancelled(c)) return fail_cancelled(c);
     if (hfr_now_ns() > deadline_ns)
@@ -368,7 +366,7 @@ static hfreduceResult_t get_arena(struct hfreduceComm *c, int64_t deadline_ns) {
     HFR_TRY(fetch(c, name, deadline_ns));
     return hfr_arena_join(&c->arena, c->layout.local);
   }
-  HFR_TRY(hfr_arena_create(&c->arena, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots));
+  HFR_TRY(hfr_arena_create(&c->arena, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots, 0));
   HFR_TRY(hfr_arena_join(&c->arena, 0));
   if (c->layout.nlocal == 1) return hfreduceSuccess;
   HFR_TRY(hfr_unix_listen(name, c->layout.nlocal, &listener));

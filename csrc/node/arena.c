@@ -18,22 +18,23 @@
 _Static_assert(sizeof(struct hfr_ring) <= RING_HEADER, "ring header fits its page");
 
 struct arena_header {
-  uint64_t magic, bytes, chunk;
+  uint64_t magic, bytes, chunk, lend;
   uint32_t nlocal, slots;
 };
 
 static size_t pages(size_t bytes) { return (bytes + 4095) & ~(size_t)4095; }
 
 /* Fill in the geometry; the same on all ranks, so offsets need not be sent. */
-static void set_geometry(struct hfr_arena *a, int nlocal, size_t chunk, int slots) {
+static void set_geometry(struct hfr_arena *a, int nlocal, size_t chunk, int slots, size_t lend) {
   a->nlocal = nlocal;
   a->slots = slots;
   a->chunk = pages(chunk);
   a->ring_slot = pages(chunk / 2);
   a->rank_stride = 2 * (size_t)slots * a->chunk;
   a->ring_stride = RING_HEADER + HFR_RING_SLOTS * a->ring_slot;
-  size_t ctrl = pages(sizeof(struct hfr_rank_ctrl) * (size_t)nlocal);
-  a->bytes = 4096 + ctrl + (size_t)nlocal * a->rank_stride + (size_t)nlocal * nlocal * HFR_RING_VCS * a->ring_stride;
+  a->lend = pages(lend);
+  size_t ctrl = pages(sizeof(struct hfr_rank_ctrl) * (size_t)nlocal), lending = a->lend ? a->lend + a->chunk : 0;
+  a->bytes = 4096 + ctrl + (size_t)nlocal * (a->rank_stride + (size_t)nlocal * HFR_RING_VCS * a->ring_stride + lending);
 }
 
 static hfreduceResult_t map_arena(struct hfr_arena *a) {
@@ -46,24 +47,26 @@ static hfreduceResult_t map_arena(struct hfr_arena *a) {
   a->ctrl = (struct hfr_rank_ctrl *)(a->map + 4096);
   a->data = a->map + 4096 + pages(sizeof(struct hfr_rank_ctrl) * (size_t)a->nlocal);
   a->rings = a->data + (size_t)a->nlocal * a->rank_stride;
+  a->lending = a->rings + (size_t)a->nlocal * a->nlocal * HFR_RING_VCS * a->ring_stride;
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfr_arena_create(struct hfr_arena *a, int nlocal, size_t chunk, int slots) {
+hfreduceResult_t hfr_arena_create(struct hfr_arena *a, int nlocal, size_t chunk, int slots, size_t lend) {
   *a = (struct hfr_arena){.fd = -1, .bell_fd = -1};
-  set_geometry(a, nlocal, chunk, slots);
+  set_geometry(a, nlocal, chunk, slots, lend);
   a->fd = memfd_create("hfreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (a->fd < 0) return hfr_fail(hfreduceSystemError, "memfd_create failed: %s", strerror(errno));
   if (ftruncate(a->fd, (off_t)a->bytes) || fcntl(a->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
     return hfr_fail(hfreduceSystemError, "cannot size and seal %zu bytes of shared memory: %s", a->bytes, strerror(errno));
   HFR_TRY(map_arena(a));
-  *(struct arena_header *)a->map = (struct arena_header){ARENA_MAGIC, a->bytes, a->chunk, (uint32_t)nlocal, (uint32_t)slots};
+  *(struct arena_header *)a->map =
+      (struct arena_header){ARENA_MAGIC, a->bytes, a->chunk, a->lend, (uint32_t)nlocal, (uint32_t)slots};
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfr_arena_attach(struct hfr_arena *a, int fd, int nlocal, size_t chunk, int slots) {
+hfreduceResult_t hfr_arena_attach(struct hfr_arena *a, int fd, int nlocal, size_t chunk, int slots, size_t lend) {
   *a = (struct hfr_arena){.fd = fd, .bell_fd = -1};
-  set_geometry(a, nlocal, chunk, slots);
+  set_geometry(a, nlocal, chunk, slots, lend);
   struct stat st;
   int seals = fcntl(fd, F_GET_SEALS);
   /* Without the seals a peer could shrink the file under us: every access would be a SIGBUS. */
@@ -94,11 +97,18 @@ hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
   return hfreduceSuccess;
 }
 
-void hfr_arena_rest(struct hfr_arena *a) { madvise(a->data, (size_t)(a->map + a->bytes - a->data), MADV_DONTNEED); }
+void hfr_arena_rest(struct hfr_arena *a) { madvise(a->data, (size_t)(a->lending - a->data), MADV_DONTNEED); }
+
+static void unmap(uint8_t *from, uint8_t *to) {
+  if (from < to) munmap(from, (size_t)(to - from));
+}
 
 void hfr_arena_close(struct hfr_arena *a) {
-  if (a->map) munmap(a->map, a->bytes);
   hfr_arena_after_fork(a);
+  if (!a->map) return;
+  uint8_t *end = a->map + a->bytes, *mine = a->left ? hfr_arena_lending(a, a->local) : end;
+  unmap(a->map, mine);
+  unmap(mine + a->lend, end);
   a->map = NULL;
 }
 

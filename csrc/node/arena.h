@@ -2,9 +2,13 @@
  * The arena: one memory file (memfd) that the ranks of a node share, and the doors through which they wake each other.
  *
  *   [header][control block of each rank][staging slots of each rank: IN x slots, RES x slots][rings: ordered pairs x 2]
+ *   [lending area of each rank]                                   only where there are several, and one may have a device
  *
  * A rank writes only its own control block and slots (and the send side of its rings); the others read. Progress is published as
  * counters that only grow: a waiter compares, so nothing is ever reset. Pages that were never touched cost nothing.
+ *
+ * What a device has copied into its rank's lending area need not go through a slot: the rank names the place where a chunk lies,
+ * and the others read it there. It is theirs until all of them have taken the chunk out, just as the slot would be.
  */
 #ifndef HFR_NODE_ARENA_H_
 #define HFR_NODE_ARENA_H_
@@ -29,6 +33,8 @@ static inline int hfr_fingerprint_equal(const struct hfr_fingerprint *a, const s
          a->dtype == b->dtype && a->way == b->way;
 }
 
+#define HFR_SLOTS_MAX 64 /* of a rank and kind */
+
 /* 128-byte groups, because neighbouring lines are fetched in pairs. */
 struct hfr_rank_ctrl {
   /* START, IN and the fingerprints share lines: one miss tells a peer all it needs to begin. Two fingerprints, by parity of seq:
@@ -40,10 +46,16 @@ struct hfr_rank_ctrl {
   _Alignas(128) _Atomic uint64_t out;
   _Atomic uint64_t ver;
   _Alignas(128) _Atomic uint64_t pushed[2]; /* segments that this rank's device has given to its partner, out and back */
-  _Alignas(128) _Atomic uint64_t waiters; /* bit (local rank % 64): asleep until this rank publishes */
-  _Alignas(128) _Atomic uint32_t bell;    /* futex word, moves when the rank is rung */
-  _Atomic uint32_t sleeping;              /* enum hfr_sleep */
-  char bell_name[64];                     /* abstract Unix datagram socket for sleepers in poll(2) */
+  _Alignas(128) _Atomic uint64_t waiters;   /* bit (local rank % 64): asleep until this rank publishes */
+  _Alignas(128) _Atomic uint32_t bell;      /* futex word, moves when the rank is rung */
+  _Atomic uint32_t sleeping;                /* enum hfr_sleep */
+  char bell_name[64];                       /* abstract Unix datagram socket for sleepers in poll(2) */
+  /* By chunk number modulo slots: where a lent chunk lies. Written before IN says that the chunk is staged, and not again before
+     all OUT say that it was taken out. */
+  _Alignas(128) struct hfr_lent {
+    _Atomic uint64_t chunk; /* its number + 1: an entry of an earlier chunk is none */
+    _Atomic uint64_t at;    /* in the lending area, where its slot would begin */
+  } lent[HFR_SLOTS_MAX];
 };
 enum hfr_sleep { HFR_AWAKE, HFR_SLEEP_FUTEX, HFR_SLEEP_POLL };
 
@@ -72,21 +84,24 @@ struct hfr_arena {
   size_t chunk;               /* bytes of a slot */
   size_t ring_slot;           /* bytes of a ring's slot */
   struct hfr_rank_ctrl *ctrl; /* nlocal */
-  uint8_t *data, *rings;
+  uint8_t *data, *rings, *lending;
   size_t rank_stride, ring_stride;
+  size_t lend; /* bytes of a lending area; 0: there are none. Behind each is room for a chunk, so that who reads one stays inside
+                  whatever place is named */
+  int left;    /* a device may still write into this rank's lending area: close leaves it mapped */
   int bell_fd;
   struct hfr_writer writer; /* the driver's: for slots and rings */
 };
 
-/* Create (leader): memfd of the right size, sealed against resizing. */
-hfreduceResult_t hfr_arena_create(struct hfr_arena *arena, int nlocal, size_t chunk, int slots);
+/* Create (leader): memfd of the right size, sealed against resizing. lend: bytes that a rank may lend; 0: no lending. */
+hfreduceResult_t hfr_arena_create(struct hfr_arena *arena, int nlocal, size_t chunk, int slots, size_t lend);
 /* Map an arena that came as descriptor `fd` (owned from here on); checks its size and its seals. */
-hfreduceResult_t hfr_arena_attach(struct hfr_arena *arena, int fd, int nlocal, size_t chunk, int slots);
+hfreduceResult_t hfr_arena_attach(struct hfr_arena *arena, int fd, int nlocal, size_t chunk, int slots, size_t lend);
 /* Take place `local`: opens the bell. */
 hfreduceResult_t hfr_arena_join(struct hfr_arena *arena, int local);
 void hfr_arena_close(struct hfr_arena *arena);
-/* Unmap the pages of slots and rings from this process until they are touched again; their content stays. Any thread, any time.
- */
+/* Unmap the pages of slots and rings from this process until they are touched again; their content stays. Lending areas, which
+   may be pinned, are left alone. Any thread, any time. */
 void hfr_arena_rest(struct hfr_arena *arena);
 /* In a forked child: close the descriptors, leave the mapping. */
 void hfr_arena_after_fork(struct hfr_arena *arena);
@@ -96,6 +111,25 @@ static inline uint8_t *hfr_arena_in(const struct hfr_arena *a, int local, uint64
 }
 static inline uint8_t *hfr_arena_res(const struct hfr_arena *a, int local, uint64_t chunk_no) {
   return a->data + (size_t)local * a->rank_stride + ((unsigned)a->slots + chunk_no % (unsigned)a->slots) * a->chunk;
+}
+static inline uint8_t *hfr_arena_lending(const struct hfr_arena *a, int local) {
+  return a->lending + (size_t)local * (a->lend + a->chunk);
+}
+/* Name the place, `at` bytes into this rank's lending area, where chunk chunk_no lies as it would in its slot. Before IN says so:
+   that store releases it. */
+static inline void hfr_arena_lend(struct hfr_arena *a, uint64_t chunk_no, size_t at) {
+  struct hfr_lent *l = &a->ctrl[a->local].lent[chunk_no % (unsigned)a->slots];
+  atomic_store_explicit(&l->at, at, memory_order_relaxed);
+  atomic_store_explicit(&l->chunk, chunk_no + 1, memory_order_relaxed);
+}
+/* Where local rank `local` has named a place for this chunk; NULL: its slot has it. After IN was seen to say that it is staged.
+ */
+static inline uint8_t *hfr_arena_lent(const struct hfr_arena *a, int local, uint64_t chunk_no) {
+  if (!a->lend) return NULL;
+  const struct hfr_lent *l = &a->ctrl[local].lent[chunk_no % (unsigned)a->slots];
+  if (atomic_load_explicit(&l->chunk, memory_order_relaxed) != chunk_no + 1) return NULL;
+  uint64_t at = atomic_load_explicit(&l->at, memory_order_relaxed);
+  return hfr_arena_lending(a, local) + (at < a->lend ? at : 0); /* it may be nonsense: then the data is, too */
 }
 static inline struct hfr_ring *hfr_arena_ring_at(const struct hfr_arena *a, int from, int to, int vc) {
   return (struct hfr_ring *)(a->rings + (((size_t)from * a->nlocal + to) * HFR_RING_VCS + vc) * a->ring_stride);

@@ -71,7 +71,7 @@ int main(void) {
       .coll = HFR_ALL_REDUCE, .send = mine, .recv = mine, .count = COUNT, .dtype = hfreduceFloat32, .root = -1};
   const int label[2] = {0, 1};
   struct hfreduceWork *work = hfr_work_new(1);
-  if (!work || hfr_layout_init(&layout, 0, 2, label) || hfr_arena_create(&arena, 1, sizeof mine, 2) ||
+  if (!work || hfr_layout_init(&layout, 0, 2, label) || hfr_arena_create(&arena, 1, sizeof mine, 2, 0) ||
       hfr_arena_join(&arena, 0) || hfr_engine_init(&engine))
     abort();
   struct hfr_request *r = hfr_request_get(&engine);

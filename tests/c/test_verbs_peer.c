@@ -455,7 +455,7 @@ int main(int argc, char **argv) {
   setenv("HFREDUCE_IB_TIMEOUT", "13", 1); /* 34 ms */
   setenv("HFREDUCE_IB_RETRY_CNT", "3", 1);
   hfr_param_reload();
-  if (hfr_arena_create(&arena, 1, CHUNK, 4) || hfr_arena_join(&arena, 0))
+  if (hfr_arena_create(&arena, 1, CHUNK, 4, 0) || hfr_arena_join(&arena, 0))
     return fprintf(stderr, "%s\n", hfr_last_error()->text), 1;
   test_hellos();
   test_slow();

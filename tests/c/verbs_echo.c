@@ -74,7 +74,7 @@ int main(int argc, char **argv) {
   long messages = atol(argv[3]);
   alarm(100);
   if (hfr_ib_choose(0, &port)) return failed("no port"), 77;
-  if (hfr_arena_create(&arena, 1, chunk, BUFFERS) || hfr_arena_join(&arena, 0)) return failed("arena");
+  if (hfr_arena_create(&arena, 1, chunk, BUFFERS, 0) || hfr_arena_join(&arena, 0)) return failed("arena");
   arrived[HFR_VC_A] = atoi(argv[1]) + 1; /* from peer 0; who accepted it has checked who it is */
   struct hfr_net net = {.rank = 1,
                         .nranks = 2,
