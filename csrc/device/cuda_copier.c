@@ -182,12 +182,8 @@ void hfr_copier_leave(struct hfr_copier *c) {
 
 #define MPOL_PREFERRED_NODE 1
 
-hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *c, size_t bytes, struct hfr_pinned *m) {
-  size_t size = (bytes + 4095) / 4096 * 4096;
+static hfreduceResult_t pin(struct hfr_copier *c, uint8_t *p, size_t size, struct hfr_pinned *m) {
   int node = hfr_cuda_numa(c->cu, c->device);
-  uint8_t *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) return hfr_fail(hfreduceSystemError, "cannot get %zu bytes of pinned memory: %s", size, strerror(errno));
-  madvise(p, size, MADV_DONTFORK); /* a child's copy-on-write would move the pages under the device */
   if (node >= 0 && node < 64) {
     unsigned long mask = 1ul << node;
     syscall(SYS_mbind, p, size, MPOL_PREFERRED_NODE, &mask, sizeof mask * 8, 0); /* better there, but anywhere will do */
@@ -196,7 +192,6 @@ hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *c, size_t bytes, struct hfr
   int r = c->cu->host_register(p, size, HFR_CU_HOST_PORTABLE | HFR_CU_HOST_DEVICEMAP);
   if (!r && (r = c->cu->host_device_pointer(&device, p, 0))) c->cu->host_unregister(p);
   if (r) {
-    munmap(p, size);
     hfr_cuda_fail("cuMemHostRegister", r);
     char text[200];
     snprintf(text, sizeof text, "%.199s", hfr_last_error()->text);
@@ -204,7 +199,24 @@ hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *c, size_t bytes, struct hfr
                     "cannot pin %zu bytes for device %d: %s; lower HFREDUCE_CUDA_SEGMENT or raise ulimit -l", size, c->device,
                     text);
   }
-  *m = (struct hfr_pinned){p, device, size, c->context};
+  *m = (struct hfr_pinned){.host = p, .device = device, .bytes = size, .context = c->context};
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *c, size_t bytes, struct hfr_pinned *m) {
+  size_t size = (bytes + 4095) / 4096 * 4096;
+  uint8_t *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) return hfr_fail(hfreduceSystemError, "cannot get %zu bytes of pinned memory: %s", size, strerror(errno));
+  madvise(p, size, MADV_DONTFORK); /* a child's copy-on-write would move the pages under the device */
+  hfreduceResult_t r = pin(c, p, size, m);
+  if (r) munmap(p, size);
+  return r;
+}
+
+/* A child may have them too: pages of a shared mapping are not copied on write. */
+hfreduceResult_t hfr_pinned_share(struct hfr_copier *c, void *pages, size_t bytes, struct hfr_pinned *m) {
+  HFR_TRY(pin(c, pages, bytes, m));
+  m->borrowed = 1;
   return hfreduceSuccess;
 }
 
@@ -220,7 +232,7 @@ void hfr_pinned_free(struct hfr_pinned *m) {
     cu->context_pop(&popped);
   }
   if (cu->capture_mode) cu->capture_mode(&mode);
-  munmap(m->host, m->bytes);
+  if (!m->borrowed) munmap(m->host, m->bytes);
   *m = (struct hfr_pinned){0};
 }
 

@@ -98,6 +98,7 @@ struct hfr_pinned {
   uintptr_t device;
   size_t bytes;
   void *context; /* that it was registered in */
+  int borrowed;  /* it was there before, and stays */
 };
 
 /*
@@ -127,6 +128,9 @@ hfreduceResult_t hfr_copier_enter(struct hfr_copier *copier, int capturing);
 void hfr_copier_leave(struct hfr_copier *copier);
 /* Zeroed pages near the device. Within enter and leave; free also outside, in any thread. */
 hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *copier, size_t bytes, struct hfr_pinned *memory);
+/* Pin whole pages of a shared mapping, which must stay mapped until they are freed: that unpins them. Pages that nobody has
+   touched yet come to lie near the device. Within enter and leave. */
+hfreduceResult_t hfr_pinned_share(struct hfr_copier *copier, void *pages, size_t bytes, struct hfr_pinned *memory);
 void hfr_pinned_free(struct hfr_pinned *memory);
 
 /* Both queues go on after what is in the stream now; the queue to the device after what is in the other; and what is put into the
