@@ -118,8 +118,10 @@ static hfreduceResult_t make_window(struct hfr_ordered_call *call, const struct 
   w->nsegs = n;
   w->again = call->ordered->stream.capture != 0;
   w->wake = hfr_copier_by_host(call->comm->staging->copier);
-  w->memory = ring->memory.host;
-  w->memory_bytes = ring->memory.bytes;
+  for (int recv = 0; recv < 2; recv++) {
+    w->memory[recv] = ring->memory.host;
+    w->memory_bytes[recv] = ring->memory.bytes;
+  }
   r->window = w;
   atomic_store(&r->holders, 2); /* the engine, and this launch */
   return hfreduceSuccess;

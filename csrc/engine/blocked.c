@@ -193,10 +193,33 @@ static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t n
   for (int s = 0; !c->named && s < r->plan.nstages; s++) name_stage(c, r, s);
 }
 
+/* Somebody who is waited for has gone, or it takes too long. */
+static void complain(struct hfr_engine *e, struct hfr_request *r, const struct culprits *c, int late) {
+  char text[600];
+  if (c->gone >= 0) {
+    snprintf(text, sizeof text, "rank %d on %s has closed the communicator or exited; %s", c->gone, e->net->host[c->gone],
+             c->text);
+    hfr_fail_request(e, r, c->phase, c->gone, hfreduceRemoteError, text);
+  } else if (late) {
+    snprintf(text, sizeof text, "deadline of %.3g s passed %s", (double)r->timeout_ns * 1e-9, c->text);
+    hfr_fail_request(e, r, c->phase, c->peer, hfreduceTimeout, text);
+  }
+}
+
+/* The request is over, but others may still read what it lent. */
+static void check_lender(struct hfr_engine *e, struct hfr_request *r, int64_t now) {
+  const struct hfr_layout *lay = e->layout;
+  struct culprits c = {.engine = e, .phase = "copy-out", .lead = "waiting for ", .peer = -1, .gone = -1, .now_ns = now};
+  if (now <= r->deadline_ns && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
+  for (int i = 0; i < lay->nlocal; i++)
+    if (atomic_load_explicit(&e->arena->ctrl[i].out, memory_order_relaxed) < r->base + (uint64_t)r->plan.nchunks)
+      name_rank(&c, "copy-out", hfr_rank_at(lay, lay->node, i));
+  if (c.named) complain(e, r, &c, now > r->deadline_ns);
+}
+
 static void check_request(struct hfr_engine *e, struct hfr_request *r, int64_t now) {
   if (!r->started) return;
   struct culprits c;
-  char text[600];
   int late = now > r->deadline_ns;
   if (!r->reported && e->on_stuck && e->layout->nnodes > 1 && r->plan.call.coll < HFR_P2P && r->timeout_ns > 0 &&
       now - (r->deadline_ns - r->timeout_ns) > STUCK_NS) {
@@ -205,16 +228,12 @@ static void check_request(struct hfr_engine *e, struct hfr_request *r, int64_t n
   }
   if (!late && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
   find_culprits(e, r, now, &c);
-  if (c.gone >= 0) {
-    snprintf(text, sizeof text, "rank %d on %s has closed the communicator or exited; %s", c.gone, e->net->host[c.gone], c.text);
-    hfr_fail_request(e, r, c.phase, c.gone, hfreduceRemoteError, text);
-  } else if (late) {
-    snprintf(text, sizeof text, "deadline of %.3g s passed %s", (double)r->timeout_ns * 1e-9, c.text);
-    hfr_fail_request(e, r, c.phase, c.peer, hfreduceTimeout, text);
-  }
+  complain(e, r, &c, late);
 }
 
 void hfr_engine_check(struct hfr_engine *e, int64_t now) {
+  for (struct hfr_request *r = e->lenders; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next)
+    check_lender(e, r, now);
   if (e->queue) check_request(e, e->queue, now);
   for (struct hfr_request *r = e->p2p; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next)
     check_request(e, r, now);

@@ -45,10 +45,11 @@ struct hfr_request {
   uint64_t base;       /* chunks staged before this operation */
   size_t place;        /* hfr_slot_place() */
   int streams_out;     /* the results go past the caches */
+  int lends;           /* chunks that lie in the lending area are read there */
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;
-  int lent;        /* bit 0: the send buffer was lent to the transport, bit 1: the receive buffer */
+  int lent; /* bit 0: the send buffer was lent to the transport, bit 1: the receive buffer, bit 2: a local rank's lending area */
   uint64_t ticket; /* a send's turn on the link */
   int source;      /* a receive: whose message it takes; -1: none yet */
   struct hfr_exchange exchange;
@@ -127,14 +128,16 @@ struct hfr_engine {
   _Atomic uint32_t guests;    /* threads that wait for a work of this engine, and may drive it */
   /* the driver's: */
   struct hfr_request *queue, **queue_tail; /* collectives, in order */
-  struct hfr_request *p2p, **p2p_tail;     /* running sends and receives, in order of issue */
-  struct hfr_mailbox *mailbox;             /* by rank; made at the first receive */
-  uint64_t visit;                          /* moves with each look at the mailboxes */
-  uint64_t any_posted;                     /* receives from any source, ever */
-  int any_next;                            /* where the next of them looks first: the rank after the last one served */
-  uint64_t seq;                            /* collectives begun */
-  uint64_t base;                           /* chunks staged */
-  uint64_t out_known;                      /* all local ranks have taken out this many, as far as we looked */
+  /* Over, but others may still read what they lent; in order. */
+  struct hfr_request *lenders, **lenders_tail;
+  struct hfr_request *p2p, **p2p_tail; /* running sends and receives, in order of issue */
+  struct hfr_mailbox *mailbox;         /* by rank; made at the first receive */
+  uint64_t visit;                      /* moves with each look at the mailboxes */
+  uint64_t any_posted;                 /* receives from any source, ever */
+  int any_next;                        /* where the next of them looks first: the rank after the last one served */
+  uint64_t seq;                        /* collectives begun */
+  uint64_t base;                       /* chunks staged */
+  uint64_t out_known;                  /* all local ranks have taken out this many, as far as we looked */
 
   _Atomic int error;        /* first error; every wait reads it */
   hfreduceErrorInfo_t why;  /* under lock */
@@ -156,7 +159,7 @@ struct hfr_engine {
 
   struct hfr_engine *next_active; /* the progress thread's list */
   int listed;
-  uint64_t collectives, fast; /* counters for the curious */
+  uint64_t collectives, fast, lent; /* counters for the curious; lent: chunks */
 };
 
 hfreduceResult_t hfr_engine_init(struct hfr_engine *engine);
@@ -237,6 +240,8 @@ enum hfr_oneshot {
   HFR_ONESHOT_COPIED, /* ... with hfr_engine_adopt(.., 1) */
 };
 enum hfr_oneshot hfr_oneshot(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);
+/* May another rank take this way for the call? Then its data must lie in the slots. */
+int hfr_oneshot_takes(const struct hfr_engine *engine, const struct hfr_call *call);
 /* What a rank says of a call; its number comes when it begins. */
 static inline struct hfr_fingerprint hfr_call_fingerprint(const struct hfr_call *call) {
   return (struct hfr_fingerprint){.count = call->count,

@@ -16,6 +16,13 @@ uint8_t *hfr_place(const struct hfr_engine *engine, const struct hfr_request *re
 void hfr_load_step(struct hfr_request *request, int stage, int64_t i);
 /* Try to move a SEND stage. 1: it moved. (sending.c) */
 int hfr_advance_send(struct hfr_engine *engine, struct hfr_request *request, int stage);
+/* --- lending.c --- */
+/* Instead of copying what a step of a COPY stage copies to the rank's IN slot: lend it where it lies, if all of it lies in the
+   lending area as it would in the slot. 1: it is lent, once IN says so. */
+int hfr_request_lend(struct hfr_engine *engine, struct hfr_request *request, int stage, int64_t i, const struct hfr_step *step);
+/* Give the device back what all local ranks have taken out of that which the request has passed. It has a window. 1: something
+   was. */
+int hfr_request_give_back(struct hfr_engine *engine, struct hfr_request *request);
 /* HFR_P2P, sending: is the request first in line on its link? */
 int hfr_my_turn(struct hfr_engine *engine, const struct hfr_request *request);
 /* --- p2p.c: driver only --- */

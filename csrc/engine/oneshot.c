@@ -96,6 +96,10 @@ static int64_t staged_bytes(const struct hfr_engine *e, const struct hfr_call *c
   return bytes <= limit ? bytes * blocks : -1;
 }
 
+int hfr_oneshot_takes(const struct hfr_engine *e, const struct hfr_call *call) {
+  return e->layout->nnodes == 1 && staged_bytes(e, call) >= 0;
+}
+
 /* What is mine, of several blocks, nobody else reads: what lies before and behind it goes in. */
 static void put_in(struct hfr_engine *e, const struct hfr_call *call, const struct hfr_request *r, size_t bytes) {
   struct hfr_arena *a = e->arena;

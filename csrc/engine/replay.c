@@ -66,7 +66,7 @@ static int launched(struct hfr_request *r) {
   if (r->running) return 0;
   w->opened = 0;
   if (!hfr_window_reach(w, 0)) return 0;
-  w->passed = 0;
+  w->passed = w->back = 0;
   return 1;
 }
 

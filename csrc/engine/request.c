@@ -134,16 +134,8 @@ void hfr_request_let_go(struct hfr_engine *e, struct hfr_request *r) {
   hfr_request_put(e, r);
 }
 
-/* The request is over: tell its work, recycle it. */
-static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
-  struct hfreduceWork *w = r->work;
-  if (r->window) {
-    hfr_window_release(r->window, !error);
-    atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
-  }
-  r->running = 0;
-  if (!r->replay) hfr_request_let_go(e, r);
-  atomic_fetch_sub_explicit(&e->active, 1, memory_order_release); /* pairs with hfreduceCommFinalize */
+/* One of the requests of a work (NULL: of none) is over. */
+static void tell(struct hfreduceWork *w, const hfreduceErrorInfo_t *error) {
   if (!w) return;
   if (error && !atomic_load_explicit(&w->code, memory_order_relaxed)) {
     w->info = *error;
@@ -156,6 +148,19 @@ static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceEr
     hfr_work_notify(w);
     hfr_work_put(w);
   }
+}
+
+/* The request is over: tell its work, recycle it. */
+static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
+  struct hfreduceWork *w = r->work;
+  if (r->window) {
+    hfr_window_release(r->window, !error);
+    atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
+  }
+  r->running = 0;
+  if (!r->replay) hfr_request_let_go(e, r);
+  atomic_fetch_sub_explicit(&e->active, 1, memory_order_release); /* pairs with hfreduceCommFinalize */
+  tell(w, error);
 }
 
 void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
@@ -205,6 +210,7 @@ static int rewind_stages(struct hfr_engine *e, struct hfr_request *r) {
   hfr_request_start(r);
   take_late_input(r);
   r->streams_out = streams_out(e, r);
+  r->lends = r->window && r->window->lends && !hfr_oneshot_takes(e, &r->plan.call);
   if (r->cursors_cap < r->plan.nstages) {
     free(r->cursor);
     r->cursor = malloc((size_t)r->plan.nstages * sizeof *r->cursor);
@@ -302,11 +308,14 @@ int hfr_guards_open(struct hfr_engine *e, struct hfr_request *r, const struct hf
 }
 
 uint8_t *hfr_place(const struct hfr_engine *e, const struct hfr_request *r, const struct hfr_loc *l) {
+  uint8_t *lent;
   if (r->window && (l->space == HFR_SEND || l->space == HFR_RECV)) return hfr_window_place(r, l->space == HFR_RECV, l->off);
   switch (l->space) {
     case HFR_SEND: return (uint8_t *)(uintptr_t)r->plan.call.send + l->off;
     case HFR_RECV: return (uint8_t *)r->plan.call.recv + l->off;
-    case HFR_IN: return hfr_arena_in(e->arena, l->index, r->base + (uint64_t)l->chunk) + r->place + l->off;
+    case HFR_IN:
+      lent = hfr_arena_lent(e->arena, l->index, r->base + (uint64_t)l->chunk);
+      return lent ? lent + l->off : hfr_arena_in(e->arena, l->index, r->base + (uint64_t)l->chunk) + r->place + l->off;
     default: return hfr_arena_res(e->arena, l->index, r->base + (uint64_t)l->chunk) + r->place + l->off;
   }
 }
@@ -342,6 +351,7 @@ static int receive(struct hfr_engine *e, struct hfr_request *r, const struct hfr
 
 static int do_copy(struct hfr_engine *e, struct hfr_request *r, int s, int64_t i, const struct hfr_step *step) {
   const struct hfr_stage *st = &r->plan.stage[s];
+  if (r->lends && !st->premul && hfr_request_lend(e, r, s, i, step)) return 1;
   for (int j = 0; j < step->nparts; j++) {
     struct hfr_part p;
     r->plan.part(&r->plan, s, i, j, &p);
@@ -493,6 +503,7 @@ static int progress_request(struct hfr_engine *e, struct hfr_request *r) {
     if (atomic_load_explicit(&e->error, memory_order_relaxed)) return 1;
   }
   if (!r->verified && verify(e, r)) moved = 1;
+  if (r->window) moved |= hfr_request_give_back(e, r);
   return moved;
 }
 
@@ -545,10 +556,42 @@ static void fail_list(struct hfr_engine *e, struct hfr_request **list, const hfr
   }
 }
 
+/* A collective is through, and all its stages have passed all that was lent. The next one may begin, since the others wait for
+   this rank's part in it while this rank waits until they have read. */
+static void end_or_linger(struct hfr_engine *e, struct hfr_request *r) {
+  end_collective(e, r);
+  if (r->window) hfr_request_give_back(e, r);
+  if (!r->window || !hfr_window_owed(r->window)) {
+    finish(e, r, NULL);
+    return;
+  }
+  tell(r->work, NULL);
+  r->work = NULL;
+  r->next = NULL;
+  *e->lenders_tail = r;
+  e->lenders_tail = &r->next;
+}
+
+/* regardless: nobody is waited for any more. */
+static int finish_lenders(struct hfr_engine *e, int regardless) {
+  int moved = 0;
+  while (e->lenders) {
+    struct hfr_request *r = e->lenders;
+    moved |= hfr_request_give_back(e, r);
+    if (hfr_window_owed(r->window) && !regardless) break;
+    e->lenders = r->next;
+    if (!e->lenders) e->lenders_tail = &e->lenders;
+    finish(e, r, NULL);
+    moved = 1;
+  }
+  return moved;
+}
+
 static void fail_all(struct hfr_engine *e) {
   hfreduceErrorInfo_t why;
   hfr_engine_error(e, &why);
   take_inbox(e);
+  finish_lenders(e, 1);
   fail_list(e, &e->queue, &why);
   e->queue_tail = &e->queue;
   fail_list(e, &e->p2p, &why);
@@ -596,17 +639,17 @@ int hfr_engine_progress(struct hfr_engine *e) {
       struct hfr_request *r = e->queue;
       if (r->started || (hfr_request_ready(r) && begin(e, r))) moved |= progress_request(e, r);
       if (!atomic_load_explicit(&e->error, memory_order_relaxed) && over(r)) {
-        end_collective(e, r);
         e->queue = r->next;
         if (!e->queue) e->queue_tail = &e->queue;
-        finish(e, r, NULL);
+        end_or_linger(e, r);
         moved = 1;
       }
     }
+    if (e->lenders) moved |= finish_lenders(e, 0);
     if (e->p2p) moved |= progress_p2p(e);
   }
   if (atomic_load_explicit(&e->error, memory_order_acquire) &&
-      (e->queue || e->p2p || atomic_load_explicit(&e->inbox_full, memory_order_relaxed))) {
+      (e->queue || e->lenders || e->p2p || atomic_load_explicit(&e->inbox_full, memory_order_relaxed))) {
     fail_all(e);
     moved = 1;
   }
@@ -620,6 +663,7 @@ hfreduceResult_t hfr_engine_init(struct hfr_engine *e) {
   pthread_mutex_init(&e->lock, NULL);
   e->inbox_tail = &e->inbox;
   e->queue_tail = &e->queue;
+  e->lenders_tail = &e->lenders;
   e->p2p_tail = &e->p2p;
   e->pid = getpid();
   e->stream_from = hfr_stream_from();

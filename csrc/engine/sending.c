@@ -23,14 +23,22 @@ static void let_go(struct hfr_engine *e, struct hfr_request *r, int arrival) {
   }
 }
 
+/* The first message from a local rank's lending area tells the transport of the whole area. */
+static void lend_area(struct hfr_engine *e, struct hfr_request *r, const struct hfr_link *l, const struct hfr_loc *src) {
+  if (r->lent & 4 || !l->transport->lend || !hfr_arena_lent(e->arena, src->index, r->base + (uint64_t)src->chunk)) return;
+  r->lent |= 4;
+  l->transport->lend(e->net, hfr_arena_lending(e->arena, src->index), e->arena->lend);
+}
+
 /* The first message from a user's buffer tells the transport of the whole buffer. */
 static void lend(struct hfr_engine *e, struct hfr_request *r, const struct hfr_link *l, const struct hfr_loc *src) {
   const struct hfr_call *call = &r->plan.call;
   int from_recv = src->space == HFR_RECV, ranks = 1;
+  if (src->space == HFR_IN) lend_area(e, r, l, src);
   if ((src->space != HFR_SEND && !from_recv) || r->lent >> from_recv & 1 || !l->transport->lend) return;
   r->lent |= 1 << from_recv;
   if (r->window && (from_recv ? r->window->segment[0].out : r->window->segment[0].in)) {
-    l->transport->lend(e->net, r->window->memory, r->window->memory_bytes);
+    l->transport->lend(e->net, r->window->memory[from_recv], r->window->memory_bytes[from_recv]);
     return;
   }
   if (call->coll == (from_recv ? HFR_ALL_GATHER : HFR_REDUCE_SCATTER) || call->coll == HFR_ALL_TO_ALL ||

@@ -151,13 +151,24 @@ void hfr_window_pass(struct hfr_window *w, int low) {
     struct hfr_segment *g = &w->segment[w->passed];
     if (w->again) atomic_store_explicit(g->ready, 0, memory_order_relaxed); /* before the graph can go on to its end */
     for (int recv = 0; recv < 2; recv++)
-      if (g->done[recv]) raise_word(w, g->done[recv], g->value);
+      if (g->done[recv] && (recv || !g->lent)) raise_word(w, g->done[recv], g->value);
   }
+  while (hfr_window_owed(w) && !w->segment[w->back].lent) w->back++;
+}
+
+int hfr_window_give_back(struct hfr_window *w, uint64_t taken_out) {
+  int before = w->back;
+  for (; hfr_window_owed(w) && w->segment[w->back].lent <= taken_out; w->back++) {
+    struct hfr_segment *g = &w->segment[w->back];
+    if (g->lent && g->done[0]) raise_word(w, g->done[0], g->value);
+  }
+  return w->back != before;
 }
 
 void hfr_window_release(struct hfr_window *w, int whole) {
   if (!whole) w->opened = 0; /* no user's memory is written: the stream may not have got to the call, or the memory be gone */
   hfr_window_pass(w, LAST);
+  hfr_window_give_back(w, UINT64_MAX);
 }
 
 void hfr_window_free(struct hfr_window *w) {

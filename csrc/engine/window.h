@@ -12,6 +12,13 @@
  * The plan knows nothing of it: it is the plan of host memory, and ranks of both kinds work together. A step waits until its
  * segment is open; a segment is passed when no stage will come back to it. The words are the device's to write and nobody rings a
  * bell when it does: who drives such a request looks now and then.
+ *
+ * Rows of the send buffer may lie in the rank's lending area of the arena. Then a chunk that the other local ranks are to read is
+ * not copied to a slot but lent: they read it in the segment, and that half of the segment goes back to the device only when all
+ * of them have taken it out, which may be after the request itself is through.
+ *
+ *   send half      [copied out by the device]─ready─[worked on, lent]──passed──[others read]──all OUT──done[0]
+ *   receive half               ...taken─────────────[worked on]────────passed──done[1]──[copied in by the device]─taken
  */
 #ifndef HFR_ENGINE_WINDOW_H_
 #define HFR_ENGINE_WINDOW_H_
@@ -26,6 +33,7 @@ struct hfr_segment {
                                 receives that share a slot end in any order */
   uint32_t value;            /* what `done` reaches */
   uint32_t ready_value, taken_value; /* what the others have reached then; all cyclic */
+  uint64_t lent; /* the chunk of the arena after the last one that lies here for the others to read; 0: none does */
 };
 
 struct hfr_window {
@@ -33,6 +41,8 @@ struct hfr_window {
   size_t row[2]; /* of a row in the user's send and receive buffer; SIZE_MAX: one row; 0: uneven, the call's counts tell */
   int nsegs;
   int opened, passed; /* segments; the driver's */
+  int back;           /* segments whose send half is the device's again, of those passed */
+  int lends;          /* `in` lies in the lending area */
   int again;          /* in a graph: opened anew with each replay, and `ready` is taken back */
   int wake;           /* host functions sleep on `done` */
   const void *scalar; /* where the device puts the call's factor; NULL: the call has it */
@@ -40,9 +50,9 @@ struct hfr_window {
     struct hfr_mapping *mapping; /* NULL: the device copies */
     uint8_t *user;
     size_t bytes;
-  } small[2];         /* the only segment's send and receive buffer are so small that who drives the request copies them */
-  const void *memory; /* all of the ring, for transports that register what they send from */
-  size_t memory_bytes;
+  } small[2];            /* the only segment's send and receive buffer are so small that who drives the request copies them */
+  const void *memory[2]; /* where all of the ring's halves lie, for transports that register what they send from */
+  size_t memory_bytes[2];
   struct hfr_segment segment[];
 };
 
@@ -64,8 +74,12 @@ void hfr_window_begin(struct hfr_request *request);
 int hfr_window_of_step(const struct hfr_request *request, int stage, int64_t i, const struct hfr_step *step);
 /* A stage has moved: hand over the segments that all have passed. */
 void hfr_window_move(struct hfr_request *request, int stage);
-/* Segments below `low` are done. */
+/* Segments below `low` are done, all but what is lent of them. */
 void hfr_window_pass(struct hfr_window *window, int low);
+/* Is something lent that the others may still read? */
+static inline int hfr_window_owed(const struct hfr_window *window) { return window->back < window->passed; }
+/* All local ranks have taken out this many chunks: lent halves go back to the device. 1: something moved. */
+int hfr_window_give_back(struct hfr_window *window, uint64_t taken_out);
 /* The request has ended, well (whole) or badly: every wait of the device ends. */
 void hfr_window_release(struct hfr_window *window, int whole);
 void hfr_window_free(struct hfr_window *window);
