@@ -19,6 +19,13 @@ struct fake_block *fake_block_of(uintptr_t address) {
   return NULL;
 }
 
+/* A block that has any of these bytes. */
+static struct fake_block *fake_block_in(uintptr_t start, size_t bytes) {
+  for (struct fake_block *b = blocks; b; b = b->next)
+    if (!b->freed && start < b->start + b->bytes && b->start < start + bytes) return b;
+  return NULL;
+}
+
 uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what) {
   struct fake_block *b = fake_block_of(address);
   if (!b) return (uint8_t *)address; /* plain host memory */
@@ -115,7 +122,7 @@ EXPORT hfr_cu_result cuMemHostRegister_v2(void *memory, size_t bytes, unsigned f
   hfr_cu_result r = fake_unsafe();
   if (r) return r;
   LOCK();
-  struct fake_block *b = fake_block_of((uintptr_t)memory);
+  struct fake_block *b = fake_block_in((uintptr_t)memory, bytes);
   if (!b) {
     b = fake_add_block(FAKE_REGISTERED, (uintptr_t)memory, memory, bytes);
     b->device = b->start + REGISTERED_AT;
