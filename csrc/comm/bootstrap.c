@@ -4,7 +4,7 @@
  *   2. the lowest rank of each node makes the arena and passes it over an abstract Unix socket;
  *   3. each connects to rank 0's listener (the control connection, which stays) and says READY; when all have, rank 0 says GO.
  */
-#include "comm.h"
+#include "staging.h"
 
 #include "../base/auth.h"
 #include "../base/log.h"
@@ -133,6 +133,8 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
     HFR_WARN("HFREDUCE_ALGO is \"%s\"; it can be tree, direct or ring: choosing by size and node count", algo);
   if (!c->whole) hfr_device_links(c->device, &r->links);
   r->nvlink_min = (uint64_t)hfr_param_int(HFR_PARAM_NVLINK_MIN);
+  r->lends = c->devices ? (uint32_t)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS) : 0;
+  r->segment = (uint64_t)hfr_param_int(HFR_PARAM_CUDA_SEGMENT);
   r->streams = (uint32_t)hfr_param_int(HFR_PARAM_TCP_STREAMS);
   r->checksum = (uint32_t)hfr_param_int(HFR_PARAM_CHECKSUM);
 }
@@ -220,6 +222,23 @@ static hfreduceResult_t choose_transport(struct hfreduceComm *c, const struct hf
   return hfreduceSuccess;
 }
 
+/* Bytes that each rank of this node may lend: as many as the one of them wants that wants most. Ranks that disagree on it could
+ * not share an arena, so nothing but the table counts. */
+static hfreduceResult_t size_lending(struct hfreduceComm *c, const struct hfr_record *table) {
+  size_t most = 0;
+  for (int r = 0; r < c->nranks; r++) {
+    const struct hfr_record *t = &table[r];
+    if (t->lends > 64 || t->segment > (1ull << 30))
+      return hfr_fail(hfreduceInternalError, "rank %d announced impossible parameters: %u segments of %llu bytes", r, t->lends,
+                      (unsigned long long)t->segment);
+    if (c->layout.node_of[r] != c->layout.node) continue;
+    size_t bytes = t->lends * hfr_staging_slot_of(&c->layout, &c->engine.geometry, (size_t)t->segment);
+    if (bytes > most) most = bytes;
+  }
+  c->lend = c->layout.nlocal > 1 ? most : 0;
+  return hfreduceSuccess;
+}
+
 /* Check the table's contents and take from it what all need. */
 static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_record *table) {
   int n = c->nranks;
@@ -259,6 +278,7 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
       .chunk = zero->chunk, .ring_slot = zero->chunk / 2, .slots = (int)zero->slots, .algo = (enum hfr_algo)zero->algo};
   if (c->whole) c->engine.geometry = c->whole->engine.geometry;
   hfr_pairs_match(c, table);
+  HFR_TRY(size_lending(c, table));
   c->net = (struct hfr_net){.rank = c->rank,
                             .nranks = n,
                             .comm_id = c->uid.comm_id,
@@ -348,7 +368,8 @@ static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t 
         while ((r = hfr_unix_recv_fd(sock, &fd)) == -EAGAIN && !cancelled(c) && wait_fd(c, sock, POLLIN, deadline_ns)) {
         }
       close(sock);
-      if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots, 0);
+      const struct hfr_geometry *g = &c->engine.geometry;
+      if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, g->chunk, g->slots, c->lend);
     }
     if (cancelled(c)) return fail_cancelled(c);
     if (hfr_now_ns() > deadline_ns)
@@ -366,7 +387,7 @@ static hfreduceResult_t get_arena(struct hfreduceComm *c, int64_t deadline_ns) {
     HFR_TRY(fetch(c, name, deadline_ns));
     return hfr_arena_join(&c->arena, c->layout.local);
   }
-  HFR_TRY(hfr_arena_create(&c->arena, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots, 0));
+  HFR_TRY(hfr_arena_create(&c->arena, c->layout.nlocal, c->engine.geometry.chunk, c->engine.geometry.slots, c->lend));
   HFR_TRY(hfr_arena_join(&c->arena, 0));
   if (c->layout.nlocal == 1) return hfreduceSuccess;
   HFR_TRY(hfr_unix_listen(name, c->layout.nlocal, &listener));

@@ -31,6 +31,8 @@ struct hfr_record {
   uint64_t members;                       /* of its unique id */
   uint8_t transports[HFR_TRANSPORTS_MAX]; /* that it can use between nodes, best first; rank 0's order holds */
   struct hfr_links links;                 /* of its device */
+  uint32_t lends;                         /* segments that it may have in its lending area; 0: it has no driver */
+  uint64_t segment;                       /* HFREDUCE_CUDA_SEGMENT */
   /* rank 0's values hold for all */
   uint32_t slots, algo, streams, checksum;
   uint64_t chunk, nvlink_min;
@@ -47,6 +49,7 @@ struct hfreduceComm {
   int rank, nranks;
   struct hfr_layout layout;
   struct hfr_arena arena;
+  size_t lend; /* bytes of the arena's lending areas */
   struct hfr_net net;
   struct hfr_transport_offer offer;
   struct hfr_engine engine;

@@ -83,6 +83,13 @@ hfreduceResult_t hfr_staging_words(struct hfr_staging *s, struct hfr_captured *g
   return hfreduceSuccess;
 }
 
+/* Where its halves lie: alternating in its own memory, or the send halves at `lent`. */
+static void halves(struct hfr_stage_ring *r, uint8_t *lent) {
+  r->half[0] = lent ? lent : r->memory.host;
+  r->half[1] = lent ? r->memory.host : r->memory.host + r->bytes;
+  r->pitch = lent ? r->bytes : 2 * r->bytes;
+}
+
 hfreduceResult_t hfr_staging_room(struct hfr_staging *s, struct hfr_captured *g, int slots, size_t bytes) {
   struct hfr_stage_ring *r = &g->ring;
   struct hfr_pinned memory = {0};
@@ -92,30 +99,44 @@ hfreduceResult_t hfr_staging_room(struct hfr_staging *s, struct hfr_captured *g,
   /* Earlier calls of the graph keep the ring that they have. */
   if (bytes) HFR_TRY(hfr_staging_words(s, g, 2 * (size_t)slots * bytes, &memory));
   *r = (struct hfr_stage_ring){.memory = memory, .bytes = bytes, .slots = slots};
+  halves(r, NULL);
   return hfreduceSuccess;
 }
 
 /* ---------------------------------------------------------------- rings */
 
-size_t hfr_staging_slot(const struct hfreduceComm *c) {
-  const struct hfr_geometry *g = &c->engine.geometry;
-  size_t slot = (size_t)hfr_param_int(HFR_PARAM_CUDA_SEGMENT), chunk = g->chunk;
-  if (c->layout.max_local == 1) chunk *= (size_t)c->layout.nnodes; /* what direct exchange makes of a chunk then */
-  slot = (slot + g->chunk - 1) / g->chunk * g->chunk;
+size_t hfr_staging_slot_of(const struct hfr_layout *layout, const struct hfr_geometry *g, size_t segment) {
+  size_t slot = (segment + g->chunk - 1) / g->chunk * g->chunk, chunk = g->chunk;
+  if (layout->max_local == 1) chunk *= (size_t)layout->nnodes; /* what direct exchange makes of a chunk then */
   return slot > chunk ? slot : chunk;
 }
 
+size_t hfr_staging_slot(const struct hfreduceComm *c) {
+  return hfr_staging_slot_of(&c->layout, &c->engine.geometry, (size_t)hfr_param_int(HFR_PARAM_CUDA_SEGMENT));
+}
+
 int hfr_staging_slots(int which) { return which == HFR_RING_WIDE ? 2 : (int)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS); }
+
+/* Pin so much of the lending area. What cannot be pinned is not missed: then the others read copies in the slots. */
+static void pin_lending(struct hfr_staging *s, size_t bytes, struct hfr_pinned *lent) {
+  if (bytes > s->arena->lend) return;
+  if (!hfr_pinned_share(s->copier, hfr_arena_lending(s->arena, s->arena->local), bytes, lent)) return;
+  HFR_INFO("what the device copies out is copied once more for the other local ranks: %s", hfr_last_error()->text);
+  hfr_error_clear(hfr_last_error());
+}
 
 hfreduceResult_t hfr_staging_ring(struct hfr_staging *s, int which, size_t bytes) {
   struct hfr_stage_ring *r = &s->ring[which];
   if (r->bytes) return hfreduceSuccess;
   size_t slots = (size_t)hfr_staging_slots(which);
-  size_t data = 2 * slots * bytes, words = (4 * slots + 1) * sizeof *r->ready + slots * sizeof *r->scalar;
+  size_t words = (4 * slots + 1) * sizeof *r->ready + slots * sizeof *r->scalar;
   r->use = calloc(slots, sizeof *r->use);
   if (!r->use) return hfr_fail(hfreduceSystemError, "out of memory");
+  if (which == HFR_RING_PLAIN) pin_lending(s, slots * bytes, &r->lent);
+  size_t data = (r->lent.host ? 1 : 2) * slots * bytes;
   hfreduceResult_t result = hfr_pinned_alloc(s->copier, data + words, &r->memory);
   if (result) {
+    hfr_pinned_free(&r->lent);
     free(r->use);
     r->use = NULL;
     return result;
@@ -129,6 +150,7 @@ hfreduceResult_t hfr_staging_ring(struct hfr_staging *s, int which, size_t bytes
   r->bytes = bytes;
   r->slots = (int)slots;
   r->turn = 1;
+  halves(r, r->lent.host);
   return hfreduceSuccess;
 }
 
@@ -152,9 +174,11 @@ hfreduceResult_t hfr_staging_get(struct hfreduceComm *c, const char *who, const 
   if (!s) return hfr_fail(hfreduceSystemError, "out of memory");
   hfreduceResult_t r = hfr_copier_create(stream->device, stream->context, &s->copier);
   if (r) return free(s), r;
+  s->arena = &c->arena;
   c->staging = s;
-  HFR_INFO("rank %d works on device %d: %d segments of %zu bytes each way", c->rank, stream->device,
-           (int)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS), hfr_staging_slot(c));
+  HFR_INFO("rank %d works on device %d: %d segments of %zu bytes each way%s", c->rank, stream->device,
+           (int)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS), hfr_staging_slot(c),
+           c->arena.lend ? "; those that come out lie in the arena, where the other local ranks read them" : "");
   return hfreduceSuccess;
 }
 
@@ -164,8 +188,10 @@ void hfr_staging_destroy(struct hfr_staging *s, double timeout) {
   if (!s) return;
   int drained = hfr_copier_destroy(s->copier, (int64_t)(timeout * 1e9));
   for (int i = 0; i < 2; i++) {
-    if (drained) hfr_pinned_free(&s->ring[i].memory); /* else the device may still write there */
-    free(s->ring[i].use);
+    struct hfr_stage_ring *r = &s->ring[i];
+    if (r->lent.host && !drained) s->arena->left = 1; /* the device may still write there */
+    if (drained) hfr_pinned_free(&r->lent), hfr_pinned_free(&r->memory);
+    free(r->use);
   }
   if (s->captured) let_go(s->captured);
   free(s);

@@ -7,9 +7,15 @@
  * Segments of pinned memory, each with room for rows of a send and of a receive buffer, and the words by which device and engine
  * hand them to each other. Used in turn. In a graph the words belong to the captured calls instead, since what their nodes
  * compare is fixed.
+ *
+ * Where a node has several ranks, the send halves of the plain ring lie in the rank's lending area of the arena, if that can be
+ * pinned, so that the others read them there (engine/window.h).
  */
 struct hfr_stage_ring {
-  struct hfr_pinned memory;
+  struct hfr_pinned memory;                  /* words and halves, but for those that lie in the lending area: */
+  struct hfr_pinned lent;                    /* send halves */
+  uint8_t *half[2];                          /* of slot 0, for the send and the receive buffer */
+  size_t pitch;                              /* from one slot to the next */
   size_t bytes;                              /* of one direction of a slot; 0: not made yet */
   int slots, next;                           /* what follows is for rings outside graphs */
   uint32_t turn;                             /* value of the next use; cyclic */
@@ -39,6 +45,7 @@ enum { HFR_RING_PLAIN, HFR_RING_WIDE }; /* wide: a segment that holds a message 
 
 struct hfr_staging {
   struct hfr_copier *copier;
+  struct hfr_arena *arena; /* the communicator's */
   struct hfr_stage_ring ring[2];
   struct hfr_captured *captured; /* the capture that goes on, or the last one */
 };
@@ -60,7 +67,9 @@ hfreduceResult_t hfr_staging_get(struct hfreduceComm *comm, const char *who, con
 hfreduceResult_t hfr_staging_ring(struct hfr_staging *staging, int which, size_t bytes);
 /* Slots that a ring has at most. */
 int hfr_staging_slots(int which);
-/* Bytes of a slot of the plain ring. */
+/* Bytes of a slot of the plain ring of a rank whose HFREDUCE_CUDA_SEGMENT is `segment`. */
+size_t hfr_staging_slot_of(const struct hfr_layout *layout, const struct hfr_geometry *geometry, size_t segment);
+/* The same for this rank. */
 size_t hfr_staging_slot(const struct hfreduceComm *comm);
 /* Between enter and leave: what the graph in capture holds of this communicator. */
 hfreduceResult_t hfr_staging_capture(struct hfr_staging *staging, const struct hfr_stream *stream,

@@ -118,9 +118,11 @@ static hfreduceResult_t make_window(struct hfr_ordered_call *call, const struct 
   w->nsegs = n;
   w->again = call->ordered->stream.capture != 0;
   w->wake = hfr_copier_by_host(call->comm->staging->copier);
+  w->lends = ring->lent.host && call->ordered->staged[0];
   for (int recv = 0; recv < 2; recv++) {
-    w->memory[recv] = ring->memory.host;
-    w->memory_bytes[recv] = ring->memory.bytes;
+    const struct hfr_pinned *m = !recv && ring->lent.host ? &ring->lent : &ring->memory;
+    w->memory[recv] = m->host;
+    w->memory_bytes[recv] = m->bytes;
   }
   r->window = w;
   atomic_store(&r->holders, 2); /* the engine, and this launch */
@@ -207,9 +209,9 @@ static void place_scalar(struct turn *t, uint8_t *pinned) {
 
 static void place_areas(struct turn *t, const struct hfr_stage_ring *ring) {
   struct hfr_segment *g = &t->call->request->window->segment[t->segment];
-  uint8_t *slot = ring->memory.host + (size_t)t->slot * 2 * ring->bytes;
-  g->in = t->call->ordered->staged[0] ? slot : NULL;
-  g->out = t->call->ordered->staged[1] ? slot + ring->bytes : NULL;
+  size_t at = (size_t)t->slot * ring->pitch;
+  g->in = t->call->ordered->staged[0] ? ring->half[0] + at : NULL;
+  g->out = t->call->ordered->staged[1] ? ring->half[1] + at : NULL;
 }
 
 /* Turns take the slots of the communicator's ring one after the other, and its words grow. */
