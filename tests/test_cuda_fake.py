@@ -181,6 +181,7 @@ DESCRIBE = "from hfreduce.params import describe; print('\\n'.join(f'{k}: {v}' f
                 "device cuda: driver 12.4, 2 devices",
                 "device cuda 1: stand-in 1 (test double), no GPU, PCI fffe:11:00.0",
                 "operations yes",
+                "device memory on one node: comes out in up to 4 segments of 2097152 bytes a rank, in the arena",
             ],
         ),
         ({"FAKE_CUDA": "memops=0"}, ["driver 11.4", "stream memory operations no: host functions instead"]),

@@ -108,6 +108,11 @@ size_t hfr_bootstrap_describe(char *text, size_t size) {
                    "bytes, in %d slots a rank; results of %zu bytes or more, over all ranks, past the caches\n",
                    (long long)hfr_oneshot_bytes(&g, 1), 4 * (long long)hfr_oneshot_bytes(&g, 4), g.chunk,
                    choose_slots((int)hfr_param_int(HFR_PARAM_SLOTS), g.chunk), hfr_stream_from());
+  if (hfr_device_present() && n > 0 && (size_t)n < size)
+    n += snprintf(text + n, size - (size_t)n,
+                  "device memory on one node: comes out in up to %d segments of %lld bytes a rank, in the arena, where the other "
+                  "ranks read it\n",
+                  (int)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS), (long long)hfr_param_int(HFR_PARAM_CUDA_SEGMENT));
   return n < 0 ? 0 : (size_t)n < size ? (size_t)n : size - 1;
 }
 

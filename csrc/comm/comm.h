@@ -154,7 +154,8 @@ struct hfreduceComm *hfr_pairs_half(const struct hfreduceComm *comm); /* NULL: n
 
 /* --- bootstrap.c --- */
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);
-/* How the ranks of one node would do it here, by size, in a line: what rank 0 with this process' parameters and caches chooses.
+/* How the ranks of one node would do it here, by size, in a line: what rank 0 with this process' parameters and caches chooses;
+ * and in another what becomes of device memory, where there is a driver.
  * Writes at most size bytes, the NUL included; returns how many without it. */
 size_t hfr_bootstrap_describe(char *text, size_t size);
 
