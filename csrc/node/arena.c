@@ -97,18 +97,29 @@ hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
   return hfreduceSuccess;
 }
 
-void hfr_arena_rest(struct hfr_arena *a) { madvise(a->data, (size_t)(a->lending - a->data), MADV_DONTNEED); }
-
 static void unmap(uint8_t *from, uint8_t *to) {
   if (from < to) munmap(from, (size_t)(to - from));
 }
+static void rest(uint8_t *from, uint8_t *to) {
+  if (from < to) madvise(from, (size_t)(to - from), MADV_DONTNEED);
+}
+
+/* Do something to the mapping from `from` on, but for this rank's lending area. */
+static void all_but_mine(const struct hfr_arena *a, uint8_t *from, void (*something)(uint8_t *from, uint8_t *to)) {
+  uint8_t *end = a->map + a->bytes, *mine = a->lend ? hfr_arena_lending(a, a->local) : end;
+  something(from, mine);
+  something(mine + a->lend, end);
+}
+
+void hfr_arena_rest(struct hfr_arena *a) { all_but_mine(a, a->data, rest); }
 
 void hfr_arena_close(struct hfr_arena *a) {
   hfr_arena_after_fork(a);
   if (!a->map) return;
-  uint8_t *end = a->map + a->bytes, *mine = a->left ? hfr_arena_lending(a, a->local) : end;
-  unmap(a->map, mine);
-  unmap(mine + a->lend, end);
+  if (a->left)
+    all_but_mine(a, a->map, unmap);
+  else
+    unmap(a->map, a->map + a->bytes);
   a->map = NULL;
 }
 

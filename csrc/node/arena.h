@@ -100,8 +100,8 @@ hfreduceResult_t hfr_arena_attach(struct hfr_arena *arena, int fd, int nlocal, s
 /* Take place `local`: opens the bell. */
 hfreduceResult_t hfr_arena_join(struct hfr_arena *arena, int local);
 void hfr_arena_close(struct hfr_arena *arena);
-/* Unmap the pages of slots and rings from this process until they are touched again; their content stays. Lending areas, which
-   may be pinned, are left alone. Any thread, any time. */
+/* Unmap the pages of slots, rings and the others' lending areas from this process until they are touched again; their content
+   stays. This rank's own area, which may be pinned, is left alone. Any thread, any time. */
 void hfr_arena_rest(struct hfr_arena *arena);
 /* In a forked child: close the descriptors, leave the mapping. */
 void hfr_arena_after_fork(struct hfr_arena *arena);

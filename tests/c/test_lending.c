@@ -358,6 +358,36 @@ static void nonsense(void) {
   }
 }
 
+static size_t resident(const uint8_t *from, size_t bytes) {
+  char line[256];
+  size_t begin, end, kib, sum = 0;
+  int in = 0;
+  FILE *f = fopen("/proc/self/smaps", "r");
+  while (f && fgets(line, sizeof line, f)) {
+    if (sscanf(line, "%zx-%zx ", &begin, &end) == 2) in = begin >= (uintptr_t)from && end <= (uintptr_t)from + bytes;
+    if (in && sscanf(line, "Rss: %zu", &kib) == 1) sum += kib << 10;
+  }
+  if (f) fclose(f);
+  return sum;
+}
+
+/* At rest the pages of this rank's own area stay where they are, and all content stays. */
+static void at_rest(void) {
+  static struct side s[RANKS];
+  lend_and_end(s, 0);
+  struct hfr_arena *a = &s[0].arena;
+  for (int r = 0; r < 2; r++) memset(hfr_arena_lending(a, r) + SLOT_BYTES, 7, SLOT_BYTES);
+  memset(a->data, 7, CHUNK);
+  size_t before = resident(a->map, a->bytes);
+  hfr_arena_rest(a);
+  size_t after = resident(a->map, a->bytes), mine = SLOT_BYTES;
+  CHECK(before >= 2 * mine + CHUNK && after + mine + CHUNK <= before && after >= mine, "%zu bytes, then %zu", before, after);
+  CHECK(a->data[0] == 7 && hfr_arena_lending(a, 1)[SLOT_BYTES] == 7);
+  CHECK(run(s, 2, 1));
+  check_result(&s[1].op[0], 1, 2);
+  close_sides(s, 2);
+}
+
 /* Closed while a device may still write there: the lending area stays, all else goes. */
 static void left_mapped(void) {
   static struct side s[RANKS];
@@ -376,6 +406,7 @@ int main(void) {
   ends_at_once();
   for (int gone = 0; gone < 2; gone++) readers_that_stay_away(gone);
   nonsense();
+  at_rest();
   left_mapped();
   for (seed = 1; seed < 4000000000u; seed += 71000000u) {
     uint32_t before = seed;
