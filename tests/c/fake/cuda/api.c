@@ -196,16 +196,20 @@ struct CUctx_st *fake_current(void) {
 EXPORT hfr_cu_result cuDevicePrimaryCtxRetain(hfr_cu_context *context, hfr_cu_device device) {
   ENTER("cuDevicePrimaryCtxRetain");
   if (device < 0 || device >= fake.devices) return HFR_CU_INVALID_DEVICE;
+  LOCK();
   fake.retained[device]++;
+  UNLOCK();
   *context = &fake.primary[device];
   return HFR_CU_SUCCESS;
 }
 
 EXPORT hfr_cu_result cuDevicePrimaryCtxRelease_v2(hfr_cu_device device) {
   ENTER("cuDevicePrimaryCtxRelease");
-  if (!fake.retained[device]) return HFR_CU_INVALID_CONTEXT;
-  fake.retained[device]--;
-  return HFR_CU_SUCCESS;
+  LOCK();
+  int held = fake.retained[device] > 0;
+  fake.retained[device] -= held;
+  UNLOCK();
+  return held ? HFR_CU_SUCCESS : HFR_CU_INVALID_CONTEXT;
 }
 
 EXPORT hfr_cu_result cuCtxCreate_v2(hfr_cu_context *context, unsigned flags, hfr_cu_device device) {
