@@ -137,10 +137,8 @@ void hfr_request_let_go(struct hfr_engine *e, struct hfr_request *r) {
 /* One of the requests of a work (NULL: of none) is over. */
 static void tell(struct hfreduceWork *w, const hfreduceErrorInfo_t *error) {
   if (!w) return;
-  if (error && !atomic_load_explicit(&w->code, memory_order_relaxed)) {
-    w->info = *error;
-    atomic_store_explicit(&w->code, error->code, memory_order_relaxed);
-  }
+  int none = 0;
+  if (error && atomic_compare_exchange_strong(&w->code, &none, error->code)) w->info = *error; /* read once it is done */
   if (atomic_fetch_sub_explicit(&w->remaining, 1, memory_order_acq_rel) == 1) {
     /* Pairs with hfr_work_wait(): its count is seen here, or its thread sees `done`. */
     atomic_store_explicit(&w->done, 1, memory_order_seq_cst);
