@@ -282,7 +282,7 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
   c->engine.geometry = (struct hfr_geometry){
       .chunk = zero->chunk, .ring_slot = zero->chunk / 2, .slots = (int)zero->slots, .algo = (enum hfr_algo)zero->algo};
   if (c->whole) c->engine.geometry = c->whole->engine.geometry;
-  hfr_pairs_match(c, table);
+  HFR_TRY(hfr_pairs_match(c, table));
   HFR_TRY(size_lending(c, table));
   c->net = (struct hfr_net){.rank = c->rank,
                             .nranks = n,

@@ -159,7 +159,11 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
   pthread_mutex_init(&c->ops_lock, NULL);
   if (!whole) hfr_log_set_rank(rank);
   hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->timeout * 1e9));
-  if (!r && c->partner >= 0) r = hfr_pairs_make(c);
+  if (!r && c->partner >= 0) {
+    int depth = hfr_group_out();
+    r = hfr_pairs_make(c);
+    hfr_group_return(depth);
+  }
   if (r) {
     hfreduceErrorInfo_t why = *hfr_last_error();
     hfr_comm_dispose(c);
@@ -397,7 +401,10 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
 }
 
 hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config) {
-  return split(comm, color, key, newcomm, config, NULL);
+  int depth = hfr_group_out(); /* the ranks exchange their colours now, whatever else waits for the end of a group */
+  hfreduceResult_t r = split(comm, color, key, newcomm, config, NULL);
+  hfr_group_return(depth);
+  return r;
 }
 
 hfreduceResult_t hfr_comm_split_half(struct hfreduceComm *whole, int color, struct hfreduceComm **half) {

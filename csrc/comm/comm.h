@@ -143,7 +143,7 @@ void hfr_comm_dispose(struct hfreduceComm *comm);
 
 /* --- pairs.c --- */
 /* Set comm->partner from what the ranks have told of their devices. */
-void hfr_pairs_match(struct hfreduceComm *comm, const struct hfr_record *table);
+hfreduceResult_t hfr_pairs_match(struct hfreduceComm *comm, const struct hfr_record *table);
 /* All ranks together, once the communicator stands: agree on pairs and make them. Those that cannot be made are none. */
 hfreduceResult_t hfr_pairs_make(struct hfreduceComm *comm);
 /* An engine broke: the other one of whole and half does too. */
@@ -160,6 +160,9 @@ hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);
 size_t hfr_bootstrap_describe(char *text, size_t size);
 
 /* --- group.c --- */
+/* Until the return of what `out` gives, calls of this thread run at once, though it has a group open. */
+int hfr_group_out(void);
+void hfr_group_return(int depth);
 /* Take a checked call: into the thread's open group, or launch it and wait; or put it into its stream's order. */
 hfreduceResult_t hfr_issue(struct hfreduceComm *comm, const struct hfr_call *call, hfreduceStream_t stream);
 #endif

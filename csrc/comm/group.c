@@ -214,15 +214,19 @@ static hfreduceResult_t launch_parts(struct grouped *g, int n, int all, struct h
       free(others);
     }
   }
+  if (!result && streams) hfr_streams_commit(streams);
   for (int i = 0; !result && i < n; i++) {
     if (!counted(&g[i], r[i], 0)) continue;
     r[i]->work = counted(&g[i], r[i], !all) ? host : others;
     hfr_engine_submit(&g[i].comm->engine, r[i]);
   }
   if (!result && streams) {
+    /* Before it: the driver may make this thread wait when a stream holds very much, and only the engine gets on with that. */
+    for (int i = 0; i < n; i++)
+      if (g[i].ordered.on && !g[i].ordered.stream.capture) hfr_drive_async(&g[i].comm->engine);
     result = hfr_streams_run(streams);
     for (int i = 0; i < n; i++)
-      if (g[i].ordered.on) hfr_drive_async(&g[i].comm->engine);
+      if (g[i].ordered.on && g[i].ordered.stream.capture) hfr_drive_async(&g[i].comm->engine);
     if (result) hfr_work_put(host);
   }
   free(r);
@@ -376,6 +380,14 @@ hfreduceResult_t hfr_group_latch(hfreduceResult_t result) {
   }
   return result;
 }
+
+int hfr_group_out(void) {
+  int depth = group.depth;
+  group.depth = 0;
+  return depth;
+}
+
+void hfr_group_return(int depth) { group.depth = depth; }
 
 hfreduceResult_t hfreduceGroupStart(void) {
   group.depth++;

@@ -12,12 +12,12 @@
 /* ---------------------------------------------------------------- who */
 
 /* Each rank that has none yet gets the next one on its node that NVLink joins it with. */
-void hfr_pairs_match(struct hfreduceComm *c, const struct hfr_record *table) {
+hfreduceResult_t hfr_pairs_match(struct hfreduceComm *c, const struct hfr_record *table) {
   const struct hfr_layout *l = &c->layout;
   int *partner = malloc((size_t)c->nranks * sizeof *partner), all = 1;
   c->partner = -1;
   c->nvlink_min = table[0].nvlink_min;
-  if (!partner) return;
+  if (!partner) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", c->nranks);
   for (int r = 0; r < c->nranks; r++) partner[r] = -1;
   for (int r = 0; r < c->nranks && all; r++) {
     for (int q = r + 1; partner[r] < 0 && q < c->nranks; q++)
@@ -27,6 +27,7 @@ void hfr_pairs_match(struct hfreduceComm *c, const struct hfr_record *table) {
   }
   if (all) c->partner = partner[c->rank];
   free(partner);
+  return hfreduceSuccess;
 }
 
 /* ---------------------------------------------------------------- making */
@@ -72,9 +73,13 @@ static void say_why(const struct hfreduceComm *c) {
 /* Tell each other of the memory, and reach the partner's. As all_say. */
 static int meet(struct hfreduceComm *c, struct hfr_pairs *p) {
   struct offer *all = calloc((size_t)c->nranks, sizeof *all), mine = {.segment = p->segment};
-  int made = all && !make_side(c, p, &mine.memory);
+  if (!all) {
+    hfr_fail(hfreduceSystemError, "out of memory for %d ranks", c->nranks);
+    return -1;
+  }
+  int made = !make_side(c, p, &mine.memory);
   if (!made) say_why(c), mine.segment = 0;
-  int ok = all ? !hfreduceAllGather(&mine, all, sizeof mine, hfreduceUint8, c, NULL) : 0;
+  int ok = !hfreduceAllGather(&mine, all, sizeof mine, hfreduceUint8, c, NULL);
   for (int r = 0; ok && r < c->nranks; r++) made &= all[r].segment == p->segment;
   if (made && hfr_pair_meet(p->pair, &all[c->partner].memory)) say_why(c), made = 0;
   free(all);
@@ -90,10 +95,11 @@ static hfreduceResult_t number_ranks(struct hfreduceComm *c, struct hfr_pairs *p
 }
 
 static void drop(struct hfreduceComm *c, struct hfr_pairs *p) {
-  int whole = !atomic_load(&c->engine.error), drained = 1;
+  int drained = 1;
   if (p->half) hfr_comm_dispose(p->half);
-  if (p->pair) drained = hfr_pair_destroy(p->pair, whole, (int64_t)(c->timeout * 1e9));
-  if (drained) hfr_pinned_free(&p->words); /* else the device may still write there */
+  if (p->pair) drained = hfr_pair_destroy(p->pair, &c->arena.ctrl[p->partner].unpaired, (int64_t)(c->timeout * 1e9));
+  if (drained) atomic_store(&c->arena.ctrl[c->arena.local].unpaired, 1); /* pairs with the partner's look at his room */
+  if (drained) hfr_pinned_free(&p->words);                               /* else the device may still write there */
   free(p->ranks);
   free(p);
 }
@@ -180,14 +186,19 @@ int hfr_pairs_want(struct hfreduceComm *c, const struct hfr_call *call, const st
   return 0;
 }
 
+/* Sums of fp16 and fp8 may overflow where the average would not. */
+float hfr_pairs_scale(const struct hfreduceComm *c, const struct hfr_call *call) {
+  int narrow = is_float(call->dtype) && hfr_dtype_size(call->dtype) < 4;
+  return call->op == hfreduceAvg && (narrow || hfr_pairs_half(c)->nranks == 1) ? 0.5f : 1;
+}
+
 struct hfr_call hfr_pairs_half_call(const struct hfreduceComm *c, const struct hfr_call *call) {
   struct hfr_call half = *call;
   size_t esize = hfr_dtype_size(call->dtype), grain = 64 / esize;
   /* Both halves have as many elements, so that both are cut alike; what the upper one lacks is made up. */
   half.count = ((call->count + 1) / 2 + grain - 1) / grain * grain;
   if (call->op == hfreduceAvg) {
-    half.over = c->nranks;
-    if (is_float(call->dtype) && (esize < 4 || hfr_pairs_half(c)->nranks == 1)) half.op = hfreduceSum; /* the kernel scales */
+    half.over = hfr_pairs_scale(c, call) == 1 ? c->nranks : 0; /* else the pair's sum is an average already */
   }
   return half;
 }

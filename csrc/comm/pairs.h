@@ -44,20 +44,30 @@ struct hfr_pairs {
 /* 1: the call goes over pairs, on all ranks; `ordered` is how a stream orders it. Else 0, or an error: *result. */
 int hfr_pairs_want(struct hfreduceComm *comm, const struct hfr_call *call, const struct hfr_ordered *ordered,
                    hfreduceResult_t *result);
+/* By what the sums of a pair are multiplied before they are rounded. */
+float hfr_pairs_scale(const struct hfreduceComm *comm, const struct hfr_call *call);
 /* The call of `half` that stands for this one. */
 struct hfr_call hfr_pairs_half_call(const struct hfreduceComm *comm, const struct hfr_call *call);
 
 /* --- pairs_stream.c: within enter and leave of the pair's copier --- */
-/* Give the exchanges of a call their windows: so many segments of `bytes` bytes each. Undone by hfr_pairs_undo. */
+/* Give the exchanges of a call their windows: so many segments of `bytes` bytes each. */
 hfreduceResult_t hfr_pairs_prepare(struct hfr_ordered_call *call, int nsegs, size_t bytes);
-void hfr_pairs_undo(struct hfr_ordered_call *call);
+/* The call comes next: its segments get their numbers and words. */
+void hfr_pairs_number(struct hfr_ordered_call *call);
 /* How a call without a request on `half`, which has one rank, is cut. */
 void hfr_pairs_cut(const struct hfr_ordered_call *call, int *nsegs, size_t *bytes);
-/* Segment s: the pair's sum goes to `area` in pinned memory, in the copier's queue to the host. */
+/* The steps of segment s, in this order. The next segment is pushed before the sum of this one, its result pushed before this one
+   is taken; whoever puts steps of several communicators into queues does a step of each in turn. */
+hfreduceResult_t hfr_pairs_push(const struct hfr_ordered_call *call, int s);
+/* The pair's sum goes to `area` in pinned memory, in the copier's queue to the host. */
 hfreduceResult_t hfr_pairs_out(const struct hfr_ordered_call *call, struct hfr_copier *copier, uint8_t *area, int s);
-/* ... and the result from there: to both devices. `copied`, a word of `words`, is raised when the area is free again. */
+/* ... and the result from there to this device, and to the partner's memory. `copied`, a word of `words`, is raised when the area
+ * is free again. */
 hfreduceResult_t hfr_pairs_back(const struct hfr_ordered_call *call, struct hfr_copier *copier, const uint8_t *area, int s,
                                 const struct hfr_pinned *words, _Atomic uint32_t *copied, uint32_t value);
-/* A pair alone: all segments, there and back. */
-hfreduceResult_t hfr_pairs_alone(const struct hfr_ordered_call *call);
+/* Instead of the last two, for a pair alone. */
+hfreduceResult_t hfr_pairs_out_alone(const struct hfr_ordered_call *call, int s);
+hfreduceResult_t hfr_pairs_back_alone(const struct hfr_ordered_call *call, int s);
+/* The partner's half, from where it has pushed it. */
+hfreduceResult_t hfr_pairs_take(const struct hfr_ordered_call *call, int s);
 #endif

@@ -4,8 +4,9 @@
  *   out:   push 0, push 1, wait 0, add 0, push 2, wait 1, add 1 ...         "wait": until the partner has pushed that segment
  *   back:  push 0, push 1, wait 0, take 0, push 2, wait 1, take 1 ...
  *
- * One push ahead, so that the link is busy while a word goes round. Neither queue waits for the other, nor do those to and from
- * the host wait for what comes back.
+ * One push ahead, over all calls of a launch, so that the link is busy while a word goes round, and no wait stands in front of a
+ * push that the partner's wait of the same step needs. Neither queue waits for the other, nor do those to and from the host wait
+ * for what comes back.
  */
 #include "pairs.h"
 
@@ -32,41 +33,42 @@ static size_t piece(const struct hfr_ordered_call *c, int own, int s, size_t *at
 
 /* ---------------------------------------------------------------- preparing */
 
-static struct hfr_window *make_window(const struct hfr_pairs *p, int back, int nsegs, size_t bytes) {
+static struct hfr_window *make_window(int nsegs, size_t bytes) {
   struct hfr_window *w = calloc(1, sizeof *w + (size_t)nsegs * sizeof w->segment[0]);
   if (!w) return NULL;
   w->bytes = bytes;
   w->row[0] = w->row[1] = SIZE_MAX;
   w->nsegs = nsegs;
-  for (int s = 0; s < nsegs; s++) {
-    uint64_t number = p->segments + (uint64_t)s;
-    w->segment[s] = (struct hfr_segment){.ready = &p->ready[back][number % HFR_PAIR_WORDS],
-                                         .done = {NULL, &p->done[back][number % HFR_PAIR_WORDS]},
-                                         .value = (uint32_t)number + 1,
-                                         .ready_value = (uint32_t)number + 1};
-  }
   return w;
 }
 
 hfreduceResult_t hfr_pairs_prepare(struct hfr_ordered_call *c, int nsegs, size_t bytes) {
-  struct hfr_pairs *p = c->pair.pairs;
   for (int back = 0; back < 2; back++) {
     struct hfr_request *r = c->pair.exchange[back];
-    r->window = make_window(p, back, nsegs, bytes);
+    r->window = make_window(nsegs, bytes);
     if (!r->window) return hfr_fail(hfreduceSystemError, "out of memory for %d segments", nsegs);
-    r->exchange = (struct hfr_exchange){.partner = p->partner, .back = back, .base = p->segments};
     atomic_store(&r->holders, 2); /* the engine, and this launch */
   }
-  c->pair.base = p->segments;
   c->pair.nsegs = nsegs;
   c->pair.bytes = bytes;
-  p->segments += (uint64_t)nsegs;
   return hfreduceSuccess;
 }
 
-void hfr_pairs_undo(struct hfr_ordered_call *c) {
-  if (c->pair.pairs) c->pair.pairs->segments -= (uint64_t)c->pair.nsegs;
-  c->pair.nsegs = 0;
+void hfr_pairs_number(struct hfr_ordered_call *c) {
+  struct hfr_pairs *p = c->pair.pairs;
+  for (int back = 0; back < 2; back++) {
+    struct hfr_request *r = c->pair.exchange[back];
+    r->exchange = (struct hfr_exchange){.partner = p->partner, .back = back, .base = p->segments};
+    for (int s = 0; s < c->pair.nsegs; s++) {
+      uint64_t number = p->segments + (uint64_t)s;
+      r->window->segment[s] = (struct hfr_segment){.ready = &p->ready[back][number % HFR_PAIR_WORDS],
+                                                   .done = {NULL, &p->done[back][number % HFR_PAIR_WORDS]},
+                                                   .value = (uint32_t)number + 1,
+                                                   .ready_value = (uint32_t)number + 1};
+    }
+  }
+  c->pair.base = p->segments;
+  p->segments += (uint64_t)c->pair.nsegs;
 }
 
 #define PIECES 8 /* of a half at least, so that both directions overlap */
@@ -101,17 +103,10 @@ static hfreduceResult_t await_partner(const struct hfr_ordered_call *c, int back
                          (uint32_t)number + 1);
 }
 
-static hfreduceResult_t push_out(const struct hfr_ordered_call *c, int s) {
-  if (s == 0) HFR_TRY(push(c, 0, 0));
-  if (s + 1 < c->pair.nsegs) HFR_TRY(push(c, 0, s + 1));
-  return await_partner(c, 0, s);
-}
-
 static hfreduceResult_t add(const struct hfr_ordered_call *c, int s, uintptr_t to) {
   struct hfr_pairs *p = c->pair.pairs;
   const struct hfr_call *call = c->pair.call;
   size_t at, bytes = piece(c, 1, s, &at), esize = hfr_dtype_size(call->dtype);
-  int scaled = call->op == hfreduceAvg && hfr_pairs_half_call(c->pair.whole, call).op == hfreduceSum;
   struct hfr_pair_sum sum = {.to = to,
                              .own = (uintptr_t)call->send + at,
                              .from = place(p, OUT, c->pair.base + (uint64_t)s),
@@ -120,23 +115,8 @@ static hfreduceResult_t add(const struct hfr_ordered_call *c, int s, uintptr_t t
                              .lower = p->lower,
                              .dtype = call->dtype,
                              .op = call->op == hfreduceAvg ? hfreduceSum : call->op,
-                             .scale = scaled ? 1.0f / (float)c->pair.whole->nranks : 1.0f};
+                             .scale = hfr_pairs_scale(c->pair.whole, call)};
   return hfr_pair_reduce(p->pair, HFR_TO_HOST, &sum);
-}
-
-static hfreduceResult_t take(const struct hfr_ordered_call *c, int s) {
-  struct hfr_pairs *p = c->pair.pairs;
-  size_t at, bytes = piece(c, 0, s, &at);
-  HFR_TRY(await_partner(c, 1, s));
-  return hfr_pair_take(p->pair, HFR_TO_DEVICE, (uintptr_t)c->pair.call->recv + at, place(p, BACK, c->pair.base + (uint64_t)s),
-                       bytes);
-}
-
-/* Segment s of the result is here. */
-static hfreduceResult_t push_back(const struct hfr_ordered_call *c, int s) {
-  HFR_TRY(push(c, 1, s));
-  if (s > 0) HFR_TRY(take(c, s - 1));
-  return s + 1 == c->pair.nsegs ? take(c, s) : hfreduceSuccess;
 }
 
 /* ---------------------------------------------------------------- with the host, and alone */
@@ -149,7 +129,7 @@ hfreduceResult_t hfr_pairs_out(const struct hfr_ordered_call *c, struct hfr_copi
   int mark = SUM_MARK + (int)(number % HFR_PAIR_DEPTH);
   uintptr_t sum = hfr_pair_address(p->pair, place(p, SUM, number));
   size_t at = (size_t)s * c->pair.bytes, left = c->pair.half - at, bytes = left < c->pair.bytes ? left : c->pair.bytes;
-  HFR_TRY(push_out(c, s));
+  HFR_TRY(await_partner(c, 0, s));
   if (number >= HFR_PAIR_DEPTH) HFR_TRY(hfr_copier_follow_mark(hfr_pair_copier(p->pair), HFR_TO_HOST, copier, mark));
   HFR_TRY(add(c, s, sum));
   HFR_TRY(hfr_copier_chain(copier, hfr_pair_copier(p->pair), HFR_TO_HOST));
@@ -164,19 +144,28 @@ hfreduceResult_t hfr_pairs_back(const struct hfr_ordered_call *c, struct hfr_cop
                           1));
   HFR_TRY(hfr_copier_write(copier, HFR_TO_DEVICE, words, copied, value));
   HFR_TRY(hfr_copier_chain(hfr_pair_copier(c->pair.pairs->pair), copier, HFR_TO_DEVICE));
-  return push_back(c, s);
+  return push(c, 1, s);
 }
 
-hfreduceResult_t hfr_pairs_alone(const struct hfr_ordered_call *c) {
-  struct hfr_copier *copier = hfr_pair_copier(c->pair.pairs->pair);
-  for (int s = 0; s < c->pair.nsegs; s++) {
-    size_t at;
-    piece(c, 1, s, &at);
-    HFR_TRY(push_out(c, s));
-    HFR_TRY(add(c, s, (uintptr_t)c->pair.call->recv + at));
-    HFR_TRY(hfr_copier_mark(copier, s % HFR_PAIR_DEPTH));
-    HFR_TRY(hfr_copier_follow(copier, s % HFR_PAIR_DEPTH));
-    HFR_TRY(push_back(c, s));
-  }
-  return hfreduceSuccess;
+hfreduceResult_t hfr_pairs_out_alone(const struct hfr_ordered_call *c, int s) {
+  size_t at;
+  piece(c, 1, s, &at);
+  HFR_TRY(await_partner(c, 0, s));
+  HFR_TRY(add(c, s, (uintptr_t)c->pair.call->recv + at));
+  return hfr_copier_mark(hfr_pair_copier(c->pair.pairs->pair), (int)((c->pair.base + (uint64_t)s) % HFR_PAIR_DEPTH));
+}
+
+hfreduceResult_t hfr_pairs_back_alone(const struct hfr_ordered_call *c, int s) {
+  HFR_TRY(hfr_copier_follow(hfr_pair_copier(c->pair.pairs->pair), (int)((c->pair.base + (uint64_t)s) % HFR_PAIR_DEPTH)));
+  return push(c, 1, s);
+}
+
+hfreduceResult_t hfr_pairs_push(const struct hfr_ordered_call *c, int s) { return push(c, 0, s); }
+
+hfreduceResult_t hfr_pairs_take(const struct hfr_ordered_call *c, int s) {
+  struct hfr_pairs *p = c->pair.pairs;
+  size_t at, bytes = piece(c, 0, s, &at);
+  HFR_TRY(await_partner(c, 1, s));
+  return hfr_pair_take(p->pair, HFR_TO_DEVICE, (uintptr_t)c->pair.call->recv + at, place(p, BACK, c->pair.base + (uint64_t)s),
+                       bytes);
 }

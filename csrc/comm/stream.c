@@ -53,7 +53,7 @@ struct hfr_streams {
   struct batch *batch;
   int nbatches;
   struct hfr_ordered_call *call;
-  int ncalls, runs;
+  int ncalls;
 };
 
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
@@ -324,9 +324,7 @@ static hfreduceResult_t prepare_batch(struct batch *b) {
     if (pairs) HFR_TRY(hfr_pairs_prepare(b->call[i], b->call[i]->request->window->nsegs, cut.bytes));
   }
   HFR_TRY(list_turns(b));
-  if (b->captured) return assign_captured(b);
-  assign_plain(b);
-  return hfreduceSuccess;
+  return b->captured ? assign_captured(b) : hfreduceSuccess;
 }
 
 /* All in one capture, or none in any: what runs at once and what runs later cannot be one launch. */
@@ -362,6 +360,15 @@ static struct batch *batch_of(struct hfr_streams *s, struct hfreduceComm *c) {
   return &s->batch[s->nbatches++];
 }
 
+/* The turns of a call of a pair alone, which has no request that they could be counted by. */
+static hfreduceResult_t add_alone(struct batch *b, struct hfr_ordered_call *call) {
+  struct turn *grown = realloc(b->turn, (size_t)(b->nturns + call->pair.nsegs) * sizeof *grown);
+  if (!grown) return hfr_fail(hfreduceSystemError, "out of memory for %d segments", call->pair.nsegs);
+  b->turn = grown;
+  for (int s = 0; s < call->pair.nsegs; s++) b->turn[b->nturns++] = (struct turn){.call = call, .segment = s};
+  return hfreduceSuccess;
+}
+
 hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, struct hfr_streams **out) {
   HFR_TRY(check_captures(calls, n));
   hfr_staging_sweep();
@@ -381,6 +388,7 @@ hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, stru
     if (!calls[i].pair.pairs || calls[i].request) continue;
     hfr_pairs_cut(&calls[i], &nsegs, &bytes);
     r = hfr_pairs_prepare(&calls[i], nsegs, bytes);
+    if (!r) r = add_alone(batch_of(s, calls[i].comm), &calls[i]);
   }
   for (int i = 0; !r && i < s->nbatches; i++) {
     struct batch *b = &s->batch[i];
@@ -399,8 +407,14 @@ hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, stru
   return r;
 }
 
+void hfr_streams_commit(struct hfr_streams *s) {
+  for (int i = 0; i < s->nbatches; i++)
+    if (s->batch[i].ncalls && !s->batch[i].captured) assign_plain(&s->batch[i]);
+  for (int i = 0; i < s->ncalls; i++)
+    if (s->call[i].pair.pairs) hfr_pairs_number(&s->call[i]);
+}
+
 void hfr_streams_drop(struct hfr_streams *s) {
-  for (int i = s->ncalls - 1; !s->runs && i >= 0; i--) hfr_pairs_undo(&s->call[i]);
   for (int i = 0; i < s->nbatches; i++) {
     free(s->batch[i].call);
     free(s->batch[i].turn);
@@ -445,12 +459,18 @@ static hfreduceResult_t start(const struct batch *b) {
   return hfreduceSuccess;
 }
 
+/* All calls of the batch are over pairs of devices: of a half. */
+static int is_paired(const struct batch *b) { return b->nturns && b->turn[0].call->pair.pairs; }
+
 /* To host: wait for room, copy, say ready. */
-static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
+static hfreduceResult_t go_out(const struct batch *b, int i) {
+  const struct turn *t = &b->turn[i];
+  if (is_paired(b) && i + 1 < b->nturns) HFR_TRY(hfr_pairs_push(t[1].call, t[1].segment));
+  if (is_paired(b) && !t->call->request) return hfr_pairs_out_alone(t->call, t->segment);
+  if (!t->in) return hfreduceSuccess;
   struct hfr_copier *copier = b->comm->staging->copier;
   struct hfr_window *w = t->call->request->window;
   const struct hfr_segment *g = &w->segment[t->segment];
-  if (!t->in) return hfreduceSuccess;
   if (t->wait_in) HFR_TRY(hfr_copier_wait(copier, HFR_TO_HOST, t->words, t->in_word, t->in_value));
   if (t->copy_scalar)
     HFR_TRY(hfr_copier_copy(copier, HFR_TO_HOST, (void *)(uintptr_t)w->scalar, 8, (uintptr_t)t->call->call->scalar_from, 8,
@@ -467,7 +487,8 @@ static hfreduceResult_t go_out(const struct batch *b, const struct turn *t) {
 static int ends_outside(const struct batch *b, const struct turn *t) { return t->in_rounds && t->copy_in && !b->captured; }
 
 /* To device: wait until the host is done, copy, say taken. */
-static hfreduceResult_t come_in(const struct batch *b, const struct turn *t) {
+static hfreduceResult_t bring_in(const struct batch *b, const struct turn *t) {
+  if (is_paired(b) && !t->call->request) return hfr_pairs_back_alone(t->call, t->segment);
   struct hfr_copier *copier = b->comm->staging->copier;
   const struct hfr_segment *g = &t->call->request->window->segment[t->segment];
   if (ends_outside(b, t)) return hfreduceSuccess;
@@ -485,7 +506,12 @@ static int first_use_of_stream(const struct hfr_streams *s, int i) {
   return 1;
 }
 
-enum phase { BEGIN, FILL, STEP, END };
+static hfreduceResult_t come_in(const struct batch *b, int i) {
+  HFR_TRY(bring_in(b, &b->turn[i]));
+  return is_paired(b) && i > 0 ? hfr_pairs_take(b->turn[i - 1].call, b->turn[i - 1].segment) : hfreduceSuccess;
+}
+
+enum phase { BEGIN, START, FILL, STEP, END };
 
 /* The queue in which the launch ends. One of sends alone must not end behind receives that were called before it: what they wait
  * for may come only after it. */
@@ -495,11 +521,10 @@ static enum hfr_queue last_queue(const struct batch *b) {
   return HFR_TO_HOST;
 }
 
-/* The pair's queues, for a call of a half; all of it, where no CPUs take part. */
+/* The pair's queues, for a call of a half. */
 static hfreduceResult_t begin_or_end_pair(const struct hfr_ordered_call *c, int end) {
   struct hfr_copier *copier = hfr_pair_copier(c->pair.pairs->pair);
-  if (!end) HFR_TRY(hfr_copier_after(copier, c->ordered->stream.handle));
-  if (!end) return c->request ? hfreduceSuccess : hfr_pairs_alone(c);
+  if (!end) return hfr_copier_after(copier, c->ordered->stream.handle);
   HFR_TRY(hfr_copier_join(copier));
   return hfr_copier_before(copier, HFR_TO_DEVICE, c->ordered->stream.handle);
 }
@@ -507,6 +532,7 @@ static hfreduceResult_t begin_or_end_pair(const struct hfr_ordered_call *c, int 
 static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *b, int end) {
   struct hfr_copier *copier = b->comm->staging->copier;
   enum hfr_queue last = last_queue(b);
+  if (end && is_paired(b)) HFR_TRY(hfr_pairs_take(b->turn[b->nturns - 1].call, b->turn[b->nturns - 1].segment));
   if (end && b->ncalls && last == HFR_TO_DEVICE) HFR_TRY(hfr_copier_join(copier));
   if (end && b->clear) HFR_TRY(hfr_copier_clear(copier, HFR_TO_DEVICE, &b->words, b->clear, b->nwords));
   for (int i = 0; i < s->ncalls; i++) {
@@ -526,16 +552,21 @@ static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct batch *
   return hfr_copier_bell(copier, hfr_replay_ring, &b->captured->replay);
 }
 
+/* Turns that may go out before the first comes in. */
+static int room(const struct batch *b) {
+  int slots = b->ring ? b->ring->slots : HFR_PAIR_DEPTH;
+  return slots < b->nturns ? slots : b->nturns;
+}
+
 static hfreduceResult_t run_phase(const struct hfr_streams *s, struct batch *b, enum phase phase) {
   switch (phase) {
-    case FILL:
-      HFR_TRY(start(b));
-      while (b->went_out < b->nturns && b->went_out < b->ring->slots) HFR_TRY(go_out(b, &b->turn[b->went_out++]));
-      return hfreduceSuccess;
+    case START:
+      if (is_paired(b)) HFR_TRY(hfr_pairs_push(b->turn[0].call, b->turn[0].segment));
+      return b->ncalls ? start(b) : hfreduceSuccess;
+    case FILL: return b->went_out < room(b) ? go_out(b, b->went_out++) : hfreduceSuccess;
     case STEP:
-      if (b->came_in < b->nturns) HFR_TRY(come_in(b, &b->turn[b->came_in++]));
-      if (b->went_out < b->nturns) HFR_TRY(go_out(b, &b->turn[b->went_out++]));
-      return hfreduceSuccess;
+      if (b->came_in < b->nturns) HFR_TRY(come_in(b, b->came_in++));
+      return b->went_out < b->nturns ? go_out(b, b->went_out++) : hfreduceSuccess;
     default: return begin_or_end(s, b, phase == END);
   }
 }
@@ -556,7 +587,8 @@ static void let_go(const struct hfr_streams *s, int failed) {
   }
 }
 
-/* One phase on all communicators, in turn. *more: segments are left for STEP. An error tells where it came from. */
+/* One phase on all communicators, in turn. *more: FILL and STEP do one segment of each, and some are left. An error tells where
+ * it came from. */
 static hfreduceResult_t run_all(const struct hfr_streams *s, enum phase phase, int *more) {
   int capturing = s->call[0].ordered->stream.capture != 0;
   *more = 0;
@@ -575,17 +607,17 @@ static hfreduceResult_t run_all(const struct hfr_streams *s, enum phase phase, i
       snprintf(why->phase, sizeof why->phase, "launch");
       return r;
     }
-    *more |= b->came_in < b->nturns;
+    *more |= phase == FILL ? b->went_out < room(b) : b->came_in < b->nturns;
   }
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfr_streams_run(struct hfr_streams *s) {
   int capturing = s->call[0].ordered->stream.capture != 0, more;
-  s->runs = 1;
   hfreduceResult_t result = run_all(s, BEGIN, &more);
-  if (!result) result = run_all(s, FILL, &more);
-  while (!result && more) result = run_all(s, STEP, &more);
+  if (!result) result = run_all(s, START, &more);
+  for (more = 1; !result && more;) result = run_all(s, FILL, &more);
+  for (more = 1; !result && more;) result = run_all(s, STEP, &more);
   if (!result) result = run_all(s, END, &more);
   hfreduceErrorInfo_t why = *hfr_last_error();
   let_go(s, result != hfreduceSuccess);

@@ -51,6 +51,9 @@ int hfr_stream_is_copy(const struct hfreduceComm *comm, const struct hfr_call *c
 struct hfr_streams;
 /* Give the requests their windows. Nothing is in any queue yet: on failure the caller puts the requests back. */
 hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, struct hfr_streams **streams);
+/* Nothing can fail any more before they run: the calls take their places in the rings. To be called before the requests are
+   submitted. */
+void hfr_streams_commit(struct hfr_streams *streams);
 /* Put everything into the queues, all copies from the devices that find room before anything that waits. An error breaks the
    communicator that it concerns. Frees `streams`. The requests were submitted before, but those of captured calls, which this
    arms. */

@@ -148,6 +148,8 @@ static hfreduceResult_t find_functions(const struct hfr_cu *cu, hfr_cu_module mo
       snprintf(name, sizeof name, "hfr_pair_%s_%s", type[t], op[o]);
       int r = cu->module_function(&k->pair[t][o], module, name);
       if (r) return hfr_cuda_fail("cuModuleGetFunction", r);
+      /* Now: a kernel that is loaded at its first launch may wait for what is in the streams before it. */
+      if (cu->function_load && (r = cu->function_load(k->pair[t][o]))) return hfr_cuda_fail("cuFuncLoad", r);
     }
   return hfreduceSuccess;
 }

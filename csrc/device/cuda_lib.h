@@ -167,6 +167,7 @@ struct hfr_cu_ipc { /* CUipcMemHandle */
   X(module_load, "cuModuleLoadData", "cuModuleLoadData", (hfr_cu_module * module, const void *image))                            \
   X(module_function, "cuModuleGetFunction", "cuModuleGetFunction",                                                               \
     (hfr_cu_function * function, hfr_cu_module module, const char *name))                                                        \
+  X(function_load, "cuFuncLoad", "cuFuncLoad", (hfr_cu_function function))                                                       \
   X(launch, "cuLaunchKernel", "cuLaunchKernel",                                                                                  \
     (hfr_cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,            \
      unsigned block_z, unsigned shared, hfr_cu_stream stream, void **parameters, void **extra))
@@ -188,6 +189,7 @@ struct hfr_cu_ipc { /* CUipcMemHandle */
   X(ipc_close)             \
   X(module_load)           \
   X(module_function)       \
+  X(function_load)         \
   X(launch)
 
 struct hfr_cu {

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 /* ---------------------------------------------------------------- links */
@@ -78,8 +79,8 @@ size_t hfr_pair_describe(const struct hfr_cu *cu, int count, char *text, size_t 
 /* ---------------------------------------------------------------- memory */
 
 /*
- * Memory that another process may have open must not be freed, and nobody says when it closes it: so it is kept, for the next
- * pair.
+ * Memory that another process may have open must not be freed. So it is kept, for the next pair: once the partner says that he
+ * writes there no more, which may be long after this side has ended.
  */
 struct room {
   struct room *next;
@@ -87,7 +88,10 @@ struct room {
   uintptr_t at;
   size_t bytes;
   int used;
+  const _Atomic uint32_t *ended; /* the partner's word, on a page that is mapped for it; NULL: it is not waited for */
+  int lost;                      /* nobody will say it */
 };
+#define PAGE 4096
 
 static struct {
   pthread_mutex_t lock;
@@ -107,10 +111,31 @@ static uint64_t number_of_process(void) {
   return rooms.process;
 }
 
+static void *page_of(const _Atomic uint32_t *word) { return (void *)((uintptr_t)word & ~(uintptr_t)(PAGE - 1)); }
+
+/* Has the partner ended? Then the page of his word goes. */
+static int is_free(struct room *r) {
+  if (r->used || r->lost) return 0;
+  if (r->ended && !atomic_load_explicit(r->ended, memory_order_acquire)) return 0;
+  if (r->ended) munmap(page_of(r->ended), PAGE);
+  r->ended = NULL;
+  return 1;
+}
+
+/* A context may have been destroyed, with its memory, and another one have its address. */
+static int still_there(const struct room *r) {
+  struct hfr_memory m;
+  hfr_memory_of((const void *)r->at, &m);
+  return m.kind == HFR_MEMORY_DEVICE && m.start == r->at && m.bytes >= r->bytes && m.context == r->context;
+}
+
 static struct room *find_room(void *context, size_t bytes) {
-  struct room *r = rooms.list;
-  while (r && (r->used || r->context != context || r->bytes != bytes)) r = r->next;
-  return r;
+  for (struct room *r = rooms.list; r; r = r->next) {
+    if (r->context != context || r->bytes != bytes || !is_free(r)) continue;
+    if (still_there(r)) return r;
+    r->lost = 1;
+  }
+  return NULL;
 }
 
 static hfreduceResult_t take_room(const struct hfr_cu *cu, void *context, size_t bytes, struct room **out) {
@@ -132,9 +157,13 @@ static hfreduceResult_t take_room(const struct hfr_cu *cu, void *context, size_t
   return r ? hfreduceSuccess : hfr_fail(hfreduceSystemError, "out of memory");
 }
 
-static void give_room(struct room *r) {
+/* The word's memory may go before the word is said: its page is mapped once more. */
+static void give_room(struct room *r, const _Atomic uint32_t *ended) {
+  uint8_t *page = ended ? mremap(page_of(ended), 0, PAGE, MREMAP_MAYMOVE) : NULL;
   pthread_mutex_lock(&rooms.lock);
   r->used = 0;
+  r->lost = page == MAP_FAILED;
+  if (page && !r->lost) r->ended = (const _Atomic uint32_t *)(page + ((uintptr_t)ended & (PAGE - 1)));
   pthread_mutex_unlock(&rooms.lock);
 }
 
@@ -150,6 +179,9 @@ struct hfr_pair {
   int opened; /* theirs is another process' memory */
 };
 
+#define GRAIN \
+  ((size_t)2 << 20) /* what is smaller the driver may put beside other memory, all of which a handle gives access to */
+
 #define TRY_CU(pair, member, call, ...)       \
   do {                                        \
     int r_ = (pair)->cu->member(__VA_ARGS__); \
@@ -162,6 +194,7 @@ static hfreduceResult_t open_side(struct hfr_pair *p, int device, void *context,
   struct hfr_cu_ipc handle;
   TRY_CU(p, ipc_get, "cuIpcGetMemHandle", &handle, p->room->at);
   mine->pointer = p->room->at;
+  mine->bytes = p->bytes;
   memcpy(mine->handle, &handle, sizeof mine->handle);
   return hfreduceSuccess;
 }
@@ -169,9 +202,9 @@ static hfreduceResult_t open_side(struct hfr_pair *p, int device, void *context,
 hfreduceResult_t hfr_pair_create(int device, void *context, size_t bytes, struct hfr_pair **out, struct hfr_pair_memory *mine) {
   struct hfr_pair *p = calloc(1, sizeof *p);
   if (!p) return hfr_fail(hfreduceSystemError, "out of memory");
-  *mine = (struct hfr_pair_memory){.process = number_of_process(), .context = (uintptr_t)context, .bytes = bytes};
+  *mine = (struct hfr_pair_memory){.process = number_of_process(), .context = (uintptr_t)context};
   p->cu = hfr_cuda();
-  p->bytes = bytes;
+  p->bytes = bytes = (bytes + GRAIN - 1) / GRAIN * GRAIN;
   hfreduceResult_t r = hfr_copier_create(device, context, &p->copier);
   if (!r) r = hfr_copier_enter(p->copier, 0);
   if (!r) {
@@ -180,7 +213,7 @@ hfreduceResult_t hfr_pair_create(int device, void *context, size_t bytes, struct
   }
   if (!r) return *out = p, r;
   hfreduceErrorInfo_t why = *hfr_last_error();
-  hfr_pair_destroy(p, 1, 1000000000);
+  hfr_pair_destroy(p, NULL, 1000000000);
   *hfr_last_error() = why;
   return r;
 }
@@ -209,7 +242,7 @@ hfreduceResult_t hfr_pair_meet(struct hfr_pair *p, const struct hfr_pair_memory 
   return r;
 }
 
-int hfr_pair_destroy(struct hfr_pair *p, int whole, int64_t limit_ns) {
+int hfr_pair_destroy(struct hfr_pair *p, const _Atomic uint32_t *ended, int64_t limit_ns) {
   void *context = p->copier ? hfr_copier_context(p->copier) : NULL;
   int drained = p->copier ? hfr_copier_destroy(p->copier, limit_ns) : 1;
   hfr_cu_context popped;
@@ -217,7 +250,7 @@ int hfr_pair_destroy(struct hfr_pair *p, int whole, int64_t limit_ns) {
     p->cu->ipc_close(p->theirs);
     p->cu->context_pop(&popped);
   }
-  if (drained && whole && p->room) give_room(p->room);
+  if (drained && p->room) give_room(p->room, ended);
   free(p);
   return drained;
 }

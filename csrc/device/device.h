@@ -198,9 +198,9 @@ struct hfr_pair_memory {
 hfreduceResult_t hfr_pair_create(int device, void *context, size_t bytes, struct hfr_pair **pair, struct hfr_pair_memory *mine);
 /* Reach the partner's memory. */
 hfreduceResult_t hfr_pair_meet(struct hfr_pair *pair, const struct hfr_pair_memory *theirs);
-/* whole: both sides have ended all that they began; else the memory is never used again, since the partner may still write there.
-   Waits for the queues as hfr_copier_destroy, and gives what that gives. */
-int hfr_pair_destroy(struct hfr_pair *pair, int whole, int64_t limit_ns);
+/* Waits for the queues as hfr_copier_destroy, and gives what that gives: 1: this side writes to the partner's memory no more. The
+   memory here is used again once the word `ended`, in shared memory, says the same of the partner; NULL: he has none of it. */
+int hfr_pair_destroy(struct hfr_pair *pair, const _Atomic uint32_t *ended, int64_t limit_ns);
 /* Its queues: those to the host and to the device are no more than the first and the second here. */
 struct hfr_copier *hfr_pair_copier(const struct hfr_pair *pair);
 

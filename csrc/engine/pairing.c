@@ -26,7 +26,10 @@ int hfr_pairing_progress(struct hfr_engine *e, struct hfr_request *r) {
   if (!r->started && hfr_request_ready(r)) hfr_request_start(r);
   while (x->pushed < w->nsegs && hfr_window_reach(w, x->pushed)) x->pushed++;
   if (x->pushed > before) {
-    atomic_store_explicit(mine, x->base + (uint64_t)x->pushed, memory_order_release); /* pairs with the partner's load below */
+    /* Not backwards: a device pushes in order, so the next operation may have been seen to be further already. */
+    uint64_t now = x->base + (uint64_t)x->pushed;
+    if (now > atomic_load_explicit(mine, memory_order_relaxed))
+      atomic_store_explicit(mine, now, memory_order_release); /* pairs with the partner's load below */
     hfr_arena_notify(e->arena);
   }
   int64_t theirs = (int64_t)(atomic_load_explicit(&e->arena->ctrl[x->partner].pushed[x->back], memory_order_acquire) - x->base);

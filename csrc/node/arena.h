@@ -45,6 +45,7 @@ struct hfr_rank_ctrl {
   _Alignas(128) _Atomic uint64_t red;
   _Alignas(128) _Atomic uint64_t out;
   _Atomic uint64_t ver;
+  _Atomic uint32_t unpaired;                /* this rank's device writes to its partner's no more */
   _Alignas(128) _Atomic uint64_t pushed[2]; /* segments that this rank's device has given to its partner, out and back */
   _Alignas(128) _Atomic uint64_t waiters;   /* bit (local rank % 64): asleep until this rank publishes */
   _Alignas(128) _Atomic uint32_t bell;      /* futex word, moves when the rank is rung */

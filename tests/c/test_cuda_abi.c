@@ -138,6 +138,7 @@ _Static_assert(__builtin_types_compatible_p(__typeof__(&cuModuleLoadData), CUres
                "cuModuleLoadData");
 _Static_assert(__builtin_types_compatible_p(__typeof__(&cuModuleGetFunction), CUresult (*)(CUfunction *, CUmodule, const char *)),
                "cuModuleGetFunction");
+_Static_assert(__builtin_types_compatible_p(__typeof__(&cuFuncLoad), CUresult (*)(CUfunction)), "cuFuncLoad");
 _Static_assert(__builtin_types_compatible_p(__typeof__(&cuLaunchKernel),
                                             CUresult (*)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                                                          unsigned, CUstream, void **, void **)),

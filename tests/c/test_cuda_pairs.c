@@ -99,6 +99,7 @@ static int averages(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
   hfr_cu_stream stream = gpu_stream();
   uint16_t *x = gpu_alloc(COUNT * 2), got[COUNT];
+  uint8_t *tiny = gpu_alloc(COUNT), tiny_got[COUNT];
   double *wide = gpu_alloc(COUNT * 8), wide_got[COUNT];
   int32_t *whole = gpu_alloc(COUNT * 4), whole_got[COUNT];
   (void)arg;
@@ -113,6 +114,15 @@ static int averages(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   gpu_read(got, x, sizeof got, stream);
   gpu_read(wide_got, wide, sizeof wide_got, stream);
   gpu_read(whole_got, whole, sizeof whole_got, stream);
+  hfreduceCommInfo_t info;
+  OK(hfreduceCommGetInfo(comm, &info));
+  /* subnormal numbers of e4m3: none is lost on a node (between nodes partial sums are scaled, too) */
+  for (int value = 1; value < 9 && info.nnodes == 1; value++) {
+    gpu_fill(tiny, value, COUNT, stream);
+    OK(hfreduceAllReduce(tiny, tiny, COUNT, hfreduceFloat8e4m3, hfreduceAvg, comm, stream));
+    gpu_read(tiny_got, tiny, COUNT, stream);
+    for (int i = 0; i < COUNT; i++) WANT(tiny_got[i] == value);
+  }
   int sum = 0;
   for (int r = 0; r < n; r++) sum += -3 * r - 1;
   for (int i = 0; i < COUNT; i++) {
@@ -121,7 +131,7 @@ static int averages(int rank, int n, const hfreduceUniqueId *id, void *arg) {
     WANT(whole_got[i] == sum / n);
   }
   OK(hfreduceCommDestroy(comm));
-  gpu_free(x), gpu_free(wide), gpu_free(whole);
+  gpu_free(x), gpu_free(wide), gpu_free(whole), gpu_free(tiny);
   return 0;
 }
 
@@ -293,11 +303,185 @@ static int one_sided(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return none(rank, n, id, arg);
 }
 
+/* A launch that could not be prepared, for the driver had no memory (FAKE_CUDA says where), leaves the rings as they were. */
+static int unprepared(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4);
+  (void)arg;
+  WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  for (int i = 0; i < 6; i++)
+    if (sum_is_right(rank, n, comm, stream, x)) return 1;
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  return 0;
+}
+
+/* A communicator made while the thread has a group open, and one split off. */
+static int in_group(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm, child;
+  (void)arg;
+  if (!gpu_open(rank)) exit(77);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4), got;
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+  OK(hfreduceGroupStart());
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  OK(hfreduceCommSplit(comm, 0, -rank, &child, NULL));
+  OK(hfreduceGroupEnd());
+  gpu_read(&got, x, 4, stream);
+  WANT(got == (float)n);
+  if (sum_is_right(rank, n, child, stream, x)) return 1;
+  OK(hfreduceCommDestroy(child));
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  return 0;
+}
+
+/* Two communicators in a group, not in the same order on all ranks: with one queue in the hardware too, no wait may stand in
+   front of what another rank's wait needs. */
+static int any_order(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { LARGE = 3000000 };
+  hfreduceComm_t parent = gpu_join(rank, n, id), comm[2];
+  hfr_cu_stream stream[2] = {gpu_stream(), gpu_stream()};
+  float *x[2], got;
+  (void)arg;
+  for (int i = 0; i < 2; i++) {
+    OK(hfreduceCommSplit(parent, 0, rank, &comm[i], NULL));
+    OK(hfreduceCommSetTimeout(comm[i], 10));
+    x[i] = gpu_alloc(LARGE * 4);
+    CU(gpu.cu->set_async((hfr_cu_ptr)x[i], 0x3f800000, LARGE, stream[i]));
+    CU(gpu.stream_sync(stream[i]));
+  }
+  OK(hfreduceGroupStart());
+  for (int k = 0; k < 2; k++) {
+    int i = rank % 2 ? 1 - k : k;
+    OK(hfreduceAllReduce(x[i], x[i], LARGE, hfreduceFloat32, hfreduceSum, comm[i], stream[i]));
+  }
+  OK(hfreduceGroupEnd());
+  for (int i = 0; i < 2; i++) {
+    WANT(runs_dry(stream[i], 8));
+    gpu_read(&got, x[i] + LARGE - 1, 4, stream[i]);
+    WANT(got == (float)n);
+    OK(hfreduceCommDestroy(comm[i]));
+    gpu_free(x[i]);
+  }
+  OK(hfreduceCommDestroy(parent));
+  return 0;
+}
+
+static int large_is_right(int rank, int n, hfreduceComm_t comm, hfr_cu_stream stream, const float *x, size_t count) {
+  float got;
+  WANT(runs_dry(stream, 12));
+  gpu_read(&got, x + count - 1, 4, stream);
+  WANT(got == (float)n);
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
+/* A large call where streams hold few operations (FAKE_CUDA's depth), so that the launch itself waits for the device. */
+static int long_queue(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { LARGE = 4000000 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(LARGE * 4);
+  (void)arg;
+  OK(hfreduceCommSetTimeout(comm, 10));
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, LARGE, stream));
+  CU(gpu.stream_sync(stream));
+  OK(hfreduceAllReduce(x, x, LARGE, hfreduceFloat32, hfreduceSum, comm, stream));
+  return large_is_right(rank, n, comm, stream, x, LARGE);
+}
+
+/* The same for all ranks by one thread: it must not wait for one device before the others have what that one waits for. */
+static int one_caller(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { LARGE = 4000000 };
+  static struct {
+    hfreduceComm_t comm;
+    hfr_cu_stream stream;
+    hfr_cu_context context;
+    float *x;
+  } all[8];
+  static _Atomic int ready, called;
+  (void)arg;
+  all[rank].comm = gpu_join(rank, n, id);
+  all[rank].stream = gpu_stream();
+  all[rank].x = gpu_alloc(LARGE * 4);
+  CU(gpu.cu->context_current(&all[rank].context));
+  CU(gpu.cu->set_async((hfr_cu_ptr)all[rank].x, 0x3f800000, LARGE, all[rank].stream));
+  CU(gpu.stream_sync(all[rank].stream));
+  atomic_fetch_add(&ready, 1);
+  while (atomic_load(&ready) % n) usleep(1000);
+  if (rank == 0) {
+    OK(hfreduceGroupStart());
+    for (int r = 0; r < n; r++) {
+      CU(gpu.set_current(all[r].context));
+      OK(hfreduceAllReduce(all[r].x, all[r].x, LARGE, hfreduceFloat32, hfreduceSum, all[r].comm, all[r].stream));
+    }
+    OK(hfreduceGroupEnd());
+    CU(gpu.set_current(all[0].context));
+    atomic_store(&called, 1);
+  }
+  while (!atomic_load(&called)) usleep(1000);
+  return large_is_right(rank, n, all[rank].comm, all[rank].stream, all[rank].x, LARGE);
+}
+
+/* A call that the partner never makes pushes into his memory all the same: it must not be another communicator's by then. */
+static int stray(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t parent = gpu_join(rank, n, id), first, second;
+  hfr_cu_stream late = gpu_stream(), stream = gpu_stream();
+  hfr_cu_ptr gate;
+  _Atomic uint32_t *word;
+  float *x = gpu_alloc(COUNT * 4), *y = gpu_alloc(COUNT * 4), got[2];
+  (void)arg;
+  CU(gpu.host_alloc((void **)&word, 4096, 2));
+  CU(gpu.cu->host_device_pointer(&gate, (void *)word, 0));
+  atomic_store(word, 0);
+  if (!gpu.cu->stream_wait_value || gpu.cu->stream_wait_value(stream, gate, 0, 0)) return 0;
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x42c80000, COUNT, late)); /* 100 */
+  CU(gpu.cu->set_async((hfr_cu_ptr)y, 0x3f800000, COUNT, stream));
+  CU(gpu.stream_sync(late));
+  OK(hfreduceCommSplit(parent, 0, rank, &first, NULL));
+  if (rank == 0) { /* one call too many, which its stream gets to late */
+    CU(gpu.cu->stream_wait_value(late, gate, 1, HFR_CU_WAIT_GEQ));
+    OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, first, late));
+  } else {
+    OK(hfreduceCommDestroy(first));
+  }
+  OK(hfreduceCommSplit(parent, 0, rank, &second, NULL));
+  if (rank == 1) CU(gpu.cu->stream_wait_value(stream, gate, 1, HFR_CU_WAIT_GEQ));
+  OK(hfreduceAllReduce(y, y, COUNT, hfreduceFloat32, hfreduceSum, second, stream));
+  usleep(rank == 0 ? 300000 : 900000);
+  atomic_store(word, 1);
+  gpu_read(got, y, 4, stream);
+  gpu_read(got + 1, y + COUNT - 1, 4, stream);
+  WANT(got[0] == (float)n && got[1] == (float)n);
+  if (rank == 0) OK(hfreduceCommDestroy(first));
+  OK(hfreduceCommDestroy(second));
+  OK(hfreduceCommDestroy(parent));
+  gpu_free(x), gpu_free(y);
+  CU(gpu.host_free((void *)word));
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct gpu_case cases[] = {
-      {"bits", bits, "2 4 2,2 t4"}, {"averages", averages, "2 4 2,2"}, {"crowd", crowd, "2 4 2,2 t4"},
-      {"apart", apart, "2 4 2,2"},  {"elsewhere", elsewhere, "4"},     {"aborted", aborted, "4 2,2 t4"},
-      {"family", family, "4"},      {"one_sided", one_sided, "2 4"},   {"none", none, ""},
+      {"bits", bits, "2 4 2,2 t4"},
+      {"averages", averages, "2 4 2,2"},
+      {"crowd", crowd, "2 4 2,2 t4"},
+      {"apart", apart, "2 4 2,2"},
+      {"elsewhere", elsewhere, "4"},
+      {"aborted", aborted, "4 2,2 t4"},
+      {"family", family, "4"},
+      {"one_sided", one_sided, "2 4"},
+      {"any_order", any_order, "2 4"},
+      {"in_group", in_group, "2 4"},
+      {"stray", stray, "2"},
+      {"long_queue", long_queue, "2 4"},
+      {"one_caller", one_caller, ""},
+      {"unprepared", unprepared, ""},
+      {"none", none, ""},
   };
   return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
 }

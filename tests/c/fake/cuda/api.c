@@ -59,6 +59,8 @@ static void read_script(void) {
       fake.flush = value;
     else if (sscanf(word, "nvlink=%d", &value) == 1)
       fake.nvlink = value;
+    else if (sscanf(word, "depth=%d", &value) == 1)
+      fake.depth = value;
     else if (!strcmp(word, "memops=0"))
       fake.mem_ops = 0, fake.version = 11040;
     else if (sscanf(word, "fail=%47[^:]:%d:%d", f.call, &f.number, &f.result) == 3 && nfaults < FAULTS_MAX)
@@ -68,6 +70,8 @@ static void read_script(void) {
   }
   random_state = seed * 0x9e3779b97f4a7c15u;
   const char *queues = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+  const char *blocking = getenv("CUDA_LAUNCH_BLOCKING");
+  fake.blocking = blocking && !strcmp(blocking, "1");
   fake.one_queue = queues && !strcmp(queues, "1");
 }
 

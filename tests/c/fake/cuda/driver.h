@@ -19,7 +19,9 @@
  *   flush=0              waits for words cannot flush: what comes over the bus by itself is never seen by work behind them
  *   memops=0             a driver of 11.4 whose kernel module does not grant stream memory operations
  *   nvlink=N             N devices each, from the first on, are joined by NVLink (0: none, the preset)
+ *   depth=N              who puts more than N operations into a stream waits until they are fewer (0: there is no limit)
  *   fail=CALL:N:RESULT   the N-th call of this function gives this CUresult (0: every one)
+ * CUDA_LAUNCH_BLOCKING=1: a kernel's launch waits for it.
  * CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device share one queue, as in hardware that has but one.
  */
 #ifndef FAKE_CUDA_DRIVER_H_
@@ -140,7 +142,7 @@ extern struct fake_driver {
   pthread_mutex_t lock;
   pthread_cond_t moved; /* something completed, or came */
   pid_t pid;            /* that initialised it; 0: none has */
-  int devices, delay_us, version, mem_ops, one_queue, reuse, flush, nvlink;
+  int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth;
   uint64_t allocations;
   struct CUstream_st *streams; /* destroyed ones too */
   struct fake_capture *captures;

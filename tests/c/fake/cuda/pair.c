@@ -130,6 +130,7 @@ struct CUfunc_st {
   struct CUctx_st *context;
   kernel_function *run;
   size_t size; /* of an element */
+  int loaded;
   char name[48];
 };
 struct CUmod_st {
@@ -197,6 +198,12 @@ EXPORT hfr_cu_result cuModuleGetFunction(hfr_cu_function *function, hfr_cu_modul
   return HFR_CU_SUCCESS;
 }
 
+EXPORT hfr_cu_result cuFuncLoad(hfr_cu_function function) {
+  ENTER("cuFuncLoad");
+  function->loaded = 1;
+  return HFR_CU_SUCCESS;
+}
+
 /* A kernel reaches the memory of its own context; that of another one only where peer access is enabled. */
 static void check_reach(const struct CUfunc_st *f, uintptr_t address) {
   struct fake_block *b = fake_block_of(address);
@@ -217,6 +224,7 @@ EXPORT hfr_cu_result cuLaunchKernel(hfr_cu_function f, unsigned gx, unsigned gy,
   LOCK();
   struct CUstream_st *s = fake_stream(stream);
   if (!s || s->context != f->context) fake_die("%s: launched in a stream of another context", f->name);
+  if (!f->loaded) fake_die("%s: loaded by its first launch, which may wait for all streams of the device", f->name);
   check_reach(f, l->dst), check_reach(f, l->first), check_reach(f, l->second);
   fake.kernels++;
   hfr_cu_result r = fake_put(s, (struct fake_op){.what = FAKE_KERNEL, .launch = l});

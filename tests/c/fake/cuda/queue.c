@@ -138,6 +138,8 @@ hfr_cu_result fake_put(struct CUstream_st *s, struct fake_op wanted) {
   *s->queue->tail = op;
   s->queue->tail = &op->next;
   pthread_cond_broadcast(&fake.moved);
+  if (fake.depth && s->submitted > (uint64_t)fake.depth) fake_await(s, s->submitted - (uint64_t)fake.depth);
+  if (fake.blocking && wanted.what == FAKE_KERNEL) fake_await(s, s->submitted);
   return HFR_CU_SUCCESS;
 }
 
