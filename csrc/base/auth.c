@@ -78,11 +78,12 @@ static int transfer(struct hfr_auth *a) {
     } else if (n < 0 && (errno == EAGAIN || errno == EINTR || errno == ENOTCONN)) {
       return 0;
     } else {
-      hfr_fail(hfreduceRemoteError,
-               n == 0 ? "the other side closed the connection during the handshake (another secret, another communicator, or not "
-                        "hfreduce)"
-                      : "connection broke during the handshake: %s",
-               strerror(errno));
+      if (n == 0)
+        hfr_fail(hfreduceRemoteError,
+                 "the other side closed the connection during the handshake (another secret, another communicator, or not "
+                 "hfreduce)");
+      else
+        hfr_fail(hfreduceSystemError, "connection broke during the handshake: %s", strerror(errno));
       return -1;
     }
   }

@@ -75,7 +75,8 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
         }
         /* Who refuses us may be an earlier program on that port, or rank 0 that has not opened this communicator yet: go on
          * trying. */
-        snprintf(refusal, sizeof refusal, "%.150s", hfr_last_error()->text);
+        if (!*refusal || r != hfreduceSystemError) /* a connection that breaks tells less than what was said before */
+          snprintf(refusal, sizeof refusal, "%.150s", hfr_last_error()->text);
       }
       close(fd);
     }

@@ -177,12 +177,12 @@ int hfr_pairs_want(struct hfreduceComm *c, const struct hfr_call *call, const st
   if (call->op == hfreduceAvg && p->half->nranks == 1 && !is_float(call->dtype)) return 0;
   if (!o->on || !o->staged[0] || !o->staged[1] || o->stream.capture) return 0;
   if (o->stream.device == p->device && o->stream.context == p->context) return 1;
-  *result = hfr_fail(hfreduceInvalidArgument,
-                     "hfreduceAllReduce: rank %d: the communicator was made for device %d, which NVLink joins with that of rank "
-                     "%d, but this call is on device %d%s; make the communicator when the device that it will work on is "
-                     "current, or set HFREDUCE_NVLINK=0",
-                     c->rank, p->device, c->partner, o->stream.device,
-                     o->stream.device == p->device ? " in another context than its primary one" : "");
+  *result =
+      hfr_fail(hfreduceInvalidArgument,
+               "hfreduceAllReduce: rank %d: the communicator was made for device %d, which NVLink joins with that of rank "
+               "%d, but this call is on device %d%s; make the communicator when the device that it will work on is "
+               "current, or set HFREDUCE_NVLINK=0",
+               c->rank, p->device, c->partner, o->stream.device, o->stream.device == p->device ? " in another CUDA context" : "");
   return 0;
 }
 
@@ -197,8 +197,7 @@ struct hfr_call hfr_pairs_half_call(const struct hfreduceComm *c, const struct h
   size_t esize = hfr_dtype_size(call->dtype), grain = 64 / esize;
   /* Both halves have as many elements, so that both are cut alike; what the upper one lacks is made up. */
   half.count = ((call->count + 1) / 2 + grain - 1) / grain * grain;
-  if (call->op == hfreduceAvg) {
-    half.over = hfr_pairs_scale(c, call) == 1 ? c->nranks : 0; /* else the pair's sum is an average already */
-  }
+  if (call->op == hfreduceAvg && hfr_pairs_scale(c, call) == 1)
+    half.over = c->nranks; /* else the pair's sum is an average already */
   return half;
 }
