@@ -463,9 +463,7 @@ static hfreduceResult_t start(const struct batch *b) {
 static int is_paired(const struct batch *b) { return b->nturns && b->turn[0].call->pair.pairs; }
 
 /* To host: wait for room, copy, say ready. */
-static hfreduceResult_t go_out(const struct batch *b, int i) {
-  const struct turn *t = &b->turn[i];
-  if (is_paired(b) && i + 1 < b->nturns) HFR_TRY(hfr_pairs_push(t[1].call, t[1].segment));
+static hfreduceResult_t bring_out(const struct batch *b, const struct turn *t) {
   if (is_paired(b) && !t->call->request) return hfr_pairs_out_alone(t->call, t->segment);
   if (!t->in) return hfreduceSuccess;
   struct hfr_copier *copier = b->comm->staging->copier;
@@ -481,6 +479,15 @@ static hfreduceResult_t go_out(const struct batch *b, int i) {
     HFR_TRY(copy_segment(b, t, 0));
   HFR_TRY(hfr_copier_write(copier, HFR_TO_HOST, t->words, g->ready, g->ready_value));
   return hfr_copier_mark(copier, t->slot);
+}
+
+/* A pair pushes the next segment ahead, but that of another call only behind all of this one: the exchanges of two calls would
+ * get in each other's way. */
+static hfreduceResult_t go_out(const struct batch *b, int i) {
+  const struct turn *t = &b->turn[i], *next = is_paired(b) && i + 1 < b->nturns ? t + 1 : NULL;
+  if (next && next->call == t->call) HFR_TRY(hfr_pairs_push(next->call, next->segment));
+  HFR_TRY(bring_out(b, t));
+  return next && next->call != t->call ? hfr_pairs_push(next->call, next->segment) : hfreduceSuccess;
 }
 
 /* What a send has brought out is the user's again. A graph waits for it: it may be launched again at once. */
@@ -507,8 +514,10 @@ static int first_use_of_stream(const struct hfr_streams *s, int i) {
 }
 
 static hfreduceResult_t come_in(const struct batch *b, int i) {
-  HFR_TRY(bring_in(b, &b->turn[i]));
-  return is_paired(b) && i > 0 ? hfr_pairs_take(b->turn[i - 1].call, b->turn[i - 1].segment) : hfreduceSuccess;
+  const struct turn *t = &b->turn[i], *last = is_paired(b) && i > 0 ? t - 1 : NULL;
+  if (last && last->call != t->call) HFR_TRY(hfr_pairs_take(last->call, last->segment));
+  HFR_TRY(bring_in(b, t));
+  return last && last->call == t->call ? hfr_pairs_take(last->call, last->segment) : hfreduceSuccess;
 }
 
 enum phase { BEGIN, START, FILL, STEP, END };
