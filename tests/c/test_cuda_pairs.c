@@ -153,7 +153,7 @@ static int crowd(int rank, int n, const hfreduceUniqueId *id, void *arg) {
         OK(hfreduceAllReduce(x[k], x[k], count, hfreduceInt32, k % 2 ? hfreduceMax : hfreduceSum, comm, stream[k % 2]));
       }
       if (i == 3) OK(hfreduceAllReduce(small, small, 16, hfreduceInt32, hfreduceSum, comm, stream[0]));
-      if (i == 6) OK(hfreduceSend(x[6], 1000, hfreduceInt32, (rank + 1) % n, comm, stream[0]));
+      if (i == 6) OK(hfreduceSend(x[10], 1000, hfreduceInt32, (rank + 1) % n, comm, stream[0]));
       if (i == 6) OK(hfreduceRecv(message, 1000, hfreduceInt32, (rank + n - 1) % n, comm, stream[0]));
       OK(hfreduceGroupEnd());
     }
