@@ -49,6 +49,6 @@ def test_what_info_tells() -> None:
         str(cuda_stand_in()): "device cuda 0 NVLink: not used: no libnvrtc.so.13 or .12",
     }
     for path, expected in expected_of.items():
-        env = environment(LD_LIBRARY_PATH=path, FAKE_CUDA="devices=4 nvlink=2", HFREDUCE_NVLINK="1")
+        env = environment(LD_LIBRARY_PATH=path, FAKE_CUDA="devices=4 nvlink=2")
         done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
         assert expected in done.stdout, done.stdout + done.stderr

@@ -119,7 +119,6 @@ def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str)
     leaks.write_text("leak:libcuda.so.1\n")
     preset = {
         "FAKE_CUDA": LINKED,
-        "HFREDUCE_NVLINK": "1",
         "HFREDUCE_NVLINK_MIN": "4K",
         "LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0",
     }
@@ -167,7 +166,6 @@ def test_one_process_for_all_devices(devices: int) -> None:
     env = environment(
         LD_LIBRARY_PATH=pairs_stand_in(),
         FAKE_CUDA=f"devices={devices} nvlink=2 delay=100",
-        HFREDUCE_NVLINK="1",
         HFREDUCE_DEBUG="INFO",
     )
     command = [
@@ -187,12 +185,12 @@ def test_one_process_for_all_devices(devices: int) -> None:
         ({}, "device cuda 3 NVLink: joined with 2; pairs reduce with kernels that NVRTC 12.0 compiles"),
         ({"FAKE_CUDA": "devices=4 nvlink=4"}, "device cuda 1 NVLink: joined with 0 2 3; pairs"),
         ({"FAKE_CUDA": "devices=3 nvlink=2"}, "device cuda 2 NVLink: not used: NVLink joins it with no other device"),
-        ({"HFREDUCE_NVLINK": "0"}, "device cuda 0 NVLink: not used: on trial: HFREDUCE_NVLINK=1 switches it on"),
+        ({"HFREDUCE_NVLINK": "0"}, "device cuda 0 NVLink: not used: switched off: HFREDUCE_NVLINK=0"),
         ({"HFREDUCE_CUDA_MEMOPS": "0"}, "device cuda 0 NVLink: not used: no stream memory operations"),
     ],
 )
 def test_what_info_tells(more: dict[str, str], expected: str) -> None:
-    env = environment(LD_LIBRARY_PATH=pairs_stand_in(), **{"FAKE_CUDA": LINKED, "HFREDUCE_NVLINK": "1", **more})
+    env = environment(LD_LIBRARY_PATH=pairs_stand_in(), **{"FAKE_CUDA": LINKED, **more})
     done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout, done.stdout

@@ -4,7 +4,7 @@
  *   out:   push 0, push 1, wait 0, add 0, push 2, wait 1, add 1 ...         "wait": until the partner has pushed that segment
  *   back:  push 0, push 1, wait 0, take 0, push 2, wait 1, take 1 ...
  *
- * One push ahead within a call, so that the link is busy while a word goes round, and no wait stands in front of a
+ * One push ahead, over all calls of a launch, so that the link is busy while a word goes round, and no wait stands in front of a
  * push that the partner's wait of the same step needs. Neither queue waits for the other, nor do those to and from the host wait
  * for what comes back.
  */

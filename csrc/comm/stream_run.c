@@ -64,13 +64,11 @@ static hfreduceResult_t bring_out(const struct hfr_batch *b, const struct hfr_tu
   return hfr_copier_mark(copier, t->slot);
 }
 
-/* A pair pushes the next segment ahead, but that of another call only behind all of this one: the exchanges of two calls would
- * get in each other's way. */
+/* A pair pushes the next segment ahead. */
 static hfreduceResult_t go_out(const struct hfr_batch *b, int i) {
-  const struct hfr_turn *t = &b->turn[i], *next = is_paired(b) && i + 1 < b->nturns ? t + 1 : NULL;
-  if (next && next->call == t->call) HFR_TRY(hfr_pairs_push(next->call, next->segment));
-  HFR_TRY(bring_out(b, t));
-  return next && next->call != t->call ? hfr_pairs_push(next->call, next->segment) : hfreduceSuccess;
+  const struct hfr_turn *t = &b->turn[i];
+  if (is_paired(b) && i + 1 < b->nturns) HFR_TRY(hfr_pairs_push(t[1].call, t[1].segment));
+  return bring_out(b, t);
 }
 
 /* What a send has brought out is the user's again. A graph waits for it: it may be launched again at once. */
@@ -98,11 +96,11 @@ static int first_use_of_stream(const struct hfr_streams *s, int i) {
   return 1;
 }
 
+/* ... and takes what its partner has pushed one behind. */
 static hfreduceResult_t come_in(const struct hfr_batch *b, int i) {
-  const struct hfr_turn *t = &b->turn[i], *last = is_paired(b) && i > 0 ? t - 1 : NULL;
-  if (last && last->call != t->call) HFR_TRY(hfr_pairs_take(last->call, last->segment));
+  const struct hfr_turn *t = &b->turn[i];
   HFR_TRY(bring_in(b, t));
-  return last && last->call == t->call ? hfr_pairs_take(last->call, last->segment) : hfreduceSuccess;
+  return is_paired(b) && i > 0 ? hfr_pairs_take(t[-1].call, t[-1].segment) : hfreduceSuccess;
 }
 
 enum phase { BEGIN, START, FILL, STEP, END };
