@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 from typing import Any
 
-import programs
+import stand_ins
 
 
 def find_driver() -> str:
@@ -14,7 +15,7 @@ def find_driver() -> str:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return str(programs.cuda_stand_in() / "libcuda.so.1")
+        return str(Path(stand_ins.cuda_stand_in()) / "libcuda.so.1")
     return "libcuda.so.1"
 
 

@@ -22,6 +22,15 @@ SOURCES = ROOT / "tests" / "c"
 BUILD = ROOT / "build" / "c"
 #: Seconds that building may take.
 BUILD_LIMIT = 400
+#: What sanitized programs are told, by variant.
+SANITIZER_ENV = {
+    "plain": {},
+    "address": {
+        "ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    },
+    "thread": {"TSAN_OPTIONS": "second_deadlock_stack=1:history_size=4"},
+}
 
 
 def _load_build() -> ModuleType:
@@ -72,63 +81,6 @@ def built(program: str, variant: str = "plain") -> Path:
     with building(variant) as out:
         path: Path = build.build_program(out, SOURCES / f"{program}.c", sanitize="" if variant == "plain" else variant)
     return path
-
-
-def cuda_stand_in(variant: str = "plain") -> Path:
-    """Build the stand-in for CUDA's driver, plain or under a sanitizer, and return the directory in which it lies as libcuda.so.1."""
-    need_compiler()
-    double = SOURCES / "fake" / "cuda"
-    return _library(f"cuda-{variant}", "libcuda.so.1", sorted(double.glob("*.c")), [*double.glob("*.h")], variant)
-
-
-def pairs_stand_in(variant: str = "plain") -> str:
-    """Build what pairs of devices need beside the driver: our kernels for the host, and a double of NVRTC; return the loader's path to all."""
-    need_compiler()
-    driver = cuda_stand_in(variant)
-    compiler = _library(f"nvrtc-{variant}", "libnvrtc.so.12", [SOURCES / "fake" / "nvrtc.c"], [], variant)
-    kernels_on_host(variant, driver / "kernels.so")
-    return f"{driver}:{compiler}"
-
-
-def kernels_on_host(variant: str, target: Path) -> Path:
-    """Compile the kernels for the host, plain or under a sanitizer, unless that is done, and return the library's path."""
-    cxx = shlex.split(os.environ.get("CXX", "g++"))
-    if not shutil.which(cxx[0]):
-        pytest.skip(f"no {cxx[0]} on PATH")
-    sources = [SOURCES / "fake" / "kernels.cpp", ROOT / "csrc" / "device" / "cuda_reduce.cu"]
-    with building(target.parent.name):
-        if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in sources):
-            flags = (
-                "-std=c++17 -O2 -g -fPIC -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -fvisibility=hidden -shared"
-            )
-            command = [*cxx, *flags.split(), *build.SANITIZERS["" if variant == "plain" else variant], "-I", str(ROOT / "csrc")]
-            done = subprocess.run([*command, "-o", str(target), str(sources[0])], capture_output=True, text=True)
-            assert not done.returncode, done.stderr
-    return target
-
-
-def gdr_stand_in(variant: str = "plain") -> Path:
-    """Build the stand-in for GDRCopy's library, which works on that of CUDA's driver, and return the directory in which it lies."""
-    need_compiler()
-    return _library(f"gdr-{variant}", "libgdrapi.so.2", [SOURCES / "fake" / "gdrapi.c"], [], variant)
-
-
-def _library(folder: str, name: str, sources: list[Path], headers: list[Path], variant: str) -> Path:
-    """Build a shared library of our own in build/c/<folder>, if it is older than its sources, and return that directory."""
-    flags = f"-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=hidden -shared -Wl,-soname,{name}".split()
-    with building(folder) as out:
-        target = out / name
-        newest = max(p.stat().st_mtime for p in (*sources, *headers, *(ROOT / "csrc" / "device").glob("*.h")))
-        if not target.exists() or target.stat().st_mtime < newest:
-            command = [
-                *shlex.split(os.environ.get("CC", "gcc")),
-                *flags,
-                *build.SANITIZERS["" if variant == "plain" else variant],
-            ]
-            command += ["-I", str(ROOT / "csrc"), "-o", str(target), *map(str, sources), "-lpthread", "-ldl"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert not done.returncode, done.stderr
-    return BUILD / folder
 
 
 def run_to_end(command: list[str], folder: Path, limit: float, env: dict[str, str]) -> tuple[int | None, str]:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, SOURCES, build, building, built, environment, need_compiler, need_sanitizer, run_to_end, shorten
+from programs import (
+    BUILD_LIMIT,
+    SANITIZER_ENV,
+    SOURCES,
+    build,
+    building,
+    built,
+    environment,
+    need_compiler,
+    need_sanitizer,
+    run_to_end,
+    shorten,
+)
 
 #: Arguments by program and variant; a sanitized program costs 5 to 20 times as much.
 QUICK = {
@@ -21,15 +33,6 @@ THREADED = ["test_async", "test_base", "test_collectives", "test_naps", "test_p2
 SKIPPED = 77
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 240
-OPTIONS = {
-    "address": {
-        "ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    },
-    "thread": {"TSAN_OPTIONS": "second_deadlock_stack=1:history_size=4"},
-}
-
-
 PROGRAMS = sorted(p.stem for p in SOURCES.glob("test_*.c"))
 CASES = [("plain", p) for p in PROGRAMS] + [("address", p) for p in PROGRAMS] + [("thread", p) for p in PROGRAMS if p in THREADED]
 
@@ -43,7 +46,7 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
         need_sanitizer(sanitize, tmp_path)
     target = built(program, variant)
     arguments = QUICK.get(program, []) if sanitize else []
-    env = environment(**OPTIONS.get(variant, {}))
+    env = environment(**SANITIZER_ENV[variant])
     code, text = run_to_end([str(target), *arguments], tmp_path, RUN_LIMIT, env)
     if code == SKIPPED:
         pytest.skip(text.strip() or f"{program} says that it cannot run here")

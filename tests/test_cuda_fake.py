@@ -9,15 +9,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, ROOT, SOURCES, built, cuda_stand_in, environment, need_compiler, run_to_end, shorten
-from test_c import OPTIONS, need_sanitizer
+from programs import BUILD_LIMIT, ROOT, SOURCES, built, environment, need_compiler, shorten
+from stand_ins import RUN_LIMIT, check_program, cuda_stand_in, described, run_program
 
-#: Seconds that a program may run. Building comes on top.
-RUN_LIMIT = 100
 pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
 JITTER = {"FAKE_CUDA": "delay=200 seed=7"}
 HOST_FUNCTIONS = {"FAKE_CUDA": "memops=0", "HFREDUCE_DEBUG": "NONE"}
@@ -101,31 +98,16 @@ FAILURES = [
 ]
 
 
-def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str) -> tuple[int | None, str]:
-    """Build the program, run it on the stand-in; its exit status (None: it did not end) and output."""
-    if variant != "plain":
-        need_sanitizer(variant, tmp_path)
-    library = cuda_stand_in(variant)
-    target = built(program, variant)
-    leaks = tmp_path / "leaks"  # the stand-in keeps streams and nodes for ever
-    leaks.write_text("leak:libcuda.so.1\n")
-    more = {"LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0", **OPTIONS.get(variant, {}), **more}
-    return run_to_end([str(target), *arguments.split()], tmp_path, RUN_LIMIT, environment(LD_LIBRARY_PATH=str(library), **more))
-
-
 @pytest.mark.parametrize(
     ("variant", "program", "arguments", "more"), [c[1:] for c in CONFORMANCE], ids=[c[0] for c in CONFORMANCE]
 )
 def test_conformance(variant: str, program: str, arguments: str, more: dict[str, str], tmp_path: Path) -> None:
-    code, text = run(variant, program, arguments, tmp_path, **more)
-    how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
-    assert code == 0, f"{program} {arguments} ({variant}) {how}\n{shorten(text)}"
-    assert "stand-in driver (test double, no GPU)" in text, f"{program} did not run on the stand-in\n{shorten(text)}"
+    check_program(cuda_stand_in, variant, program, arguments, tmp_path, **more)
 
 
 @pytest.mark.parametrize("variant", ["plain", "address"])
 def test_a_killed_rank_ends_the_waits_of_the_others(variant: str, tmp_path: Path) -> None:
-    code, text = run(variant, "test_cuda_faults", "killed 3 1,1", tmp_path)
+    code, text = run_program(cuda_stand_in, variant, "test_cuda_faults", "killed 3 1,1", tmp_path)
     assert code == 1, shorten(text)
     assert "nodes 3: rank 2 ended with signal 9" in text
     assert "nodes 1,1: rank 1 ended with signal 9" in text
@@ -135,15 +117,14 @@ def test_a_killed_rank_ends_the_waits_of_the_others(variant: str, tmp_path: Path
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failing_driver(failure: str, tmp_path: Path) -> None:
-    code, text = run("plain", "test_cuda_faults", "failing 2 1,1", tmp_path, FAKE_CUDA=f"fail={failure}")
+    code, text = run_program(cuda_stand_in, "plain", "test_cuda_faults", "failing 2 1,1", tmp_path, FAKE_CUDA=f"fail={failure}")
     assert code == 0, shorten(text)
 
 
 def test_host_calls_make_no_context(tmp_path: Path) -> None:
     """Ranks on host memory work beside a driver that nobody initialised, and one that does not initialise at all."""
-    library = cuda_stand_in("plain")
-    target = built("test_collectives", "plain")
-    env = environment(LD_LIBRARY_PATH=str(library), FAKE_CUDA="fail=cuInit:0:100 fail=cuDevicePrimaryCtxRetain:0:100")
+    target = built("test_collectives")
+    env = environment(LD_LIBRARY_PATH=cuda_stand_in(), FAKE_CUDA="fail=cuInit:0:100 fail=cuDevicePrimaryCtxRetain:0:100")
     done = subprocess.run([str(target), "--quick", "2", "1,1"], capture_output=True, text=True, env=env, timeout=RUN_LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -169,9 +150,6 @@ def test_declarations_against_nvidias_header(tmp_path: Path) -> None:
     assert "our declarations agree" in subprocess.run([str(tmp_path / "abi")], capture_output=True, text=True, check=True).stdout
 
 
-DESCRIBE = "from hfreduce.params import describe; print('\\n'.join(f'{k}: {v}' for k, v in describe()))"
-
-
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -192,8 +170,6 @@ DESCRIBE = "from hfreduce.params import describe; print('\\n'.join(f'{k}: {v}' f
     ],
 )
 def test_what_info_tells(more: dict[str, str], expected: list[str]) -> None:
-    env = environment(LD_LIBRARY_PATH=str(cuda_stand_in("plain")), **more)
-    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
-    assert done.returncode == 0, done.stderr
+    text = described(LD_LIBRARY_PATH=cuda_stand_in(), **more)
     for words in expected:
-        assert words in done.stdout, done.stdout
+        assert words in text, text

@@ -10,14 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, ROOT, built, environment, pairs_stand_in, run_to_end, shorten
-from test_c import OPTIONS, need_sanitizer
-from test_cuda_fake import DESCRIBE
+from programs import BUILD_LIMIT, ROOT, environment, shorten
+from stand_ins import RUN_LIMIT, check_program, described, pairs_stand_in, run_program
 
 from hfreduce._ffi import BINARY_DIRECTORY
 
-#: Seconds that a program may run. Building comes on top.
-RUN_LIMIT = 100
 pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
 LINKED = "devices=4 nvlink=2"
 JITTER = {"FAKE_CUDA": f"{LINKED} delay=200 seed=5"}
@@ -109,53 +106,42 @@ IN_A_LAUNCH = [
 ]
 
 
-def run(variant: str, program: str, arguments: str, tmp_path: Path, **more: str) -> tuple[int | None, str]:
-    """Build the program, run it on the stand-ins; its exit status (None: it did not end) and output."""
-    if variant != "plain":
-        need_sanitizer(variant, tmp_path)
-    path = pairs_stand_in(variant)
-    target = built(program, variant)
-    leaks = tmp_path / "leaks"  # the stand-in keeps streams, nodes, functions and launches for ever
-    leaks.write_text("leak:libcuda.so.1\n")
-    preset = {
-        "FAKE_CUDA": LINKED,
-        "HFREDUCE_NVLINK_MIN": "4K",
-        "LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0",
-    }
-    env = environment(LD_LIBRARY_PATH=path, **{**preset, **OPTIONS.get(variant, {}), **more})
-    return run_to_end([str(target), *arguments.split()], tmp_path, RUN_LIMIT, env)
+#: Small calls go over pairs, too.
+PRESET = {"FAKE_CUDA": LINKED, "HFREDUCE_NVLINK_MIN": "4K"}
+
+
+def run(program: str, arguments: str, folder: Path, **more: str) -> tuple[int | None, str]:
+    """Run the program on the stand-ins; its exit status (None: it did not end) and output."""
+    return run_program(pairs_stand_in, "plain", program, arguments, folder, **{**PRESET, **more})
 
 
 @pytest.mark.parametrize(("variant", "program", "arguments", "more"), [c[1:] for c in RUNS], ids=[c[0] for c in RUNS])
 def test_conformance(variant: str, program: str, arguments: str, more: dict[str, str], tmp_path: Path) -> None:
-    code, text = run(variant, program, arguments, tmp_path, **more)
-    how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
-    assert code == 0, f"{program} {arguments} ({variant}) {how}\n{shorten(text)}"
-    assert "stand-in driver (test double, no GPU)" in text, f"{program} did not run on the stand-in\n{shorten(text)}"
+    check_program(pairs_stand_in, variant, program, arguments, tmp_path, **{**PRESET, **more})
 
 
 @pytest.mark.parametrize("failure", WHEN_MADE)
 def test_pairs_that_cannot_be_made_are_done_without(failure: str, tmp_path: Path) -> None:
-    code, text = run("plain", "test_cuda_pairs", "none 2 4", tmp_path, FAKE_CUDA=f"{LINKED} fail={failure}")
+    code, text = run("test_cuda_pairs", "none 2 4", tmp_path, FAKE_CUDA=f"{LINKED} fail={failure}")
     assert code == 0, shorten(text)
     assert f"GPUs will not reduce over NVLink: {failure.split(':')[0]} failed" in text, shorten(text)
 
 
 @pytest.mark.parametrize("failure", IN_A_LAUNCH)
 def test_a_failing_driver(failure: str, tmp_path: Path) -> None:
-    code, text = run("plain", "test_cuda_faults", "failing 2 4", tmp_path, FAKE_CUDA=f"{LINKED} fail={failure}")
+    code, text = run("test_cuda_faults", "failing 2 4", tmp_path, FAKE_CUDA=f"{LINKED} fail={failure}")
     assert code == 0, shorten(text)
 
 
 def test_a_killed_rank_ends_the_waits_of_the_others(tmp_path: Path) -> None:
-    code, text = run("plain", "test_cuda_faults", "killed 2 4", tmp_path)
+    code, text = run("test_cuda_faults", "killed 2 4", tmp_path)
     assert code == 1, shorten(text)
     assert text.count("killed, 2: 1 ranks failed") == 1, shorten(text)
     assert text.count("killed, 4: 1 ranks failed") == 1, shorten(text)
 
 
 def test_a_late_partner_is_named(tmp_path: Path) -> None:
-    _, text = run("plain", "test_cuda_faults", "deadline 2", tmp_path, HFREDUCE_DEBUG="INFO")
+    _, text = run("test_cuda_faults", "deadline 2", tmp_path, HFREDUCE_DEBUG="INFO")
     assert "all_reduce over NVLink pairs" in text, shorten(text)
     assert "rank 0 reduces with rank 1 over NVLink, from 4096 bytes on" in text, shorten(text)
 
@@ -190,7 +176,5 @@ def test_one_process_for_all_devices(devices: int) -> None:
     ],
 )
 def test_what_info_tells(more: dict[str, str], expected: str) -> None:
-    env = environment(LD_LIBRARY_PATH=pairs_stand_in(), **{"FAKE_CUDA": LINKED, **more})
-    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert expected in done.stdout, done.stdout
+    text = described(LD_LIBRARY_PATH=pairs_stand_in(), **{"FAKE_CUDA": LINKED, **more})
+    assert expected in text, text

@@ -7,17 +7,12 @@ without one; a mapping does not reach memory that was allocated after it was mad
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, built, cuda_stand_in, environment, gdr_stand_in, run_to_end, shorten
-from test_c import OPTIONS, need_sanitizer
-from test_cuda_fake import DESCRIBE
+from programs import BUILD_LIMIT
+from stand_ins import RUN_LIMIT, check_program, cuda_stand_in, described, gdr_stand_in
 
-#: Seconds that a program may run. Building comes on top.
-RUN_LIMIT = 100
 pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
 LARGE = {"HFREDUCE_GDR_MAX": "1M"}  # as much as one segment holds
 JITTER = {"FAKE_CUDA": "delay=200 seed=5"}
@@ -47,24 +42,11 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str], str]] = [
 ]
 
 
-def paths(variant: str = "plain") -> str:
-    """The loader's path to both stand-ins."""
-    return f"{cuda_stand_in(variant)}:{gdr_stand_in(variant)}"
-
-
 @pytest.mark.parametrize(
     ("variant", "program", "arguments", "more", "ways"), [c[1:] for c in CONFORMANCE], ids=[c[0] for c in CONFORMANCE]
 )
 def test_conformance(variant: str, program: str, arguments: str, more: dict[str, str], ways: str, tmp_path: Path) -> None:
-    if variant != "plain":
-        need_sanitizer(variant, tmp_path)
-    leaks = tmp_path / "leaks"  # the stand-ins keep streams, nodes and mappings for ever
-    leaks.write_text("leak:libcuda.so.1\nleak:libgdrapi.so.2\n")
-    more = {"LSAN_OPTIONS": f"suppressions={leaks}:print_suppressions=0", **OPTIONS.get(variant, {}), "FAKE_GDR": "count", **more}
-    command = [str(built(program, variant)), *arguments.split()]
-    code, text = run_to_end(command, tmp_path, RUN_LIMIT, environment(LD_LIBRARY_PATH=paths(variant), **more))
-    assert code == 0, f"{program} {arguments} ({variant}) ended with {code}\n{shorten(text)}"
-    assert "stand-in driver (test double, no GPU)" in text, shorten(text)
+    text = check_program(gdr_stand_in, variant, program, arguments, tmp_path, **{"FAKE_GDR": "count", **more})
     told = [tuple(map(int, counts)) for counts in re.findall(r"(\d+) mappings, (\d+) alive, (\d+) reads, (\d+) writes", text)]
     reads, writes, alive = (sum(t[2] for t in told), sum(t[3] for t in told), max((t[1] for t in told), default=0))
     assert (reads > 0, writes > 0) == ("r" in ways, "w" in ways), f"{reads} reads and {writes} writes went through mappings"
@@ -80,12 +62,10 @@ def test_conformance(variant: str, program: str, arguments: str, more: dict[str,
     ],
 )
 def test_what_info_tells(more: dict[str, str], expected: str) -> None:
-    env = environment(LD_LIBRARY_PATH=paths(), **more)
-    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
-    assert expected in done.stdout, done.stdout + done.stderr
+    text = described(LD_LIBRARY_PATH=gdr_stand_in(), **more)
+    assert expected in text, text
 
 
 def test_without_the_library() -> None:
-    env = environment(LD_LIBRARY_PATH=str(cuda_stand_in()))
-    done = subprocess.run([sys.executable, "-c", DESCRIBE], capture_output=True, text=True, env=env, timeout=60)
-    assert "device cuda GDRCopy: not used: not installed" in done.stdout, done.stdout + done.stderr
+    text = described(LD_LIBRARY_PATH=cuda_stand_in())
+    assert "device cuda GDRCopy: not used: not installed" in text, text

@@ -13,8 +13,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from programs import BUILD, BUILD_LIMIT, SOURCES, building, built, environment, need_compiler, run_to_end, shorten
-from test_c import OPTIONS, need_sanitizer
+from programs import (
+    BUILD,
+    BUILD_LIMIT,
+    SANITIZER_ENV,
+    SOURCES,
+    building,
+    built,
+    environment,
+    need_compiler,
+    need_sanitizer,
+    run_to_end,
+    shorten,
+)
 
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 120
@@ -76,7 +87,7 @@ def run(variant: str, program: str, arguments: str, libibverbs: Path, devices: P
     if variant != "plain":
         need_sanitizer(variant, devices.parent)
     target = built(program, variant)
-    env = environment(**OPTIONS.get(variant, {}), HFREDUCE_TEST_SYSFS=str(devices), LD_LIBRARY_PATH=str(libibverbs), **more)
+    env = environment(**SANITIZER_ENV[variant], HFREDUCE_TEST_SYSFS=str(devices), LD_LIBRARY_PATH=str(libibverbs), **more)
     code, text = run_to_end([str(target), *arguments.split()], devices.parent, RUN_LIMIT, env)
     if "process_vm_writev is not permitted here" in text:
         pytest.skip("process_vm_writev, which the fake writes with, is not permitted here")

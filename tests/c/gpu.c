@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 struct gpu gpu;
@@ -89,6 +90,24 @@ void gpu_read(void *to, const void *from, size_t bytes, hfr_cu_stream stream) {
   if (!bytes) return;
   CU(gpu.cu->copy_async((hfr_cu_ptr)to, (hfr_cu_ptr)from, bytes, stream));
   CU(gpu.stream_sync(stream));
+}
+
+double gpu_now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+int gpu_runs_dry(hfr_cu_stream stream, double seconds) {
+  for (double end = gpu_now() + seconds; gpu.cu->stream_query(stream) == HFR_CU_NOT_READY; usleep(1000))
+    if (gpu_now() > end) return 0;
+  return 1;
+}
+
+hfreduceResult_t gpu_error_of(hfreduceComm_t comm, double seconds) {
+  hfreduceResult_t error = hfreduceSuccess;
+  for (double end = gpu_now() + seconds; !error && gpu_now() < end; usleep(1000)) hfreduceCommGetAsyncError(comm, &error);
+  return error;
 }
 
 hfreduceComm_t gpu_join(int rank, int n, const hfreduceUniqueId *id) {

@@ -7,24 +7,6 @@
 #include "ranks.h"
 
 #include <hfreduce.h>
-#include <stdio.h>
-
-/* In a function with `rank` that returns the number of failures. */
-#define OK(call)                                                                                                          \
-  do {                                                                                                                    \
-    hfreduceResult_t ok_ = (call);                                                                                        \
-    if (ok_) {                                                                                                            \
-      fprintf(stderr, "%s:%d rank %d: %s -> %d: %s\n", __FILE__, __LINE__, rank, #call, ok_, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                                           \
-    }                                                                                                                     \
-  } while (0)
-#define WANT(condition)                                                                                                       \
-  do {                                                                                                                        \
-    if (!(condition)) {                                                                                                       \
-      fprintf(stderr, "%s:%d rank %d: %s is false (%s)\n", __FILE__, __LINE__, rank, #condition, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                                               \
-    }                                                                                                                         \
-  } while (0)
 
 typedef struct exec *gpu_exec;
 extern struct gpu {
@@ -60,6 +42,12 @@ void gpu_copy(void *to, const void *from, size_t bytes, hfr_cu_stream stream);
 void gpu_fill(void *to, int byte, size_t bytes, hfr_cu_stream stream);
 /* Copy to the host, after all that is in the stream. */
 void gpu_read(void *to, const void *from, size_t bytes, hfr_cu_stream stream);
+
+/* The stream runs dry within so many seconds. */
+int gpu_runs_dry(hfr_cu_stream stream, double seconds);
+/* Wait for the communicator's error so many seconds, and give it. */
+hfreduceResult_t gpu_error_of(hfreduceComm_t comm, double seconds);
+double gpu_now(void);
 
 /* A rank's start: a device and a communicator. Ends the process when there is none. */
 hfreduceComm_t gpu_join(int rank, int nranks, const hfreduceUniqueId *id);

@@ -3,6 +3,24 @@
 #ifndef TESTS_RANKS_H_
 #define TESTS_RANKS_H_
 #include <hfreduce.h>
+#include <stdio.h>
+
+/* In a function with `rank` that returns the number of failures. */
+#define OK(call)                                                                                                          \
+  do {                                                                                                                    \
+    hfreduceResult_t ok_ = (call);                                                                                        \
+    if (ok_) {                                                                                                            \
+      fprintf(stderr, "%s:%d rank %d: %s -> %d: %s\n", __FILE__, __LINE__, rank, #call, ok_, hfreduceGetLastError(NULL)); \
+      return 1;                                                                                                           \
+    }                                                                                                                     \
+  } while (0)
+#define WANT(condition)                                                                                                       \
+  do {                                                                                                                        \
+    if (!(condition)) {                                                                                                       \
+      fprintf(stderr, "%s:%d rank %d: %s is false (%s)\n", __FILE__, __LINE__, rank, #condition, hfreduceGetLastError(NULL)); \
+      return 1;                                                                                                               \
+    }                                                                                                                         \
+  } while (0)
 
 /* `nodes`: sizes, e.g. "2,1,1": ranks 0 and 1 on node 0, and so on; or "0.1.0": the node of each rank. The function returns the
  * number of failures. */

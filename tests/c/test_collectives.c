@@ -8,15 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define OK(call)                                                                                                          \
-  do {                                                                                                                    \
-    hfreduceResult_t ok_ = (call);                                                                                        \
-    if (ok_) {                                                                                                            \
-      fprintf(stderr, "%s:%d rank %d: %s -> %d: %s\n", __FILE__, __LINE__, rank, #call, ok_, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                                           \
-    }                                                                                                                     \
-  } while (0)
-
 /* The value that rank r has at position i: small, so that float32 sums are exact. */
 static int64_t value(int r, size_t i) { return (int64_t)((i * 7 + (size_t)r * 13) % 31) - 9; }
 static int64_t sum_at(int n, size_t i) {

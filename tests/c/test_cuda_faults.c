@@ -12,33 +12,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define COUNT 100000
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-/* The stream runs dry within so many seconds. */
-static int runs_dry(hfr_cu_stream stream, double seconds) {
-  double end = now() + seconds;
-  while (gpu.cu->stream_query(stream) == HFR_CU_NOT_READY) {
-    if (now() > end) return 0;
-    usleep(1000);
-  }
-  return 1;
-}
-
-/* Wait for the communicator's error, and give it. */
-static hfreduceResult_t error_of(hfreduceComm_t comm, double seconds) {
-  hfreduceResult_t error = hfreduceSuccess;
-  for (double end = now() + seconds; !error && now() < end; usleep(1000)) hfreduceCommGetAsyncError(comm, &error);
-  return error;
-}
 
 /* Refused: InvalidArgument, with all these words. */
 static int refuses(hfreduceResult_t result, const char *a, const char *b) {
@@ -124,8 +100,8 @@ static int mismatch(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   gpu_fill(x, 0, COUNT * 4, stream);
   OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
   OK(hfreduceAllReduce(x, x, rank == 1 ? COUNT - 1 : COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
-  WANT(error_of(comm, 5) == hfreduceMismatch && strstr(hfreduceGetLastError(comm), "99999"));
-  WANT(runs_dry(stream, 5));
+  WANT(gpu_error_of(comm, 5) == hfreduceMismatch && strstr(hfreduceGetLastError(comm), "99999"));
+  WANT(gpu_runs_dry(stream, 5));
   WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream) == hfreduceMismatch);
   OK(hfreduceCommDestroy(comm));
   gpu_free(x);
@@ -140,14 +116,14 @@ static int deadline(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   (void)arg;
   OK(hfreduceCommSetTimeout(comm, 0.5));
   gpu_fill(x, 0, COUNT * 4, stream);
-  double start = now();
+  double start = gpu_now();
   if (rank != n - 1)
     for (int i = 0; i < 20; i++) { /* more than there are segments: some wait for the slots of others */
       hfreduceResult_t r = hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream);
       WANT(!r || r == hfreduceTimeout);
     }
-  WANT(error_of(comm, 5) == hfreduceTimeout && strstr(hfreduceGetLastError(comm), "deadline"));
-  WANT(runs_dry(stream, 5) && now() - start < 4);
+  WANT(gpu_error_of(comm, 5) == hfreduceTimeout && strstr(hfreduceGetLastError(comm), "deadline"));
+  WANT(gpu_runs_dry(stream, 5) && gpu_now() - start < 4);
   OK(hfreduceCommDestroy(comm));
   gpu_free(x);
   return 0;
@@ -171,8 +147,8 @@ static int aborted(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   if (rank == 0) OK(hfreduceSend(x, COUNT, hfreduceFloat32, n - 1, comm, stream));
   if (rank == n - 1) OK(hfreduceRecv(x, 7, hfreduceFloat32, rank, comm, stream)); /* nobody sends that */
   if (rank == 0) pthread_create(&thread, NULL, abort_later, comm);
-  WANT(error_of(comm, 5) == hfreduceAborted);
-  WANT(runs_dry(stream, 3));
+  WANT(gpu_error_of(comm, 5) == hfreduceAborted);
+  WANT(gpu_runs_dry(stream, 3));
   if (rank == 0) pthread_join(thread, NULL);
   WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream) == hfreduceAborted);
   OK(hfreduceCommDestroy(comm));
@@ -196,13 +172,13 @@ static int killed(int rank, int n, const hfreduceUniqueId *id, void *arg) {
     kill(getppid(), SIGKILL); /* ... and dies */
     _exit(0);
   }
-  double start = now();
+  double start = gpu_now();
   for (int i = 0; i < 10; i++) {
     hfreduceResult_t r = hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream);
     WANT(!r || r == hfreduceRemoteError);
   }
-  WANT(error_of(comm, 5) == hfreduceRemoteError);
-  WANT(runs_dry(stream, 3) && now() - start < 3);
+  WANT(gpu_error_of(comm, 5) == hfreduceRemoteError);
+  WANT(gpu_runs_dry(stream, 3) && gpu_now() - start < 3);
   OK(hfreduceCommDestroy(comm));
   gpu_free(x);
   return 0;
@@ -236,12 +212,12 @@ static int destroyed(int rank, int n, const hfreduceUniqueId *id, void *arg) {
     CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
     CU(gpu.cu->stream_wait_value(stream, address, 1, HFR_CU_WAIT_GEQ));
     OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
-    double start = now();
+    double start = gpu_now();
     if (!hopeless) pthread_create(&thread, NULL, release_later, &r);
     OK(hfreduceCommDestroy(comm));
-    WANT(now() - start < 25);
+    WANT(gpu_now() - start < 25);
     if (!hopeless) {
-      WANT(now() - start > 0.2);
+      WANT(gpu_now() - start > 0.2);
       pthread_join(thread, NULL);
       gpu_read(&got, x + COUNT - 1, 4, stream);
       WANT(got == (float)n);
@@ -287,7 +263,7 @@ static int failing(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceResult_t r = hfreduceSuccess;
   for (int i = 0; i < 40 && !r; i++) r = hfreduceAllReduce(x, x, COUNT * 8, hfreduceFloat32, hfreduceSum, comm, stream);
   WANT(r);
-  WANT(runs_dry(stream, 5));
+  WANT(gpu_runs_dry(stream, 5));
   OK(hfreduceCommDestroy(comm));
   gpu_free(x);
   return 0;

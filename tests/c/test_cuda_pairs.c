@@ -14,7 +14,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 /* Kernels that the stand-in has been given. */
@@ -30,24 +29,6 @@ static int joined(int rank, int n) {
   if (gpu.devices >= n && !hfr_device_links(rank, &links)) return 1;
   fprintf(stderr, "rank %d: no NVLink for %d ranks here: nothing is tested\n", rank, n);
   return 0;
-}
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-static int runs_dry(hfr_cu_stream stream, double seconds) {
-  for (double end = now() + seconds; gpu.cu->stream_query(stream) == HFR_CU_NOT_READY; usleep(1000))
-    if (now() > end) return 0;
-  return 1;
-}
-
-static hfreduceResult_t error_of(hfreduceComm_t comm, double seconds) {
-  hfreduceResult_t error = hfreduceSuccess;
-  for (double end = now() + seconds; !error && now() < end; usleep(1000)) hfreduceCommGetAsyncError(comm, &error);
-  return error;
 }
 
 static _Thread_local uint32_t state;
@@ -189,8 +170,8 @@ static int apart(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceResult_t r = hfreduceAllReduce(rank == 1 ? host : x, rank == 1 ? host : x, COUNT, hfreduceFloat32, hfreduceSum, comm,
                                          rank == 1 ? NULL : stream);
   WANT(r == (rank == 1 ? hfreduceMismatch : hfreduceSuccess));
-  WANT(error_of(comm, 5) == hfreduceMismatch && strstr(hfreduceGetLastError(comm), "over NVLink pairs"));
-  WANT(runs_dry(stream, 5));
+  WANT(gpu_error_of(comm, 5) == hfreduceMismatch && strstr(hfreduceGetLastError(comm), "over NVLink pairs"));
+  WANT(gpu_runs_dry(stream, 5));
   OK(hfreduceCommDestroy(comm));
   /* the other communicator is none the worse for it */
   float got, one = 1;
@@ -235,11 +216,11 @@ static int aborted(int rank, int n, const hfreduceUniqueId *id, void *arg) {
     for (int i = 0; i < 10; i++) OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
     usleep(200000);
     if (rank == 0) OK(hfreduceCommAbort(comm));
-    WANT(error_of(comm, 2) == hfreduceAborted);
-    WANT(runs_dry(stream, 1.5));
+    WANT(gpu_error_of(comm, 2) == hfreduceAborted);
+    WANT(gpu_runs_dry(stream, 1.5));
   } else {
     sleep(3);
-    WANT(error_of(comm, 1) == hfreduceAborted);
+    WANT(gpu_error_of(comm, 1) == hfreduceAborted);
     WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream) == hfreduceAborted);
   }
   OK(hfreduceCommDestroy(comm));
@@ -361,7 +342,7 @@ static int any_order(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   }
   OK(hfreduceGroupEnd());
   for (int i = 0; i < 2; i++) {
-    WANT(runs_dry(stream[i], 8));
+    WANT(gpu_runs_dry(stream[i], 8));
     gpu_read(&got, x[i] + LARGE - 1, 4, stream[i]);
     WANT(got == (float)n);
     OK(hfreduceCommDestroy(comm[i]));
@@ -373,7 +354,7 @@ static int any_order(int rank, int n, const hfreduceUniqueId *id, void *arg) {
 
 static int large_is_right(int rank, int n, hfreduceComm_t comm, hfr_cu_stream stream, const float *x, size_t count) {
   float got;
-  WANT(runs_dry(stream, 12));
+  WANT(gpu_runs_dry(stream, 12));
   gpu_read(&got, x + count - 1, 4, stream);
   WANT(got == (float)n);
   OK(hfreduceCommDestroy(comm));

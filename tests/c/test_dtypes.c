@@ -8,15 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define OK(call)                                                                                                          \
-  do {                                                                                                                    \
-    hfreduceResult_t ok_ = (call);                                                                                        \
-    if (ok_) {                                                                                                            \
-      fprintf(stderr, "%s:%d rank %d: %s -> %d: %s\n", __FILE__, __LINE__, rank, #call, ok_, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                                           \
-    }                                                                                                                     \
-  } while (0)
-
 #define PREMUL ((int)hfreduceNumOps) /* times two, then the sum */
 static const size_t counts[] = {3, 1001, 20011};
 #define LARGEST 20011

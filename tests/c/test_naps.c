@@ -18,21 +18,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define OK(call)                                                                                       \
-  do {                                                                                                 \
-    hfreduceResult_t result_ = (call);                                                                 \
-    if (result_) {                                                                                     \
-      fprintf(stderr, "rank %d: %s: %d: %s\n", rank, #call, (int)result_, hfreduceGetLastError(NULL)); \
-      return 1;                                                                                        \
-    }                                                                                                  \
-  } while (0)
-#define WANT(condition)                                                               \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      fprintf(stderr, "rank %d: line %d: %s is false\n", rank, __LINE__, #condition); \
-      return 1;                                                                       \
-    }                                                                                 \
-  } while (0)
 #define UNTIL(condition) \
   while (!(condition)) usleep(200)
 
