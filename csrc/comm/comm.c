@@ -270,7 +270,9 @@ hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t
 hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommPending"));
   if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommPending: count is NULL");
-  *count = (int)atomic_load_explicit(&comm->engine.active, memory_order_acquire);
+  int active = (int)atomic_load_explicit(&comm->engine.active, memory_order_acquire);
+  int calls = active - (int)atomic_load_explicit(&comm->engine.partial, memory_order_relaxed);
+  *count = active && calls < 1 ? 1 : calls; /* the two move one after the other */
   return hfreduceSuccess;
 }
 

@@ -70,6 +70,7 @@ struct hfreduceComm {
   _Atomic uint32_t go;             /* futex: moves when the state below does */
   _Atomic int ready, went, failed; /* rank 0: how many others are; all are ready; an error came before that */
   hfreduceErrorInfo_t early;       /* valid once failed */
+  _Atomic int untold;              /* the engine's error came from a half: ranks of the other half have not heard of it */
   /* the watcher's: collectives begun when it last looked, and for how many looks */
   uint64_t seen;
   int idle;

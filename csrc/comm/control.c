@@ -145,7 +145,15 @@ void hfr_control_event(struct hfreduceComm *c, int peer) {
   peer_lost(c, peer, "died or lost its connection");
 }
 
+void hfr_control_tell(struct hfreduceComm *c) {
+  hfreduceErrorInfo_t info;
+  if (!atomic_exchange(&c->untold, 0) || !hfr_engine_error(&c->engine, &info)) return;
+  for (int i = 0; i < c->ncontrol; i++)
+    if (c->control[i].fd >= 0) hfr_conn_send(&c->control[i], HFR_FRAME_ERROR, &info, sizeof info);
+}
+
 void hfr_control_tick(struct hfreduceComm *c, int64_t now) {
+  hfr_control_tell(c);
   int64_t limit = (int64_t)(hfr_param_real(HFR_PARAM_HEARTBEAT) * 1e9);
   if (!limit || !c->went) return;
   for (int i = 0; i < c->ncontrol; i++) {

@@ -93,6 +93,7 @@ static hfreduceResult_t plan_part(const struct grouped *g, struct hfr_request **
   }
   (*out)->fp = hfr_call_fingerprint(&g->of->call);
   (*out)->fp.way = 1;
+  (*out)->partial = g->part != EXCHANGE_BACK; /* which ends last */
   (*out)->fp.seq = atomic_load(&g->comm->pairs)->calls;
   return hfreduceSuccess;
 }

@@ -156,8 +156,8 @@ void hfr_pairs_broke(struct hfreduceComm *c, const hfreduceErrorInfo_t *info, in
   if (info->peer >= 0 && info->peer < c->nranks) told.peer = p->ranks[info->peer];
   if (tell)
     hfr_engine_fail(&c->whole->engine, &told);
-  else
-    hfr_engine_break(&c->whole->engine, &told);
+  else if (hfr_engine_break(&c->whole->engine, &told))
+    atomic_store(&c->whole->untold, 1); /* for the watcher, which may be who calls, with the runtime's lock */
 }
 
 void hfr_pairs_destroy(struct hfreduceComm *c) {

@@ -19,6 +19,7 @@ static void at_exit(void) {
   for (struct hfreduceComm *c = hfr_rt.comms; c; c = c->next) {
     int32_t rank = c->rank;
     if (c->pid != getpid()) continue;
+    hfr_control_tell(c);
     for (int i = 0; i < c->ncontrol; i++)
       if (c->control[i].fd >= 0) hfr_conn_send(&c->control[i], HFR_FRAME_BYE, &rank, sizeof rank);
   }
@@ -107,6 +108,7 @@ void hfr_runtime_remove(struct hfreduceComm *c) {
       *at = c->next;
       break;
     }
+  hfr_control_tell(c);
   for (int i = 0; i < c->ncontrol; i++) {
     if (c->control[i].fd < 0) continue;
     hfr_conn_send(&c->control[i], HFR_FRAME_BYE, &rank, sizeof rank);

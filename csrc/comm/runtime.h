@@ -70,6 +70,8 @@ void hfr_root_tick(int64_t now_ns);
 /* --- control.c --- */
 /* The control connection to `peer` is ready. */
 void hfr_control_event(struct hfreduceComm *comm, int peer);
-/* Say on all of them that this process lives; who has been silent too long is lost. */
+/* What broke the engine came from a half: tell the ranks of the other half, unless that has been done. */
+void hfr_control_tell(struct hfreduceComm *comm);
+/* Do that, and say on all of them that this process lives; who has been silent too long is lost. */
 void hfr_control_tick(struct hfreduceComm *comm, int64_t now_ns);
 #endif

@@ -49,6 +49,7 @@ struct hfr_request {
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;
+  int partial; /* it is part of a call that another request stands for */
   int lent; /* bit 0: the send buffer was lent to the transport, bit 1: the receive buffer, bit 2: a local rank's lending area */
   uint64_t ticket; /* a send's turn on the link */
   int source;      /* a receive: whose message it takes; -1: none yet */
@@ -121,6 +122,7 @@ struct hfr_engine {
   _Atomic int inbox_full;
   struct hfr_request *free;
   _Atomic uint32_t active;    /* requests submitted and not ended */
+  _Atomic uint32_t partial;   /* of these, so many are parts of calls that others stand for */
   _Atomic uint32_t windows;   /* of these, so many work on a device's memory: its words must be looked at */
   _Atomic uint32_t armed;     /* replays whose graph may be launched */
   _Atomic uint32_t due;       /* of these, so many may have been, as the driver last saw: the same */

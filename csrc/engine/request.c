@@ -156,6 +156,7 @@ static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceEr
     atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
   }
   r->running = 0;
+  if (r->partial) atomic_fetch_sub_explicit(&e->partial, 1, memory_order_relaxed);
   if (!r->replay) hfr_request_let_go(e, r);
   atomic_fetch_sub_explicit(&e->active, 1, memory_order_release); /* pairs with hfreduceCommFinalize */
   tell(w, error);
@@ -167,6 +168,7 @@ void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
   *e->inbox_tail = r;
   e->inbox_tail = &r->next;
   if (!r->replay) atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
+  if (r->partial) atomic_fetch_add_explicit(&e->partial, 1, memory_order_relaxed);
   if (!r->replay && r->window) atomic_fetch_add_explicit(&e->windows, 1, memory_order_relaxed);
   atomic_store_explicit(&e->inbox_full, 1, memory_order_release);
   pthread_mutex_unlock(&e->lock);

@@ -14,6 +14,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 /* Kernels that the stand-in has been given. */
@@ -265,6 +266,28 @@ static int family(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* A half's connection breaks, which no rank of the other half sees. */
+static int half_lost(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4);
+  int pending;
+  (void)arg;
+  if (sum_is_right(rank, n, comm, stream, x)) return 1;
+  OK(hfreduceBarrier(comm, NULL));
+  if (rank % 2) OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  if (rank % 2) OK(hfreduceCommPending(comm, &pending));
+  if (rank % 2) WANT(pending == 1);
+  usleep(200000); /* until all have left the barrier */
+  if (rank == 2) shutdown(hfr_pairs_half(comm)->control[0].fd, SHUT_RDWR);
+  WANT(gpu_error_of(comm, 5) == hfreduceRemoteError);
+  WANT(strstr(hfreduceGetLastError(comm), "among ranks 0 2 of the NVLink pairs"));
+  WANT(gpu_runs_dry(stream, 5));
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  return 0;
+}
+
 /* There are no pairs: an odd number of ranks, one device for all, switched off, or a driver that fails when they are made. */
 static int none(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
@@ -455,6 +478,7 @@ int main(int argc, char **argv) {
       {"elsewhere", elsewhere, "4"},
       {"aborted", aborted, "4 2,2 t4"},
       {"family", family, "4"},
+      {"half_lost", half_lost, "4 2,2"},
       {"one_sided", one_sided, "2 4"},
       {"any_order", any_order, "2 4"},
       {"in_group", in_group, "2 4"},
