@@ -128,6 +128,7 @@ hfreduceResult_t hfr_kernels_compile(int capability, void **image, size_t *bytes
 struct hfr_kernels {
   struct hfr_kernels *next;
   void *context;
+  unsigned long long id; /* of the context: a device that is reset makes a new one, at the same address; 0 before CUDA 12 */
   hfr_cu_function pair[hfreduceNumTypes][OPS];
 };
 
@@ -175,9 +176,12 @@ static hfreduceResult_t load_here(int device, struct hfr_kernels *k) {
 
 hfreduceResult_t hfr_kernels_load(int device, void *context, const struct hfr_kernels **kernels) {
   hfreduceResult_t r = hfreduceSuccess;
+  unsigned long long id = 0;
+  const struct hfr_cu *cu = hfr_cuda();
+  if (cu->context_id && cu->context_id(context, &id)) id = 0;
   pthread_mutex_lock(&loaded.lock);
   struct hfr_kernels *k = loaded.list;
-  while (k && k->context != context) k = k->next;
+  while (k && (k->context != context || k->id != id)) k = k->next;
   if (!k && !(k = calloc(1, sizeof *k))) r = hfr_fail(hfreduceSystemError, "out of memory for kernels");
   if (!r && !k->context) {
     r = load_here(device, k);
@@ -185,6 +189,7 @@ hfreduceResult_t hfr_kernels_load(int device, void *context, const struct hfr_ke
       free(k);
     } else {
       k->context = context;
+      k->id = id;
       k->next = loaded.list;
       loaded.list = k;
     }

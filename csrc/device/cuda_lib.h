@@ -121,6 +121,7 @@ struct hfr_cu_ipc { /* CUipcMemHandle */
   X(context_push, "cuCtxPushCurrent", "cuCtxPushCurrent_v2", (hfr_cu_context context))                                           \
   X(context_pop, "cuCtxPopCurrent", "cuCtxPopCurrent_v2", (hfr_cu_context * context))                                            \
   X(context_current, "cuCtxGetCurrent", "cuCtxGetCurrent", (hfr_cu_context * context))                                           \
+  X(context_id, "cuCtxGetId", "cuCtxGetId", (hfr_cu_context context, unsigned long long *id))                                    \
   X(context_device, "cuCtxGetDevice", "cuCtxGetDevice", (hfr_cu_device * device))                                                \
   X(pointer_attributes, "cuPointerGetAttributes", "cuPointerGetAttributes",                                                      \
     (unsigned count, int *attributes, void **data, hfr_cu_ptr pointer))                                                          \
@@ -174,6 +175,7 @@ struct hfr_cu_ipc { /* CUipcMemHandle */
 
 /* Without these the device layer works, but the features that need them do not: NULL then. */
 #define HFR_CU_OPTIONAL(X) \
+  X(context_id)            \
   X(pointer_set)           \
   X(stream_wait_value)     \
   X(stream_write_value)    \

@@ -40,6 +40,7 @@ static void find_all(void) {
   find(&gpu.exec_destroy, "cuGraphExecDestroy", "cuGraphExecDestroy");
   find(&gpu.context_create, "cuCtxCreate", "cuCtxCreate_v2");
   find(&gpu.context_destroy, "cuCtxDestroy", "cuCtxDestroy_v2");
+  find(&gpu.reset, "cuDevicePrimaryCtxReset", "cuDevicePrimaryCtxReset_v2");
 }
 
 static void open_once(void) {

@@ -26,6 +26,7 @@ extern struct gpu {
   hfr_cu_result (*exec_destroy)(gpu_exec exec);
   hfr_cu_result (*context_create)(hfr_cu_context *context, unsigned flags, hfr_cu_device device);
   hfr_cu_result (*context_destroy)(hfr_cu_context context);
+  hfr_cu_result (*reset)(hfr_cu_device device);
 } gpu;
 
 /* Open the driver and make the primary context of a device (modulo how many there are) the thread's. 0: there is no driver, or no

@@ -266,6 +266,29 @@ static int family(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* The device is reset between two communicators: what was loaded in its context is gone. */
+static int reset(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t parent, comm;
+  (void)arg;
+  OK(hfreduceCommInitRank(&parent, n, *id, rank)); /* with no device yet: it lives on */
+  if (!gpu_open(rank)) exit(77);
+  for (int i = 0; i < 3; i++) {
+    hfr_cu_stream stream = gpu_stream();
+    float *x = gpu_alloc(COUNT * 4);
+    uint64_t before = kernels();
+    OK(hfreduceCommSplit(parent, 0, rank, &comm, NULL));
+    if (sum_is_right(rank, n, comm, stream, x)) return 1;
+    WANT(!gpu.stand_in || kernels() > before);
+    OK(hfreduceCommDestroy(comm));
+    OK(hfreduceBarrier(parent, NULL)); /* who still has this device's memory open would lose it */
+    CU(gpu.reset(rank % gpu.devices));
+    OK(hfreduceBarrier(parent, NULL));
+    if (!gpu_open(rank)) return 1;
+  }
+  OK(hfreduceCommDestroy(parent));
+  return 0;
+}
+
 /* A half's connection breaks, which no rank of the other half sees. */
 static int half_lost(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
@@ -479,6 +502,7 @@ int main(int argc, char **argv) {
       {"aborted", aborted, "4 2,2 t4"},
       {"family", family, "4"},
       {"half_lost", half_lost, "4 2,2"},
+      {"reset", reset, "2 4"},
       {"one_sided", one_sided, "2 4"},
       {"any_order", any_order, "2 4"},
       {"in_group", in_group, "2 4"},

@@ -112,7 +112,7 @@ EXPORT hfr_cu_result cuInit(unsigned flags) {
     r = HFR_CU_NO_DEVICE;
   else
     fake.pid = getpid();
-  for (int i = 0; i < fake.devices; i++) fake.primary[i].device = i, fake.primary[i].primary = 1;
+  for (int i = 0; i < fake.devices; i++) fake.primary[i] = (struct CUctx_st){.device = i, .primary = 1, .id = ++fake.contexts};
   UNLOCK();
   return r;
 }
@@ -221,6 +221,9 @@ EXPORT hfr_cu_result cuCtxCreate_v2(hfr_cu_context *context, unsigned flags, hfr
   (void)flags;
   *context = calloc(1, sizeof **context);
   (*context)->device = device;
+  LOCK();
+  (*context)->id = ++fake.contexts;
+  UNLOCK();
   stack[depth++] = *context;
   return HFR_CU_SUCCESS;
 }
@@ -230,6 +233,27 @@ EXPORT hfr_cu_result cuCtxDestroy_v2(hfr_cu_context context) {
   context->destroyed = 1;
   if (fake_current() == context) depth--;
   return HFR_CU_SUCCESS;
+}
+
+/* What lives in the context goes with it; another one, at the same address, takes its place. */
+EXPORT hfr_cu_result cuDevicePrimaryCtxReset_v2(hfr_cu_device device) {
+  ENTER("cuDevicePrimaryCtxReset");
+  if (device < 0 || device >= fake.devices) return HFR_CU_INVALID_DEVICE;
+  struct CUctx_st *c = &fake.primary[device];
+  LOCK();
+  for (struct CUstream_st *s = fake.streams; s; s = s->next)
+    if (s->context == c) fake_await(s, s->submitted), s->destroyed = 1;
+  c->legacy = NULL;
+  c->id = ++fake.contexts;
+  fake_free_all(c);
+  UNLOCK();
+  return HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuCtxGetId(hfr_cu_context context, unsigned long long *id) {
+  ENTER("cuCtxGetId");
+  *id = context ? context->id : 0;
+  return context ? HFR_CU_SUCCESS : HFR_CU_INVALID_CONTEXT;
 }
 
 EXPORT hfr_cu_result cuCtxPushCurrent_v2(hfr_cu_context context) {

@@ -37,6 +37,7 @@
 
 struct CUctx_st {
   int device, destroyed, primary;
+  unsigned long long id;
   struct CUstream_st *legacy;
 };
 
@@ -61,6 +62,9 @@ void fake_arrive(void);
 struct fake_block *fake_block_of(uintptr_t address);
 /* The bytes there, for a copy that `what` names: ends the process when they are no memory. Under the lock. */
 uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what);
+
+/* Device memory of a context. Under the lock. */
+void fake_free_all(const struct CUctx_st *context);
 
 /* ---- queue.c ---- */
 enum fake_what { FAKE_NOP, FAKE_COPY, FAKE_SET, FAKE_WRITE, FAKE_WAIT, FAKE_HOST, FAKE_GRAPH, FAKE_KERNEL };
@@ -144,6 +148,7 @@ extern struct fake_driver {
   pid_t pid;            /* that initialised it; 0: none has */
   int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth;
   uint64_t allocations;
+  unsigned long long contexts; /* so far */
   struct CUstream_st *streams; /* destroyed ones too */
   struct fake_capture *captures;
   struct CUctx_st primary[FAKE_DEVICES_MAX];

@@ -90,6 +90,19 @@ EXPORT hfr_cu_result cuMemHostAlloc(void **pointer, size_t bytes, unsigned flags
   return (void)flags, allocate("cuMemHostAlloc", FAKE_PINNED, bytes, 1, (uintptr_t *)pointer);
 }
 
+static void free_block(struct fake_block *b) {
+  b->freed = 1;
+  if (b->fd >= 0) close(b->fd);
+  if (b->alias != (uint8_t *)b->start) munmap(b->alias, (b->bytes + 4095) / 4096 * 4096);
+  mmap((void *)b->start, (b->bytes + 4095) / 4096 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1,
+       0);
+}
+
+void fake_free_all(const struct CUctx_st *context) {
+  for (struct fake_block *b = blocks; b; b = b->next)
+    if (b->context == context && b->kind == FAKE_DEVICE && !b->freed) free_block(b);
+}
+
 static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
   ENTER(call);
   hfr_cu_result r = fake_current() ? fake_unsafe() : HFR_CU_INVALID_CONTEXT;
@@ -101,13 +114,7 @@ static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
   int wrong = !b || b->freed || b->start != pointer || (b->kind == FAKE_PINNED) != pinned || b->kind == FAKE_REGISTERED;
   if (!wrong && b->importers && atomic_load(b->importers))
     fake_die("cuMemFree at %#zx: another process has the memory open", (size_t)pointer);
-  if (!wrong) {
-    b->freed = 1;
-    if (b->fd >= 0) close(b->fd);
-    if (b->alias != (uint8_t *)b->start) munmap(b->alias, (b->bytes + 4095) / 4096 * 4096);
-    mmap((void *)b->start, (b->bytes + 4095) / 4096 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
-         -1, 0);
-  }
+  if (!wrong) free_block(b);
   UNLOCK();
   return wrong ? HFR_CU_INVALID_VALUE : HFR_CU_SUCCESS;
 }

@@ -128,6 +128,7 @@ typedef void kernel_function(void *dst, const void *first, const void *second, u
 struct CUfunc_st {
   struct CUfunc_st *next;
   struct CUctx_st *context;
+  unsigned long long id; /* of the context, then */
   kernel_function *run;
   size_t size; /* of an element */
   int loaded;
@@ -135,6 +136,7 @@ struct CUfunc_st {
 };
 struct CUmod_st {
   struct CUctx_st *context;
+  unsigned long long id;
 };
 struct fake_launch {
   const struct CUfunc_st *function;
@@ -165,6 +167,7 @@ EXPORT hfr_cu_result cuModuleLoadData(hfr_cu_module *module, const void *image) 
   if (strcmp(image, "code for the stand-in, 9.0")) fake_die("cuModuleLoadData: this is code for a GPU");
   *module = calloc(1, sizeof **module);
   (*module)->context = fake_current();
+  (*module)->id = fake_current()->id;
   return HFR_CU_SUCCESS;
 }
 
@@ -186,6 +189,7 @@ EXPORT hfr_cu_result cuModuleGetFunction(hfr_cu_function *function, hfr_cu_modul
   if (!run || strncmp(name, "hfr_pair_", 9)) return 500; /* CUDA_ERROR_NOT_FOUND */
   struct CUfunc_st *f = calloc(1, sizeof *f);
   f->context = module->context;
+  f->id = module->id;
   f->run = run;
   f->size = element_size(name + 9);
   snprintf(f->name, sizeof f->name, "%s", name);
@@ -223,6 +227,7 @@ EXPORT hfr_cu_result cuLaunchKernel(hfr_cu_function f, unsigned gx, unsigned gy,
       f, gx, bx, *(uintptr_t *)p[0], *(uintptr_t *)p[1], *(uintptr_t *)p[2], *(unsigned long long *)p[3], *(float *)p[4]};
   LOCK();
   struct CUstream_st *s = fake_stream(stream);
+  if (f->id != f->context->id) fake_die("%s: the context that it was loaded in is gone", f->name);
   if (!s || s->context != f->context) fake_die("%s: launched in a stream of another context", f->name);
   if (!f->loaded) fake_die("%s: loaded by its first launch, which may wait for all streams of the device", f->name);
   check_reach(f, l->dst), check_reach(f, l->first), check_reach(f, l->second);
