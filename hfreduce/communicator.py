@@ -302,11 +302,31 @@ class Communicator:
                 return x
             if code > 0 and code != _INVALID_ARGUMENT:
                 return self._not_at_once(code, x, x)
-        elif async_op and out is None and type(x) is _fast_type and stream is None and not _open_groups:
-            call = _ALL_REDUCE.get(op, -1) if type(op) is str else -1
-            code = _fast_launch(call, id(x), 0, 0, self._handle, self._launched)
+        elif (
+            type(x) is _fast_type
+            and type(out) is _fast_type
+            and not (async_op or _open_groups or self._running or stream is not None)
+        ):
+            try:
+                code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, self._handle)
+            except BaseException:
+                self._salvage((x, out), out)
+                raise
             if code == 0:
-                return Work(self._launched[0], x, x, self._running)
+                return out
+            if code > 0 and code != _INVALID_ARGUMENT:
+                return self._not_at_once(code, (x, out), out)
+        elif (
+            async_op
+            and type(x) is _fast_type
+            and (out is None or type(out) is _fast_type)
+            and stream is None
+            and not _open_groups
+        ):
+            call = _ALL_REDUCE.get(op, -1) if type(op) is str else -1
+            code = _fast_launch(call, id(x), 0 if out is None else id(out), 0, self._handle, self._launched)
+            if code == 0:
+                return Work(self._launched[0], (x, out), x if out is None else out, self._running)
             if code > 0 and code != _INVALID_ARGUMENT:
                 raise self._failure(code)
         source, target, result = self._in_place_or_out(x, out, stream)
@@ -327,22 +347,23 @@ class Communicator:
         Elsewhere out is ignored and x is only read. out has x's count and dtype. Returns the array written on root, x elsewhere.
         """
         if (
-            out is None
-            and type(x) is _fast_type
+            type(x) is _fast_type
             and type(root) is int
             and 0 <= root < self._nranks
+            and (out is None or root != self._rank or type(out) is _fast_type)
             and type(op) is str
             and not (async_op or _open_groups or self._running or stream is not None)
         ):
+            result = x if out is None or root != self._rank else out
             try:
-                code = _fast(_REDUCE.get(op, -1), id(x), 0, root, self._handle)
+                code = _fast(_REDUCE.get(op, -1), id(x), 0 if result is x else id(result), root, self._handle)
             except BaseException:
-                self._salvage(x, x)
+                self._salvage((x, result), result)
                 raise
             if code == 0:
-                return x
+                return result
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, x, x)
+                return self._not_at_once(code, (x, result), result)
         root = self._root(root)
         if root == self._rank:
             source, target, result = self._in_place_or_out(x, out, stream)
@@ -363,21 +384,22 @@ class Communicator:
         With out, x is only read, and only on root.
         """
         if (
-            out is None
-            and type(x) is _fast_type
+            type(x) is _fast_type
             and type(root) is int
             and 0 <= root < self._nranks
+            and (out is None or type(out) is _fast_type)
             and not (async_op or _open_groups or self._running or stream is not None)
         ):
+            result = x if out is None else out
             try:
-                code = _fast(_BROADCAST, id(x), 0, root, self._handle)
+                code = _fast(_BROADCAST, id(x), 0 if result is x else id(out), root, self._handle)
             except BaseException:
-                self._salvage(x, x)
+                self._salvage((x, result), result)
                 raise
             if code == 0:
-                return x
+                return result
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, x, x)
+                return self._not_at_once(code, (x, result), result)
         root = self._root(root)
         if out is None:
             source = target = resolve(x, "x", writable=root != self._rank, stream=stream)

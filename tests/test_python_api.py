@@ -480,14 +480,18 @@ def test_fast_path_takes_what_it_understands(name: str) -> None:
         plain = (dtype.isnative and dtype.kind in "iuf" and dtype.itemsize != 2) or dtype == np.float16
         for x in (np.ones(7, dtype), np.ones((2, 3, 4), dtype), np.ones((), dtype), np.ones((0, 4), dtype)):
             for call in range(6):  # in place, and from one array to another
-                other = np.ones_like(x)
-                out = 0 if call < 3 else id(other)
-                assert (errors.lib.hfr_ndarray_call(call, id(x), out, 0, handle) == 0) == plain
-                assert (errors.lib.hfr_ndarray_launch(call, id(x), out, 0, handle, work) == 0) == plain
-                if plain:
-                    assert errors.lib.hfreduceWorkWait(work[0], 10.0) == 0
-                    errors.lib.hfreduceWorkDestroy(work[0])
-                    work[0] = errors.ffi.NULL
+                other = np.zeros_like(x)
+                for out in (id(other), *([0] if call < 3 else [])):
+                    assert (errors.lib.hfr_ndarray_call(call, id(x), out, 0, handle) == 0) == plain
+                    assert (errors.lib.hfr_ndarray_launch(call, id(x), out, 0, handle, work) == 0) == plain
+                    if plain:
+                        assert errors.lib.hfreduceWorkWait(work[0], 10.0) == 0
+                        errors.lib.hfreduceWorkDestroy(work[0])
+                        work[0] = errors.ffi.NULL
+                assert (other == x).all() == (plain or x.size == 0)
+                larger = np.ones(x.size + 1, dtype)
+                assert errors.lib.hfr_ndarray_call(call, id(x), id(larger), 0, handle) == -1
+                assert call < 3 or errors.lib.hfr_ndarray_call(call, id(x), 0, 0, handle) == -1
         for x in (np.ones((4, 5), dtype).T, np.ones(8, dtype)[::2], np.frombuffer(b"12345678" * 2, dtype)):
             assert errors.lib.hfr_ndarray_call(0, id(x), 0, 0, handle) == -1
             assert errors.lib.hfr_ndarray_launch(0, id(x), 0, 0, handle, work) == -1
@@ -500,6 +504,9 @@ def test_fast_launch_is_the_same_call() -> None:
     """An asynchronous all_reduce of a plain array goes a short way, too; what that cannot do goes the long way, as a blocking one does."""
     with hfreduce.Communicator(0, 1) as comm:
         assert comm.all_reduce(np.full(5, 3.0), op="max", async_op=True).wait().tolist() == [3.0] * 5
+        out = np.zeros(5)
+        assert comm.all_reduce(np.full(5, 3.0), out, async_op=True).wait() is out
+        assert out.tolist() == [3.0] * 5
         transposed = np.ones((4, 5)).T
         twice = comm.pre_mul_sum(2.0, np.float32)
         assert comm.all_reduce(np.ones(3, np.float32), op=twice, async_op=True).wait().tolist() == [2.0] * 3

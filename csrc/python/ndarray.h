@@ -22,8 +22,8 @@ enum {
   HFR_NDARRAY_REDUCE_SCATTER,
   HFR_NDARRAY_ALL_TO_ALL
 };
-/* A collective on plain, C-contiguous, aligned arrays in native byte order: in place of `array`; or from it to `out`, unless that
- * is 0. call: which, plus 256 times the op. Few arguments, because each is converted. -1: they are not such arrays, or do not
+/* A collective on plain, C-contiguous, aligned arrays in native byte order: from `array` to `out`, or in its place where that is
+ * 0. call: which, plus 256 times the op. Few arguments, because each is converted. -1: they are not such arrays, or do not
  * fit; nothing was done. */
 int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm);
 /* Launch the same. -1: nothing was launched. */
@@ -76,16 +76,20 @@ int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduc
   hfreduceDataType_t t = (hfreduceDataType_t)type;
   hfreduceRedOp_t op = (hfreduceRedOp_t)(call >> 8);
   if (b && (hfreduceCommCount(comm, &n) || n < 1)) return -1;
+  if (!b) other = count;
+  void *to = b ? b->data : a->data;
   switch (call & 255) {
-    case HFR_NDARRAY_ALL_REDUCE: return (int)hfreduceAllReduce(a->data, a->data, count, t, op, comm, NULL);
-    case HFR_NDARRAY_REDUCE: return (int)hfreduceReduce(a->data, a->data, count, t, op, root, comm, NULL);
-    case HFR_NDARRAY_BROADCAST: return (int)hfreduceBroadcast(a->data, a->data, count, t, root, comm, NULL);
+    case HFR_NDARRAY_ALL_REDUCE: return other != count ? -1 : (int)hfreduceAllReduce(a->data, to, count, t, op, comm, NULL);
+    case HFR_NDARRAY_REDUCE: return other != count ? -1 : (int)hfreduceReduce(a->data, to, count, t, op, root, comm, NULL);
+    case HFR_NDARRAY_BROADCAST: return other != count ? -1 : (int)hfreduceBroadcast(a->data, to, count, t, root, comm, NULL);
     case HFR_NDARRAY_ALL_GATHER:
-      return other != count * (size_t)n ? -1 : (int)hfreduceAllGather(a->data, b->data, count, t, comm, NULL);
+      return !b || other != count * (size_t)n ? -1 : (int)hfreduceAllGather(a->data, b->data, count, t, comm, NULL);
     case HFR_NDARRAY_REDUCE_SCATTER:
-      return count != other * (size_t)n ? -1 : (int)hfreduceReduceScatter(a->data, b->data, other, t, op, comm, NULL);
+      return !b || count != other * (size_t)n ? -1 : (int)hfreduceReduceScatter(a->data, b->data, other, t, op, comm, NULL);
     case HFR_NDARRAY_ALL_TO_ALL:
-      return count != other || count % (size_t)n ? -1 : (int)hfreduceAlltoAll(a->data, b->data, count / (size_t)n, t, comm, NULL);
+      return !b || count != other || count % (size_t)n
+                 ? -1
+                 : (int)hfreduceAlltoAll(a->data, b->data, count / (size_t)n, t, comm, NULL);
     default: return -1;
   }
 }
