@@ -107,6 +107,7 @@ static void put_in(struct hfr_engine *e, const struct hfr_call *call, const stru
   size_t before = per < bytes ? per * (size_t)a->local : bytes, after = per < bytes ? before + per : bytes;
   uint8_t *slot = hfr_arena_in(a, a->local, r->base) + r->place;
   if (call->coll == HFR_BROADCAST && call->root != e->layout->rank) return;
+  if (bytes >= HFR_ROTATED_MIN) hfr_arena_warm(a, HFR_WARM_IN);
   hfr_writer_copy(&a->writer, slot, call->send, before);
   if (after < bytes) hfr_writer_copy(&a->writer, slot + after, (const uint8_t *)call->send + after, bytes - after);
 }
@@ -187,6 +188,7 @@ static enum outcome exchange(struct hfr_engine *e, const struct hfr_call *call, 
   /* Pairs with slot_free(). No notify, which is a fence: who sleeps for this slot needs my next operation as well, and that one
    * notifies. */
   atomic_store_explicit(&me->out, r->base + 1, memory_order_release);
+  hfr_arena_warm_peers(a);
   return CAME;
 }
 

@@ -185,7 +185,19 @@ static void take_late_input(struct hfr_request *r) {
   if (r->temp_from) memcpy(r->temp, r->temp_from, r->temp_bytes);
 }
 
+/* Which of its slots this rank will write. */
+static void warm_slots(struct hfr_engine *e, const struct hfr_request *r) {
+  const struct hfr_plan *p = &r->plan;
+  if (p->call.count * p->esize < HFR_ROTATED_MIN) return;
+  for (int s = 0; s < p->nstages; s++) {
+    if (!p->stage[s].niter) continue;
+    if (p->stage[s].ctr == HFR_CTR_IN && !r->lends) hfr_arena_warm(e->arena, HFR_WARM_IN);
+    if (p->stage[s].ctr == HFR_CTR_RED) hfr_arena_warm(e->arena, HFR_WARM_RES);
+  }
+}
+
 static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
+  warm_slots(e, r);
   struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
   r->fp.seq = ++e->seq;
   r->base = e->base;
@@ -494,6 +506,7 @@ static void end_collective(struct hfr_engine *e, struct hfr_request *r) {
     atomic_store_explicit(&me->out, end, memory_order_release);
     hfr_arena_notify(e->arena);
   }
+  hfr_arena_warm_peers(e->arena);
 }
 
 static int progress_request(struct hfr_engine *e, struct hfr_request *r) {

@@ -97,6 +97,26 @@ hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
   return hfreduceSuccess;
 }
 
+#ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+#define PEERS_WARMED 7 /* with more local ranks it takes too long at once, and each is read less of */
+
+static void populate(const struct hfr_arena *a, int local, int what, int advice) {
+  /* On an older kernel, and where memory is short, each page comes when it is touched. */
+  if (what & HFR_WARM_IN) (void)!madvise(hfr_arena_in(a, local, 0), (size_t)a->slots * a->chunk, advice);
+  if (what & HFR_WARM_RES) (void)!madvise(hfr_arena_res(a, local, 0), (size_t)a->slots * a->chunk, advice);
+}
+
+void hfr_arena_warm_up(struct hfr_arena *a, int what) {
+  a->warm |= what;
+  if (a->nlocal == 1) return;
+  populate(a, a->local, what, MADV_POPULATE_WRITE);
+  for (int i = 0; i < a->nlocal && a->nlocal <= 1 + PEERS_WARMED; i++)
+    if (i != a->local) populate(a, i, what / HFR_WARM_PEERS, MADV_POPULATE_READ);
+}
+
 static void unmap(uint8_t *from, uint8_t *to) {
   if (from < to) munmap(from, (size_t)(to - from));
 }

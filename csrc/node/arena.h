@@ -76,6 +76,9 @@ struct hfr_ring {
   _Alignas(128) struct hfr_msg_header header[HFR_RING_SLOTS];
 };
 
+/* Slots whose pages are there and mapped. */
+enum hfr_warm { HFR_WARM_IN = 1, HFR_WARM_RES = 2, HFR_WARM_PEERS = 4 }; /* this rank's; PEERS times these: those of the others */
+
 struct hfr_arena {
   uint8_t *map;
   size_t bytes;
@@ -91,6 +94,7 @@ struct hfr_arena {
                   whatever place is named */
   int left;    /* a device may still write into this rank's lending area: close leaves it mapped */
   int bell_fd;
+  int warm, uses[2];        /* the driver's: bits by enum hfr_warm; how often IN and RES slots have been used until then */
   struct hfr_writer writer; /* the driver's: for slots and rings */
 };
 
@@ -101,6 +105,21 @@ hfreduceResult_t hfr_arena_attach(struct hfr_arena *arena, int fd, int nlocal, s
 /* Take place `local`: opens the bell. */
 hfreduceResult_t hfr_arena_join(struct hfr_arena *arena, int local);
 void hfr_arena_close(struct hfr_arena *arena);
+/* Have the kernel make and map all pages of such slots in one go, once: HFR_WARM_IN or HFR_WARM_RES, or PEERS times that, where
+   all others have warmed theirs. */
+void hfr_arena_warm_up(struct hfr_arena *arena, int what);
+/* An operation of some size is about to write this rank's IN or RES slots. Such operations use the slots from the first to the
+   last, and each new page takes longer than a small operation: hundreds of calls would be slow. So the slots are warmed, unless
+   these are the first few: then they may be the last, and memory would be held for nothing. Driver only. */
+#define HFR_WARM_AFTER 5
+static inline void hfr_arena_warm(struct hfr_arena *a, int what) {
+  if (!(a->warm & what) && ++a->uses[what == HFR_WARM_RES] > HFR_WARM_AFTER) hfr_arena_warm_up(a, what);
+}
+/* ... of the others, those of the kinds that this rank has warmed: they do as it does. To be called when a collective is over. */
+static inline void hfr_arena_warm_peers(struct hfr_arena *a) {
+  int missing = a->warm * HFR_WARM_PEERS & ~a->warm & (HFR_WARM_IN | HFR_WARM_RES) * HFR_WARM_PEERS;
+  if (missing) hfr_arena_warm_up(a, missing);
+}
 /* Unmap the pages of slots, rings and the others' lending areas from this process until they are touched again; their content
    stays. This rank's own area, which may be pinned, is left alone. Any thread, any time. */
 void hfr_arena_rest(struct hfr_arena *arena);
