@@ -64,6 +64,7 @@ RUNS: list[tuple[str, str, str, str, dict[str, str]]] = [
         {"FAKE_CUDA": "devices=4 depth=24", "HFREDUCE_CUDA_SEGMENT": "128K"},
     ),
     ("launches-block", "plain", "test_cuda_pairs", "long_queue 2 4", {"CUDA_LAUNCH_BLOCKING": "1"}),
+    ("reset-same-addresses", "plain", "test_cuda_pairs", "reset", {"FAKE_CUDA": f"{LINKED} reuse=1"}),
     ("unprepared", "plain", "test_cuda_pairs", "unprepared 4", {"FAKE_CUDA": f"{LINKED} fail=cuMemHostRegister:3:2"}),
     ("all-joined", "plain", "test_cuda_pairs", "--quick crowd 4", {"FAKE_CUDA": "devices=4 nvlink=4"}),
     ("collectives", "plain", "test_cuda", "--quick collectives 2 4 2,2 t4", {}),

@@ -48,6 +48,15 @@ void hfr_memory_of(const void *pointer, struct hfr_memory *m) {
   m->bytes = bytes;
 }
 
+uint64_t hfr_cuda_memory_id(const struct hfr_cu *cu, uintptr_t pointer) {
+  static int wanted[3] = {HFR_CU_POINTER_MEMORY_TYPE, HFR_CU_POINTER_IS_MANAGED, HFR_CU_POINTER_BUFFER_ID};
+  unsigned type = 0, managed = 0;
+  unsigned long long id = 0;
+  void *data[3] = {&type, &managed, &id};
+  if (cu->pointer_attributes(3, wanted, data, pointer) || type != HFR_CU_MEMORY_DEVICE || managed) return 0;
+  return id;
+}
+
 void *hfr_device_context(int device) {
   static _Atomic(hfr_cu_context) known[64];
   hfr_cu_context context = NULL;

@@ -86,6 +86,7 @@ struct room {
   struct room *next;
   void *context;
   uintptr_t at;
+  uint64_t id; /* of the allocation */
   size_t bytes;
   int used;
   const _Atomic uint32_t *ended; /* the partner's word, on a page that is mapped for it; NULL: it is not waited for */
@@ -122,17 +123,12 @@ static int is_free(struct room *r) {
   return 1;
 }
 
-/* A context may have been destroyed, with its memory, and another one have its address. */
-static int still_there(const struct room *r) {
-  struct hfr_memory m;
-  hfr_memory_of((const void *)r->at, &m);
-  return m.kind == HFR_MEMORY_DEVICE && m.start == r->at && m.bytes >= r->bytes && m.context == r->context;
-}
-
-static struct room *find_room(void *context, size_t bytes) {
+/* A context may have been destroyed, with its memory, and another one, and other memory, have their addresses: it goes by the
+ * number of the allocation. */
+static struct room *find_room(const struct hfr_cu *cu, void *context, size_t bytes) {
   for (struct room *r = rooms.list; r; r = r->next) {
     if (r->context != context || r->bytes != bytes || !is_free(r)) continue;
-    if (still_there(r)) return r;
+    if (r->id && hfr_cuda_memory_id(cu, r->at) == r->id) return r;
     r->lost = 1;
   }
   return NULL;
@@ -141,10 +137,11 @@ static struct room *find_room(void *context, size_t bytes) {
 static hfreduceResult_t take_room(const struct hfr_cu *cu, void *context, size_t bytes, struct room **out) {
   int failed = 0;
   pthread_mutex_lock(&rooms.lock);
-  struct room *r = find_room(context, bytes);
+  struct room *r = find_room(cu, context, bytes);
   if (!r && (r = calloc(1, sizeof *r))) {
     *r = (struct room){.next = rooms.list, .context = context, .bytes = bytes};
     failed = cu->mem_alloc(&r->at, bytes);
+    if (!failed) r->id = hfr_cuda_memory_id(cu, r->at);
     if (failed)
       free(r), r = NULL;
     else

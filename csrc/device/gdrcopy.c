@@ -140,23 +140,13 @@ static void give_up(struct hfr_mapping **at) {
   free(m);
 }
 
-/* What tells the allocation from others, whenever they were; 0: it is no memory of a device alone. */
-static uint64_t id_of(const struct hfr_cu *cu, uintptr_t pointer) {
-  static int wanted[3] = {HFR_CU_POINTER_MEMORY_TYPE, HFR_CU_POINTER_IS_MANAGED, HFR_CU_POINTER_BUFFER_ID};
-  unsigned type = 0, managed = 0;
-  unsigned long long id = 0;
-  void *data[3] = {&type, &managed, &id};
-  if (cu->pointer_attributes(3, wanted, data, pointer) || type != HFR_CU_MEMORY_DEVICE || managed) return 0;
-  return id;
-}
-
 /* Idle ones whose memory was freed go, and the one that was idle longest if there are too many. */
 static void tidy(const struct hfr_cu *cu) {
   struct hfr_mapping **last = NULL, **at = &kept.list;
   while (*at) {
     struct hfr_mapping *m = *at;
     int idle = !atomic_load_explicit(&m->users, memory_order_acquire); /* pairs with hfr_mapping_put(): it copies no more */
-    if (idle && id_of(cu, m->of) != m->id) {
+    if (idle && hfr_cuda_memory_id(cu, m->of) != m->id) {
       give_up(at);
       continue;
     }
@@ -186,7 +176,7 @@ static struct hfr_mapping *make(const struct hfr_cu *cu, uint64_t id, uintptr_t 
 struct hfr_mapping *hfr_mapping_get(const void *pointer, size_t bytes) {
   const struct hfr_cu *cu = hfr_cuda();
   uintptr_t from = (uintptr_t)pointer;
-  uint64_t id = cu && !hfr_mapping_why_absent() ? id_of(cu, from) : 0;
+  uint64_t id = cu && !hfr_mapping_why_absent() ? hfr_cuda_memory_id(cu, from) : 0;
   if (!id) return NULL;
   pthread_mutex_lock(&kept.lock);
   struct hfr_mapping **at = &kept.list, *m;

@@ -273,13 +273,20 @@ static int reset(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   OK(hfreduceCommInitRank(&parent, n, *id, rank)); /* with no device yet: it lives on */
   if (!gpu_open(rank)) exit(77);
   for (int i = 0; i < 3; i++) {
+    enum { LARGE = 24 << 20 }; /* with reuse=1 it lies where the pair's memory did */
+    void *large = gpu_alloc(LARGE);
     hfr_cu_stream stream = gpu_stream();
     float *x = gpu_alloc(COUNT * 4);
     uint64_t before = kernels();
+    gpu_fill(large, 77, LARGE, stream);
     OK(hfreduceCommSplit(parent, 0, rank, &comm, NULL));
     if (sum_is_right(rank, n, comm, stream, x)) return 1;
     WANT(!gpu.stand_in || kernels() > before);
     OK(hfreduceCommDestroy(comm));
+    uint8_t *got = malloc(LARGE);
+    gpu_read(got, large, LARGE, stream);
+    for (int k = 0; k < LARGE; k++) WANT(got[k] == 77);
+    free(got);
     OK(hfreduceBarrier(parent, NULL)); /* who still has this device's memory open would lose it */
     CU(gpu.reset(rank % gpu.devices));
     OK(hfreduceBarrier(parent, NULL));
