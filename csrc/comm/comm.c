@@ -198,8 +198,14 @@ hfreduceResult_t hfr_comm_check(hfreduceComm_t c, const char *function) {
   return hfreduceSuccess;
 }
 
-/* So many operations never started: their streams do not get to them. */
-static void give_up(hfreduceComm_t c, uint32_t active) {
+/* Parts of a call over pairs of devices do not count, but the last of them may outlive it by a moment. */
+static int pending_calls(hfreduceComm_t c) {
+  int calls = (int)atomic_load_explicit(&c->engine.calls, memory_order_relaxed);
+  return calls ? calls : atomic_load_explicit(&c->engine.active, memory_order_acquire) > 0;
+}
+
+/* Operations never started: their streams do not get to them. */
+static void give_up(hfreduceComm_t c) {
   hfreduceErrorInfo_t info;
   hfr_error_clear(&info);
   info.code = hfreduceTimeout;
@@ -207,8 +213,8 @@ static void give_up(hfreduceComm_t c, uint32_t active) {
   snprintf(info.op, sizeof info.op, "finalize");
   snprintf(info.phase, sizeof info.phase, "stream");
   snprintf(info.text, sizeof info.text,
-           "rank %d on %s: %u operations still waited for their streams %.3g s after the communicator was to be finalized",
-           c->rank, c->hosts[c->rank], active, c->timeout);
+           "rank %d on %s: %d operations still waited for their streams %.3g s after the communicator was to be finalized",
+           c->rank, c->hosts[c->rank], pending_calls(c), c->timeout);
   hfr_engine_fail(&c->engine, &info);
 }
 
@@ -221,7 +227,7 @@ hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
   while ((active = atomic_load_explicit(&comm->engine.active, memory_order_acquire))) {
     struct timespec t = {0, 200000};
     if (active != before) limit = hfr_now_ns() + comm->engine.timeout_ns + 2000000000;
-    if (hfr_now_ns() > limit) give_up(comm, active);
+    if (hfr_now_ns() > limit) give_up(comm);
     before = active;
     hfr_drive_async(&comm->engine);
     nanosleep(&t, NULL);
@@ -270,9 +276,7 @@ hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t
 hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommPending"));
   if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommPending: count is NULL");
-  int active = (int)atomic_load_explicit(&comm->engine.active, memory_order_acquire);
-  int calls = active - (int)atomic_load_explicit(&comm->engine.partial, memory_order_relaxed);
-  *count = active && calls < 1 ? 1 : calls; /* the two move one after the other */
+  *count = pending_calls(comm);
   return hfreduceSuccess;
 }
 

@@ -19,6 +19,7 @@ static void moved(struct hfreduceComm *c) {
 
 /* An error reached this rank from outside. */
 static void take_error(struct hfreduceComm *c, const hfreduceErrorInfo_t *info) {
+  atomic_store(&c->untold, 0); /* it comes by rank 0, which tells everybody */
   if (!c->failed) {
     c->early = *info;
     c->failed = 1; /* pairs with who joins (bootstrap.c): the facts are whole */

@@ -122,7 +122,7 @@ struct hfr_engine {
   _Atomic int inbox_full;
   struct hfr_request *free;
   _Atomic uint32_t active;    /* requests submitted and not ended */
-  _Atomic uint32_t partial;   /* of these, so many are parts of calls that others stand for */
+  _Atomic uint32_t calls;     /* of these, so many stand for a call; the others are parts of one */
   _Atomic uint32_t windows;   /* of these, so many work on a device's memory: its words must be looked at */
   _Atomic uint32_t armed;     /* replays whose graph may be launched */
   _Atomic uint32_t due;       /* of these, so many may have been, as the driver last saw: the same */

@@ -188,7 +188,7 @@ static enum outcome exchange(struct hfr_engine *e, const struct hfr_call *call, 
   /* Pairs with slot_free(). No notify, which is a fence: who sleeps for this slot needs my next operation as well, and that one
    * notifies. */
   atomic_store_explicit(&me->out, r->base + 1, memory_order_release);
-  hfr_arena_warm_peers(a);
+  if (bytes >= HFR_ROTATED_MIN) hfr_arena_used(a);
   return CAME;
 }
 

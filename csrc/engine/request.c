@@ -156,7 +156,7 @@ static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceEr
     atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
   }
   r->running = 0;
-  if (r->partial) atomic_fetch_sub_explicit(&e->partial, 1, memory_order_relaxed);
+  if (!r->partial) atomic_fetch_sub_explicit(&e->calls, 1, memory_order_relaxed);
   if (!r->replay) hfr_request_let_go(e, r);
   atomic_fetch_sub_explicit(&e->active, 1, memory_order_release); /* pairs with hfreduceCommFinalize */
   tell(w, error);
@@ -168,7 +168,7 @@ void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
   *e->inbox_tail = r;
   e->inbox_tail = &r->next;
   if (!r->replay) atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
-  if (r->partial) atomic_fetch_add_explicit(&e->partial, 1, memory_order_relaxed);
+  if (!r->replay && !r->partial) atomic_fetch_add_explicit(&e->calls, 1, memory_order_relaxed);
   if (!r->replay && r->window) atomic_fetch_add_explicit(&e->windows, 1, memory_order_relaxed);
   atomic_store_explicit(&e->inbox_full, 1, memory_order_release);
   pthread_mutex_unlock(&e->lock);
@@ -185,13 +185,19 @@ static void take_late_input(struct hfr_request *r) {
   if (r->temp_from) memcpy(r->temp, r->temp_from, r->temp_bytes);
 }
 
-/* Which of its slots this rank will write. */
+/* Does it use slots all over, sooner or later? */
+static int uses_slots_all_over(const struct hfr_plan *p) {
+  return p->nchunks > 1 || p->staged >= HFR_ROTATED_MIN || (p->nchunks && p->call.count * p->esize >= HFR_ROTATED_MIN);
+}
+
+/* Those that this rank will write. */
 static void warm_slots(struct hfr_engine *e, const struct hfr_request *r) {
   const struct hfr_plan *p = &r->plan;
-  if (p->call.count * p->esize < HFR_ROTATED_MIN) return;
+  int only_reads = p->call.coll == HFR_BROADCAST && p->call.root != e->layout->rank && e->layout->nnodes == 1;
+  if (!uses_slots_all_over(p)) return;
   for (int s = 0; s < p->nstages; s++) {
     if (!p->stage[s].niter) continue;
-    if (p->stage[s].ctr == HFR_CTR_IN && !r->lends) hfr_arena_warm(e->arena, HFR_WARM_IN);
+    if (p->stage[s].ctr == HFR_CTR_IN && !r->lends && !only_reads) hfr_arena_warm(e->arena, HFR_WARM_IN);
     if (p->stage[s].ctr == HFR_CTR_RED) hfr_arena_warm(e->arena, HFR_WARM_RES);
   }
 }
@@ -267,6 +273,7 @@ void hfr_engine_adopt(struct hfr_engine *e, struct hfr_request *r, int copied) {
   r->base = e->base;
   r->place = hfr_slot_place(&e->geometry, r->base, r->plan.staged);
   atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
+  atomic_fetch_add_explicit(&e->calls, 1, memory_order_relaxed);
   if (rewind_stages(e, r) && copied) { /* plans on one node begin with their copy-in */
     r->cursor[0].done = r->plan.stage[0].niter;
     r->left--;
@@ -506,7 +513,7 @@ static void end_collective(struct hfr_engine *e, struct hfr_request *r) {
     atomic_store_explicit(&me->out, end, memory_order_release);
     hfr_arena_notify(e->arena);
   }
-  hfr_arena_warm_peers(e->arena);
+  if (uses_slots_all_over(&r->plan)) hfr_arena_used(e->arena);
 }
 
 static int progress_request(struct hfr_engine *e, struct hfr_request *r) {

@@ -101,7 +101,6 @@ hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
-#define PEERS_WARMED 7 /* with more local ranks it takes too long at once, and each is read less of */
 
 static void populate(const struct hfr_arena *a, int local, int what, int advice) {
   /* On an older kernel, and where memory is short, each page comes when it is touched. */
@@ -111,10 +110,21 @@ static void populate(const struct hfr_arena *a, int local, int what, int advice)
 
 void hfr_arena_warm_up(struct hfr_arena *a, int what) {
   a->warm |= what;
-  if (a->nlocal == 1) return;
+  a->warmed = 1;
+  if (a->nlocal == 1 || (what == HFR_WARM_RES && a->nlocal > HFR_WARM_RANKS)) return;
   populate(a, a->local, what, MADV_POPULATE_WRITE);
-  for (int i = 0; i < a->nlocal && a->nlocal <= 1 + PEERS_WARMED; i++)
-    if (i != a->local) populate(a, i, what / HFR_WARM_PEERS, MADV_POPULATE_READ);
+  atomic_fetch_or_explicit(&a->ctrl[a->local].warm, (uint32_t)what, memory_order_release);
+}
+
+/* Only what its owner has made: to look at a page makes it too, and it is to lie where the owner runs. */
+void hfr_arena_map_warm(struct hfr_arena *a) {
+  a->warmed = 0;
+  for (int i = 0; i < a->nlocal && a->nlocal <= HFR_WARM_RANKS; i++) {
+    int what = (int)atomic_load_explicit(&a->ctrl[i].warm, memory_order_acquire) & ~a->mapped[i];
+    if (i == a->local || !what) continue;
+    populate(a, i, what, MADV_POPULATE_READ);
+    a->mapped[i] |= (uint8_t)what;
+  }
 }
 
 static void unmap(uint8_t *from, uint8_t *to) {

@@ -46,6 +46,7 @@ struct hfr_rank_ctrl {
   _Alignas(128) _Atomic uint64_t out;
   _Atomic uint64_t ver;
   _Atomic uint32_t unpaired;                /* this rank's device writes to its partner's no more */
+  _Atomic uint32_t warm;                    /* enum hfr_warm: slots that this rank has made */
   _Alignas(128) _Atomic uint64_t pushed[2]; /* segments that this rank's device has given to its partner, out and back */
   _Alignas(128) _Atomic uint64_t waiters;   /* bit (local rank % 64): asleep until this rank publishes */
   _Alignas(128) _Atomic uint32_t bell;      /* futex word, moves when the rank is rung */
@@ -76,8 +77,11 @@ struct hfr_ring {
   _Alignas(128) struct hfr_msg_header header[HFR_RING_SLOTS];
 };
 
-/* Slots whose pages are there and mapped. */
-enum hfr_warm { HFR_WARM_IN = 1, HFR_WARM_RES = 2, HFR_WARM_PEERS = 4 }; /* this rank's; PEERS times these: those of the others */
+/* Slots whose pages have been made. */
+enum hfr_warm { HFR_WARM_IN = 1, HFR_WARM_RES = 2 };
+/* With more local ranks, those of others are not mapped, for that takes long and each is read less of; nor are RES slots warmed,
+   of which a rank writes its share only. */
+#define HFR_WARM_RANKS 8
 
 struct hfr_arena {
   uint8_t *map;
@@ -94,7 +98,11 @@ struct hfr_arena {
                   whatever place is named */
   int left;    /* a device may still write into this rank's lending area: close leaves it mapped */
   int bell_fd;
-  int warm, uses[2];        /* the driver's: bits by enum hfr_warm; how often IN and RES slots have been used until then */
+  /* The driver's: enum hfr_warm; how often IN and RES slots were written until then; operations that used slots; by local rank,
+     what it has warmed and this one has mapped. */
+  int warm, warmed, uses[2]; /* warmed: some, in the operation that runs */
+  uint32_t used;
+  uint8_t mapped[HFR_WARM_RANKS];
   struct hfr_writer writer; /* the driver's: for slots and rings */
 };
 
@@ -105,9 +113,10 @@ hfreduceResult_t hfr_arena_attach(struct hfr_arena *arena, int fd, int nlocal, s
 /* Take place `local`: opens the bell. */
 hfreduceResult_t hfr_arena_join(struct hfr_arena *arena, int local);
 void hfr_arena_close(struct hfr_arena *arena);
-/* Have the kernel make and map all pages of such slots in one go, once: HFR_WARM_IN or HFR_WARM_RES, or PEERS times that, where
-   all others have warmed theirs. */
+/* Have the kernel make all pages of this rank's IN or RES slots (HFR_WARM_IN, HFR_WARM_RES) in one go, once, and say so. */
 void hfr_arena_warm_up(struct hfr_arena *arena, int what);
+/* Have it map those slots of others that they have warmed. */
+void hfr_arena_map_warm(struct hfr_arena *arena);
 /* An operation of some size is about to write this rank's IN or RES slots. Such operations use the slots from the first to the
    last, and each new page takes longer than a small operation: hundreds of calls would be slow. So the slots are warmed, unless
    these are the first few: then they may be the last, and memory would be held for nothing. Driver only. */
@@ -115,10 +124,11 @@ void hfr_arena_warm_up(struct hfr_arena *arena, int what);
 static inline void hfr_arena_warm(struct hfr_arena *a, int what) {
   if (!(a->warm & what) && ++a->uses[what == HFR_WARM_RES] > HFR_WARM_AFTER) hfr_arena_warm_up(a, what);
 }
-/* ... of the others, those of the kinds that this rank has warmed: they do as it does. To be called when a collective is over. */
-static inline void hfr_arena_warm_peers(struct hfr_arena *a) {
-  int missing = a->warm * HFR_WARM_PEERS & ~a->warm & (HFR_WARM_IN | HFR_WARM_RES) * HFR_WARM_PEERS;
-  if (missing) hfr_arena_warm_up(a, missing);
+/* Such an operation is over, whether this rank wrote slots or only read them. Once it has warmed some, the others mostly have,
+   too; else it looks when they may have, and now and then. */
+static inline void hfr_arena_used(struct hfr_arena *a) {
+  uint32_t n = ++a->used;
+  if (a->warmed || n == HFR_WARM_AFTER + 1 || n % 64 == 0) hfr_arena_map_warm(a);
 }
 /* Unmap the pages of slots, rings and the others' lending areas from this process until they are touched again; their content
    stays. This rank's own area, which may be pinned, is left alone. Any thread, any time. */
