@@ -160,9 +160,10 @@ def test_private_directory_must_be_private(clean: pytest.MonkeyPatch, tmp_path: 
     path = Path(launch._private_directory())
     assert path.parent == tmp_path
     assert path.stat().st_mode & 0o777 == 0o700
-    path.chmod(0o755)
-    with pytest.raises(InvalidUsageError, match="mode 0700"):
-        launch._private_directory()
+    for others in (0o001, 0o002, 0o004, 0o010, 0o020, 0o040):  # each right of the group and of all others
+        path.chmod(0o700 | others)
+        with pytest.raises(InvalidUsageError, match="mode 0700"):
+            launch._private_directory()
     path.rmdir()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
