@@ -347,12 +347,16 @@ static void test_param_odd_files(void) {
   CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 0 && strstr(read_log(), "cannot be read"));
   unlink(scratch_path("fifo"));
   char *big = malloc(70001);
-  memset(big, '\n', 70000);
-  big[70000] = '\0';
-  write_file("conf", big);
   setenv("HFREDUCE_CONF_FILE", scratch_path("conf"), 1);
-  hfr_param_reload();
-  CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 0 && strstr(read_log(), "longer than 64 KiB"));
+  static const char slots[] = "HFREDUCE_SLOTS=5";
+  for (size_t bytes = 65535; bytes <= 65537; bytes++) { /* the parameter stands at the end: all of the file is read, or nothing */
+    memset(big, '\n', bytes);
+    strcpy(big + bytes - strlen(slots), slots);
+    write_file("conf", big);
+    hfr_param_reload();
+    int taken = hfr_param_int(HFR_PARAM_SLOTS) == 5, refused = strstr(read_log(), "longer than 64 KiB") != NULL;
+    CHECK(taken == (bytes <= 65536) && refused == !taken, "%zu bytes: taken %d, refused %d", bytes, taken, refused);
+  }
   memset(big, 'x', 60000);
   memcpy(big, "HFREDUCE_ADDR=", 14);
   strcpy(big + 60000, "\nHFREDUCE_SLOTS=5\n");
