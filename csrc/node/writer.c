@@ -38,6 +38,11 @@ static void copy(int streams, void *dst, const void *src, size_t bytes) {
     memcpy(dst, src, bytes);
 }
 
+void hfr_writer_learn(struct hfr_writer *w, int streams, double cost) {
+  smooth(&w->cost[streams], cost);
+  w->streams = w->cost[0] > WORTH * w->cost[1] && w->cost[1] > 0;
+}
+
 void hfr_writer_copy(struct hfr_writer *w, void *dst, const void *src, size_t bytes) {
   if (bytes < STREAM_MIN || !hfr_can_stream()) {
     if (bytes) memcpy(dst, src, bytes);
@@ -51,6 +56,5 @@ void hfr_writer_copy(struct hfr_writer *w, void *dst, const void *src, size_t by
   int other = turn % PROBE_EVERY == 0 || w->cost[!w->streams] == 0, streams = w->streams ^ other;
   uint64_t begin = ticks();
   copy(streams, dst, src, bytes);
-  smooth(&w->cost[streams], (double)(ticks() - begin) / (double)bytes);
-  w->streams = w->cost[0] > WORTH * w->cost[1] && w->cost[1] > 0;
+  hfr_writer_learn(w, streams, (double)(ticks() - begin) / (double)bytes);
 }

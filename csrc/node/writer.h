@@ -19,4 +19,6 @@ struct hfr_writer {
 
 /* memcpy to memory that other ranks read. Stores that follow are seen after it. One thread at a time. */
 void hfr_writer_copy(struct hfr_writer *writer, void *dst, const void *src, size_t bytes);
+/* A copy by streaming (or plain) stores has cost so much a byte: choose the way of the next copies. hfr_writer_copy calls it. */
+void hfr_writer_learn(struct hfr_writer *writer, int streams, double cost);
 #endif

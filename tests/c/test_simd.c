@@ -340,6 +340,43 @@ static void test_writer(void) {
   }
 }
 
+/* What a way of copying costs from now on, so many times. Whether stores stream then. */
+static int learn(struct hfr_writer *w, int streams, double cost, int times) {
+  while (times--) hfr_writer_learn(w, streams, cost);
+  return w->streams;
+}
+
+/* Costs that drift: the writer leaves either way when it has become the dear one, but not for one slow copy. */
+static void test_writer_learns(void) {
+  struct hfr_writer w = {0};
+  CHECK(!learn(&w, 0, 100, 1), "one way alone is known");
+  CHECK(!learn(&w, 1, 26, 1) && learn(&w, 1, 24, 3), "streaming must save three quarters: %g %g", w.cost[0], w.cost[1]);
+  CHECK(learn(&w, 1, 1e6, 1) || w.cost[1] < 40, "one slow copy: %g", w.cost[1]);
+  CHECK(!learn(&w, 1, 90, 60), "streaming has become dear, and is left: %g %g", w.cost[0], w.cost[1]);
+  CHECK(w.cost[1] > 80, "a cost that stays is learnt: %g", w.cost[1]);
+  CHECK(!learn(&w, 0, 300, 60) && learn(&w, 0, 500, 60), "so have plain stores: %g %g", w.cost[0], w.cost[1]);
+  CHECK(learn(&w, 0, 380, 60), "they are still dear: %g %g", w.cost[0], w.cost[1]);
+  CHECK(!learn(&w, 0, 50, 10), "the ranks have moved, and plain stores are cheap again: %g %g", w.cost[0], w.cost[1]);
+}
+
+/* Also while it streams does the writer look at plain stores now and then, and the other way round. */
+static void test_writer_probes(void) {
+  enum { BYTES = 16 << 10 };
+  static unsigned char from[BYTES], to[BYTES];
+  for (int streams = 0; streams < 2 && hfr_can_stream(); streams++) {
+    struct hfr_writer w = {.streams = streams, .cost = {streams ? 1e9 : 1e-9, streams ? 1e-9 : 1e9}};
+    int i = 0;
+    while (i < 1000 && w.cost[!streams] == 1e9) hfr_writer_copy(&w, to, from, BYTES), i++;
+    CHECK(i < 1000, "%s stores were never timed again", streams ? "plain" : "streaming");
+    while (i < 5000 && w.streams == streams) { /* the way that is taken is dear from here on */
+      w.cost[streams] = 1e9;
+      hfr_writer_copy(&w, to, from, BYTES);
+      i++;
+    }
+    CHECK(w.streams != streams, "the writer stays with %s stores", streams ? "streaming" : "plain");
+  }
+}
+
 static void test_names(void) {
   CHECK(hfr_dtype_size(hfreduceFloat64) == 8 && hfr_dtype_size(hfreduceFloat8e5m2) == 1 && hfr_dtype_size(hfreduceNumTypes) == 0);
   CHECK(!strcmp(hfr_dtype_name(hfreduceBfloat16), "bfloat16") && !strcmp(hfr_dtype_name((hfreduceDataType_t)-1), "?"));
@@ -356,5 +393,7 @@ int main(void) {
   test_convert();
   test_stream_copy();
   test_writer();
+  test_writer_learns();
+  test_writer_probes();
   return check_done();
 }
