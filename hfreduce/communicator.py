@@ -278,6 +278,13 @@ class Communicator:
         """Whether `close` was called."""
         return bool(self._handle == _NULL)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidUsageError(
+            "a communicator can be neither pickled nor copied, as its connections are this process's; in another process call "
+            "hfreduce.init(), or make a Communicator of its own rank and of the unique id that this process sends it "
+            "(here, duplicate() makes another one of the same ranks)"
+        )
+
     def __repr__(self) -> str:
         if self._handle == _NULL:
             return "<hfreduce.Communicator closed>"

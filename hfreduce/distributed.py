@@ -294,6 +294,9 @@ class NCCLBackend:
             self._call(lib.hfreduceSend, source, None, stream, source.elements, source.dtype, peer)
             self._call(lib.hfreduceRecv, target, None, stream, target.elements, target.dtype, peer)
         except BaseException:
+            lib.hfreduceGroupCancel(
+                lib.hfreduceInvalidUsage
+            )  # else what was queued would be launched, and its peer not expect it
             try:
                 nccl.groupEnd()
             except NcclError:

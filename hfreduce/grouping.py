@@ -29,7 +29,7 @@ class Group:
 
     Leaving it waits for all of them; with async_op=True `work` is then their common Work. Calls inside take no async_op.
     `results` has what each call of the outermost group gives, in order of issue; it is defined once they have ended.
-    Groups nest and may span several communicators. When the body raises, nothing is launched.
+    Groups nest and may span several communicators. When the body raises, or that of a group inside, nothing is launched.
     """
 
     def __init__(self, *, async_op: bool = False, running: deque[Work] | None = None) -> None:
@@ -38,6 +38,7 @@ class Group:
         self._async_op = async_op
         self._running = _running if running is None else running
         self._keep: list[Any] = []
+        self._given_up: BaseException | None = None  # what the body of a group inside this one raised
 
     def add(self, keep: Any, result: Any) -> None:
         """Hold a call's buffers until the group has ended."""
@@ -55,7 +56,7 @@ class Group:
         code = lib.hfreduceGroupStart()
         if code:
             raise last_error(code)
-        self.work, self.results = None, []
+        self.work, self.results, self._given_up = None, [], None
         stack.append(self)
         open_groups.add(threading.get_ident())
         return self
@@ -68,10 +69,17 @@ class Group:
             open_groups.discard(threading.get_ident())
         keep, self._keep = self._keep, []
         if error is not None:
-            # The first error inside a group makes its End return it and launch nothing: make one, if the body's was not the
-            # library's.
-            lib.hfreduceBarrier(ffi.NULL, ffi.NULL)
+            lib.hfreduceGroupCancel(lib.hfreduceInvalidUsage)
             lib.hfreduceGroupEnd()
+            if not outermost:
+                stack[0]._given_up = error
+        elif self._given_up is not None:  # only the outermost one's: its body swallowed the exception of a group inside
+            lib.hfreduceGroupEnd()
+            cause, self._given_up = self._given_up, None
+            raise InvalidUsageError(
+                f"nothing of this group was launched, because the body of a group inside it raised {cause!r}; let that exception "
+                f"pass, or make the inner group's calls in a group of their own"
+            ) from cause
         elif outermost and self._async_op:
             handle = ffi.new("hfreduceWork_t *")
             code = lib.hfreduceGroupEndAsync(handle)

@@ -214,7 +214,7 @@ def groupEnd() -> None:
         try:
             _together(joins)
         except BaseException:
-            lib.hfreduceBarrier(_NULL, _NULL)  # an error of a call makes the group's end launch nothing
+            lib.hfreduceGroupCancel(lib.hfreduceInvalidUsage)
             lib.hfreduceGroupEnd()
             raise
         _check(lib.hfreduceGroupEnd())
@@ -542,6 +542,13 @@ class NcclCommunicator:
     def recv(self, recvbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
         """Receive the `count` elements that rank peer sends."""
         self._call(lib.hfreduceRecv, _address(recvbuf), count, datatype, peer, stream=stream)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NcclError(
+            lib.hfreduceInvalidUsage,
+            "a communicator can be neither pickled nor copied, as its connections are this process's; send what get_unique_id() gives "
+            "to the other process, and make a NcclCommunicator of that there (here, commSplit makes another one)",
+        )
 
     def __repr__(self) -> str:
         if self._handle == _NULL:

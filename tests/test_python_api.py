@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import array
+import copy
 import ctypes
 import gc
 import pickle
 import re
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -325,17 +327,85 @@ def test_group(comm: Any) -> None:
 def test_group_mistakes(comm: Any) -> None:
     with pytest.raises(InvalidUsageError, match="async_op is not for calls inside a group"), comm.group():
         comm.all_reduce(np.ones(1), async_op=True)
-    with pytest.raises(KeyError), comm.group():
-        comm.send(np.ones(1), 0)  # is never received, and must not be waited for
-        raise KeyError
     with comm.group(), pytest.raises(InvalidUsageError, match="only the outermost"), comm.group(async_op=True):
         pass
     assert comm.all_reduce(np.ones(1))[0] == 1
 
 
-def late_peer(comm: Any) -> None:
-    import time
+def give_up_a_group(comm: Any, kind: str) -> None:
+    """Rank 0's body raises with a message queued that rank 1 does not expect: had it gone, rank 1 would receive it instead of 7."""
+    x = np.full(2, 99.0)
+    if comm.rank == 0:
+        if kind == "nested":
+            with pytest.raises(InvalidUsageError, match="nothing of this group was launched.*KeyError"), comm.group() as outer:
+                comm.send(x, 1)
+                with pytest.raises(KeyError), comm.group():
+                    comm.send(x, 1)
+                    raise KeyError("mine")
+            with outer:  # and it may be used again
+                comm.send(np.full(2, 7.0), 1)
+        elif kind == "wrong call":
+            with pytest.raises(InvalidArgumentError, match="peer: 9"), comm.group():
+                comm.send(x, 1)
+                comm.send(x, 9)
+            comm.send(np.full(2, 7.0), 1)
+        else:
+            with pytest.raises(KeyError, match="mine"), comm.group(async_op=kind == "asynchronous") as group:
+                comm.send(x, 1)
+                raise KeyError("mine")
+            assert group.work is None
+            comm.send(np.full(2, 7.0), 1)
+    else:
+        got = np.zeros(2)
+        comm.recv(got, 0)
+        assert got.tolist() == [7, 7]
+    assert comm.all_reduce(np.ones(1))[0] == 2  # nothing is left over
 
+
+@pytest.mark.parametrize("kind", ["blocking", "asynchronous", "nested", "wrong call"])
+def test_group_whose_body_raises_launches_nothing(run_ranks: Any, kind: str) -> None:
+    run_ranks(give_up_a_group, 2, kind)
+
+
+def raise_inside_with(comm: Any) -> None:
+    """Rank 0 raises while an all_reduce runs that rank 1 never joins: without an abort, leaving would wait for the deadline."""
+    start = time.monotonic()
+    if comm.rank == 0:
+        with pytest.raises(KeyError), comm:
+            comm.all_reduce(np.ones(2), async_op=True)
+            raise KeyError
+        assert comm.closed
+    else:
+        with pytest.raises(hfreduce.HfreduceError) as caught:
+            comm.recv(np.zeros(2), 0)  # is told at once that rank 0 has left, and how
+        assert isinstance(caught.value, hfreduce.AbortedError), caught.value
+    assert time.monotonic() - start < 30  # of 120
+
+
+def test_with_communicator_whose_body_raises_aborts(run_ranks: Any) -> None:
+    run_ranks(raise_inside_with, 2, comm_timeout=120.0, timeout=60.0)
+
+
+@pytest.mark.parametrize("way", ["pickle", "copy", "deepcopy", "nccl"])
+def test_communicators_are_not_values(comm: Any, way: str) -> None:
+    if way == "nccl":
+        from hfreduce import nccl
+
+        (other,) = nccl.NcclCommunicator.initAll(1)
+        for make in (pickle.dumps, copy.copy):
+            with pytest.raises(nccl.NcclError, match="neither pickled nor copied.*get_unique_id"):
+                make(other)
+        other.destroy()
+        return
+    make = {"pickle": pickle.dumps, "copy": copy.copy, "deepcopy": copy.deepcopy}[way]
+    with pytest.raises(InvalidUsageError, match=r"neither pickled nor copied.*hfreduce.init\(\).*unique id.*duplicate\(\)"):
+        make(comm)
+    with pytest.raises(InvalidUsageError, match="neither pickled nor copied"):
+        make([comm]) if way != "copy" else make(comm)
+    assert comm.all_reduce(np.ones(2)).tolist() == [1, 1]
+
+
+def late_peer(comm: Any) -> None:
     x = np.ones(8, np.float32)
     if comm.rank == 1:
         comm.barrier(async_op=True).wait()
