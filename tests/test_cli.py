@@ -350,6 +350,15 @@ def test_info() -> None:
     assert all(p["help"] for p in found.values())
 
 
+def test_info_names_each_interface_once() -> None:
+    """Loopback alone has two addresses, 127.0.0.1 and ::1, where the kernel has IPv6."""
+    done = cli("info", env={**os.environ, "HFREDUCE_SOCKET_IFNAME": "=none-such"})
+    found = re.search(r'HFREDUCE_SOCKET_IFNAME="=none-such" admits no interface .*; there are: (.*)', done.stdout)
+    assert found, done.stdout
+    names = found.group(1).split()
+    assert "lo" in names and len(names) == len(set(names)), names
+
+
 def test_config_builds_a_c_program(tmp_path: Path) -> None:
     compiler = next((c for c in (os.environ.get("CC", "").split()[:1] or ["gcc"]) if shutil.which(c)), None)
     if compiler is None:

@@ -63,13 +63,19 @@ int hfr_nic_match(const char *rule, const char *name) {
   return in_list(rule, name, exact) != exclude;
 }
 
-/* "lo docker0 eth0", an interface once. */
+/* Does an entry before the i-th have its name? The kernel lists all IPv4 addresses of all interfaces, then all IPv6 ones. */
+static int named_before(const struct hfr_nic *nics, int i) {
+  for (int j = 0; j < i; j++)
+    if (!strcmp(nics[j].name, nics[i].name)) return 1;
+  return 0;
+}
+
+/* "lo docker0 eth0": each interface once. */
 static void name_all(const struct hfr_nic *nics, int count, char *text, size_t size) {
   size_t used = 0;
   snprintf(text, size, "none");
   for (int i = 0; i < count && used < size; i++)
-    if (!i || strcmp(nics[i].name, nics[i - 1].name))
-      used += (size_t)snprintf(text + used, size - used, "%s%s", used ? " " : "", nics[i].name);
+    if (!named_before(nics, i)) used += (size_t)snprintf(text + used, size - used, "%s%s", used ? " " : "", nics[i].name);
 }
 
 hfreduceResult_t hfr_nic_choose(struct hfr_addr *addr, char name[32]) {
