@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -38,14 +39,26 @@ def declarations(header: Path) -> str:
     return match.group(1)
 
 
+def need_python_headers() -> None:
+    """End with one line where Python.h is missing: the compiler's own message would stand in the middle of a page."""
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise SystemExit(
+            f"hfreduce needs the headers of this Python, and {header} is not there: install them (Debian, Ubuntu: apt-get install python3-dev; "
+            "Fedora, RHEL: dnf install python3-devel)"
+        )
+
+
 class BuildCore(build_ext):
     """Build the C library first, then the module; put both and the header into the package."""
 
     def run(self) -> None:
-        cc = os.environ.get("CC", "gcc")
+        build = core_build()
+        cc = build.compiler()
+        os.environ["CC"] = cc  # the cffi module, too, which setuptools would compile with what Python itself was built with
+        need_python_headers()
         werror = os.environ.get("HFREDUCE_WERROR", "") not in ("", "0")
         out = ROOT / "build" / "core" / (re.sub(r"\W+", "-", cc) + ("-werror" if werror else ""))
-        build = core_build()
         self.library = build.build_library(out, werror=werror, cc=cc)
         self.nccl = build.build_nccl(out, werror=werror, cc=cc)
 

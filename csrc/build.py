@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,21 @@ SANITIZERS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1".split(),
     "thread": "-fsanitize=thread -fno-omit-frame-pointer -O1".split(),
 }
+
+
+def compiler() -> str:
+    """The C compiler to use: $CC, else the first of cc, gcc and clang that is on PATH. SystemExit says what to install when none is."""
+    asked = os.environ.get("CC", "").strip()
+    for cc in (asked, "cc", "gcc", "clang"):
+        if cc and shutil.which(shlex.split(cc)[0]):
+            if asked and cc != asked:
+                sys.stderr.write(f"CC={asked} is not on PATH: {cc} is taken in its place\n")
+            return cc
+    tried = ", ".join([*([f"CC={asked}"] if asked else []), "cc", "gcc", "clang"])
+    raise SystemExit(
+        f"hfreduce needs a C compiler, and none of {tried} is on PATH: install one (Debian, Ubuntu: apt-get install gcc libc6-dev; "
+        "Fedora, RHEL: dnf install gcc), or set CC to its path"
+    )
 
 
 def sources() -> list[Path]:
@@ -52,7 +68,7 @@ def compile_objects(
     extra: list[str] | None = None,
 ) -> list[Path]:
     """Compile what is older than its sources, any header or kernel; return the objects. Raises SystemExit with the compiler's output on failure."""
-    cc = cc or os.environ.get("CC", "gcc")
+    cc = cc or compiler()
     out.mkdir(parents=True, exist_ok=True)
     newest_header = max((p.stat().st_mtime for p in (*HERE.rglob("*.[hi]*"), *HERE.rglob("*.cu"))), default=0.0)
     newest_header = max(newest_header, Path(__file__).stat().st_mtime)
@@ -78,7 +94,7 @@ def compile_objects(
 def link_shared(target: Path, objects: list[Path], flags: list[str], *, sanitize: str, cc: str | None) -> Path:
     """Link a shared library, named as its file, if an object is newer than it."""
     if not target.exists() or any(o.stat().st_mtime >= target.stat().st_mtime for o in objects):
-        link = shlex.split(cc or os.environ.get("CC", "gcc")) + LDFLAGS + SANITIZERS[sanitize]
+        link = shlex.split(cc or compiler()) + LDFLAGS + SANITIZERS[sanitize]
         if sanitize:  # the runtime is not linked into shared objects: the program brings it
             link = [f for f in link if f != "-Wl,-z,defs"]
         command = link + [f"-Wl,-soname,{target.name}", "-o", str(target)] + [str(o) for o in objects] + flags + LIBS
@@ -112,7 +128,7 @@ def build_program(out: Path, source: Path, *, sanitize: str = "", werror: bool =
     includes = ["-I", str(source.parent), "-I", str(HERE / "include")]
     mine = compile_objects(out / "obj", files, sanitize=sanitize, werror=werror, cc=cc, extra=includes)
     target = out / source.stem
-    link = shlex.split(cc or os.environ.get("CC", "gcc")) + SANITIZERS[sanitize] + ["-o", str(target)]
+    link = shlex.split(cc or compiler()) + SANITIZERS[sanitize] + ["-o", str(target)]
     done = subprocess.run(link + [str(o) for o in mine + objects] + LIBS, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
@@ -124,7 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "c", help="where objects and results go")
     parser.add_argument("--sanitize", choices=sorted(SANITIZERS), default="", help="build under a sanitizer")
     parser.add_argument("--werror", action="store_true", help="warnings are errors")
-    parser.add_argument("--cc", help="compiler (default: $CC, else gcc)")
+    parser.add_argument("--cc", help="compiler (default: $CC, else cc, gcc or clang)")
     parser.add_argument("programs", nargs="*", type=Path, help="C tests to build beside the library")
     args = parser.parse_args()
     out = args.out / (args.sanitize or "plain")

@@ -58,10 +58,19 @@ def building(variant: str) -> Iterator[Path]:
             pytest.fail(str(failure), pytrace=False)
 
 
+def compiler() -> list[str]:
+    """The command that C programs are built with; skip where this machine has none."""
+    try:
+        return shlex.split(build.compiler())
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+
+
 def need_compiler(cc: str = "") -> None:
     """Skip unless there is such a compiler; the one that programs are built with if none is named."""
-    cc = cc or shlex.split(os.environ.get("CC", "gcc"))[0]
-    if not shutil.which(cc):
+    if not cc:
+        compiler()
+    elif not shutil.which(cc):
         pytest.skip(f"no {cc} on PATH")
 
 
@@ -69,7 +78,7 @@ def need_sanitizer(variant: str, tmp_path: Path) -> None:
     """Skip unless programs under the sanitizer can be linked and run here."""
     source = tmp_path / "probe.c"
     source.write_text("int main(void) { return 0; }\n")
-    command = [*shlex.split(os.environ.get("CC", "gcc")), *build.SANITIZERS[variant], "-o", str(tmp_path / "probe"), str(source)]
+    command = [*compiler(), *build.SANITIZERS[variant], "-o", str(tmp_path / "probe"), str(source)]
     for step in (command, [str(tmp_path / "probe")]):
         done = subprocess.run(step, capture_output=True, text=True)
         if done.returncode:

@@ -19,6 +19,7 @@ from programs import (
     build,
     building,
     built,
+    compiler,
     environment,
     need_compiler,
     need_sanitizer,
@@ -77,7 +78,7 @@ def _library(folder: str, name: str, sources: list[Path], headers: list[Path], v
         newest = max(p.stat().st_mtime for p in (*sources, *headers, *(ROOT / "csrc" / "device").glob("*.h")))
         if not target.exists() or target.stat().st_mtime < newest:
             command = [
-                *shlex.split(os.environ.get("CC", "gcc")),
+                *compiler(),
                 *flags,
                 *build.SANITIZERS["" if variant == "plain" else variant],
             ]

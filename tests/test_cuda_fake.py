@@ -6,13 +6,11 @@ a driver without stream memory operations, one hardware queue for all streams, a
 
 from __future__ import annotations
 
-import os
-import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, ROOT, SOURCES, built, environment, need_compiler, shorten
+from programs import BUILD_LIMIT, ROOT, SOURCES, built, compiler, environment, need_compiler, shorten
 from stand_ins import RUN_LIMIT, check_program, cuda_stand_in, described, run_program
 
 pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
@@ -135,7 +133,7 @@ def test_declarations_against_nvidias_header(tmp_path: Path) -> None:
     if not found:
         pytest.skip("no cuda.h: unpack the package nvidia-cuda-runtime-cu12 in build/cuda, as .ci/run does")
     command = [
-        *shlex.split(os.environ.get("CC", "gcc")),
+        *compiler(),
         "-std=gnu11",
         "-Werror",
         "-I",

@@ -6,7 +6,6 @@ The programs in tests/nccl are compiled against NVIDIA's header where `tests/too
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import shutil
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import BUILD_LIMIT, ROOT, build, building, environment, need_compiler, need_sanitizer, shorten
+from programs import BUILD_LIMIT, ROOT, build, building, compiler, environment, need_compiler, need_sanitizer, shorten
 
 PROGRAMS = ROOT / "tests" / "nccl"
 NVIDIA = ROOT / "build" / "nccl" / "nvidia" / "nccl"
@@ -52,7 +51,7 @@ def program(name: str, variant: str = "plain") -> Path:
         source = PROGRAMS / f"{name}.c"
         objects = build.compile_objects(out / "obj", [source], sanitize=sanitize, werror=True, extra=HEADERS)
         target: Path = out / f"nccl_{name}"
-        command = [*shlex.split(os.environ.get("CC", "gcc")), *build.SANITIZERS[sanitize], "-o", str(target)]
+        command = [*compiler(), *build.SANITIZERS[sanitize], "-o", str(target)]
         command += [*map(str, objects), str(ours), f"-Wl,-rpath,{out}", *build.LIBS]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -126,7 +125,7 @@ def test_declarations_are_nvidias() -> None:
     need_compiler()
     need_nvidia()
     command = [
-        *shlex.split(os.environ.get("CC", "gcc")),
+        *compiler(),
         "-std=gnu11",
         *HEADERS,
         "-fsyntax-only",
@@ -142,7 +141,7 @@ def test_layouts_are_nvidias(tmp_path: Path) -> None:
     outputs = []
     for name, flags in (("theirs", HEADERS), ("ours", ["-DOWN"])):
         target = tmp_path / name
-        command = [*shlex.split(os.environ.get("CC", "gcc")), "-std=gnu11", *flags, "-o", str(target), str(PROGRAMS / "layout.c")]
+        command = [*compiler(), "-std=gnu11", *flags, "-o", str(target), str(PROGRAMS / "layout.c")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert not done.returncode, done.stderr
         outputs.append(subprocess.run([str(target)], capture_output=True, text=True, check=True).stdout.splitlines())
@@ -221,7 +220,7 @@ def test_exec_runs_a_program_that_was_linked_with_nccl(tmp_path: Path) -> None:
     ours = library()
     target = tmp_path / "linked"
     command = [
-        *shlex.split(os.environ.get("CC", "gcc")),
+        *compiler(),
         "-std=gnu11",
         *HEADERS,
         "-o",
@@ -278,9 +277,7 @@ def test_another_nccl_is_named_once(tmp_path: Path, whose: str) -> None:
         need_compiler()
         source, other, version = tmp_path / "other.c", tmp_path / "libother.so", "2.21.5"
         source.write_text("int ncclGetVersion(int *version) { return *version = 22105, 0; }\n")
-        subprocess.run(
-            [*shlex.split(os.environ.get("CC", "gcc")), "-shared", "-fPIC", "-o", str(other), str(source)], check=True, timeout=60
-        )
+        subprocess.run([*compiler(), "-shared", "-fPIC", "-o", str(other), str(source)], check=True, timeout=60)
     ours = run(0, [*HFREDUCE, "config", "--nccl"]).strip()
     output = run(0, [sys.executable, "-c", BESIDE, ours, str(other)])
     assert output.count("another NCCL is in this process") == 1

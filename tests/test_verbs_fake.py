@@ -6,8 +6,6 @@ memory region or a channel behind.
 
 from __future__ import annotations
 
-import os
-import shlex
 import struct
 import subprocess
 from pathlib import Path
@@ -20,6 +18,7 @@ from programs import (
     SOURCES,
     building,
     built,
+    compiler,
     environment,
     need_compiler,
     need_sanitizer,
@@ -52,7 +51,7 @@ def libibverbs() -> Path:
     sources = sorted((SOURCES / "fake").glob("*.c"))
     flags = "-std=gnu11 -O2 -g -fPIC -D_GNU_SOURCE -Wall -Wextra -Werror -shared -Wl,-soname,libibverbs.so.1".split()
     with building("fake") as out:
-        command = [*shlex.split(os.environ.get("CC", "gcc")), *flags, f"-Wl,--version-script={SOURCES / 'fake' / 'verbs.map'}"]
+        command = [*compiler(), *flags, f"-Wl,--version-script={SOURCES / 'fake' / 'verbs.map'}"]
         command += ["-I", str(SOURCES.parents[1] / "csrc"), "-o", str(out / "libibverbs.so.1"), *map(str, sources), "-lpthread"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert not done.returncode, done.stderr
