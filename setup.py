@@ -74,16 +74,24 @@ class BuildCore(build_ext):
         extension.library_dirs = [str(self.library.parent)]
         extension.extra_compile_args = ["-Werror"] if werror else []
         super().run()
-        for source, target in self.companions(in_place=bool(self.inplace)):
+        for source, target in self.companions():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)  # a new inode: a running process keeps the library that it has mapped
             shutil.copy2(source, target)
+        # The name that linkers look for (-lnccl). Wheels cannot hold links: there it is a copy, whose name within is libnccl.so.2 as well.
+        link = self.folder() / "lib" / "libnccl.so"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.nccl.name)
 
-    def companions(self, in_place: bool) -> list[tuple[Path, Path]]:
+    def folder(self) -> Path:
+        """Where the package is put together: its place in the tree, or the build's."""
+        return ROOT / "hfreduce" if self.inplace else Path(self.build_lib) / "hfreduce"
+
+    def companions(self) -> list[tuple[Path, Path]]:
         """(from, to) of the files that go beside the module. In place header and shim stay where they are; the package knows."""
-        package = ROOT / "hfreduce" if in_place else Path(self.build_lib) / "hfreduce"
+        package = self.folder()
         files = [(library, package / "lib" / library.name) for library in (self.library, self.nccl)]
-        if not in_place:
+        if not self.inplace:
             files.append((HEADER, package / "include" / "hfreduce.h"))
             files.append((SHIM, package / "torch" / "shim.cpp"))  # compiled by the user, against the torch that he has
         return files
@@ -91,10 +99,7 @@ class BuildCore(build_ext):
     def get_outputs(self) -> list[str]:
         outputs = super().get_outputs()
         if not self.inplace:
-            package = Path(self.build_lib) / "hfreduce"
-            outputs += [
-                str(package / path) for path in ("lib/libhfreduce.so", "lib/libnccl.so.2", "include/hfreduce.h", "torch/shim.cpp")
-            ]
+            outputs += [str(target) for _, target in self.companions()] + [str(self.folder() / "lib" / "libnccl.so")]
         return outputs
 
 

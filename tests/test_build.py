@@ -1,4 +1,4 @@
-"""Building from the sources: which compiler is taken, what a machine without one is told."""
+"""Building from the sources: which compiler is taken, what a machine without one is told, and what C programs link with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT, build
+from programs import ROOT, build, compiler
+
+from hfreduce.cli.config import library_directory
 
 
 def tools(folder: Path, *names: str) -> str:
@@ -52,3 +54,19 @@ def test_without_a_compiler_one_line_says_what_to_install(tmp_path: Path) -> Non
     (line,) = done.stderr.splitlines()
     assert line.startswith("hfreduce needs a C compiler, and none of cc, gcc, clang is on PATH: install one (Debian"), line
     assert not list(tmp_path.rglob("*.o"))
+
+
+def test_programs_link_with_lnccl(tmp_path: Path) -> None:
+    """The linker finds libnccl.so, and the program asks for libnccl.so.2 when it runs."""
+    lib = library_directory()
+    source, program = tmp_path / "version.c", tmp_path / "version"
+    source.write_text(
+        "int ncclGetVersion(int *version);\n#include <stdio.h>\n"
+        'int main(void) { int v = 0; if (ncclGetVersion(&v)) return 1; printf("%d\\n", v); return 0; }\n'
+    )
+    link = [*compiler(), str(source), "-o", str(program), f"-L{lib}", "-lnccl", f"-Wl,-rpath,{tmp_path}"]
+    done = subprocess.run(link, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    for name in ("libnccl.so.2", "libhfreduce.so"):  # and not libnccl.so
+        (tmp_path / name).symlink_to(lib / name)
+    assert int(subprocess.run([program], capture_output=True, text=True, check=True).stdout) >= 22000
