@@ -22,6 +22,7 @@ from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageErr
 from hfreduce.params import default_timeout
 from hfreduce.types import DTYPE_NAMES, OPS, dtype_code, numpy_dtype, op_code
 from hfreduce.unique_id import UniqueId
+from hfreduce.waiting import PATIENCE, leave
 from hfreduce.work import Sender, Work, reap
 
 # Bound once: the fast paths make no attribute chain.
@@ -35,8 +36,6 @@ _ALL_REDUCE, _REDUCE, _REDUCE_SCATTER = (
 _barrier = lib.hfreduceBarrier
 _INVALID_ARGUMENT = lib.hfreduceInvalidArgument
 _IN_PROGRESS = lib.hfreduceInProgress
-# A blocking call comes back to Python after so many seconds, to see whether a signal (Ctrl-C) waits to be handled.
-_PATIENCE = 0.25
 _NULL = ffi.NULL
 _open_groups = _group.open_groups
 
@@ -104,8 +103,10 @@ def _destroy(handle: Any, running: deque[Work], pid: int) -> None:
         return
     if running and getattr(sys, "last_value", None) is not None and not all(work.done() for work in running):
         lib.hfreduceCommAbort(handle)  # the program died of an exception: what still runs would wait for peers until the deadline
-    lib.hfreduceCommDestroy(handle)
-    running.clear()
+    try:
+        leave(handle)
+    finally:
+        running.clear()
 
 
 def _seconds(timeout: Any) -> float:
@@ -176,7 +177,8 @@ class Communicator:
         """Join; returns when all nranks ranks have joined. Collective.
 
         unique_id: the 128 bytes from `get_unique_id` of one rank, sent to all (may be None if nranks is 1). timeout:
-        seconds that any wait may take, from here on (None: HFREDUCE_TIMEOUT, else 30). name: appears in errors and logs.
+        seconds that an operation may take (None: HFREDUCE_TIMEOUT, else 1800); joining may take HFREDUCE_JOIN_TIMEOUT seconds
+        (300), and no more than timeout. name: appears in errors and logs.
         """
         self._handle: Any = _NULL
         rank, nranks = _integer(rank, "rank"), _integer(nranks, "nranks")
@@ -209,7 +211,7 @@ class Communicator:
         self._running: deque[Work] = deque()
         self._launched = ffi.new("hfreduceWork_t *")  # where C puts the handle of what was launched
         self._handle = handle
-        check(lib.hfreduceCommSetPatience(handle, _PATIENCE), handle)
+        check(lib.hfreduceCommSetPatience(handle, PATIENCE), handle)
         self._finalizer = weakref.finalize(self, _destroy, handle, self._running, os.getpid())
 
     # --- what it is ---
@@ -263,7 +265,7 @@ class Communicator:
 
     @property
     def timeout(self) -> float:
-        """Seconds that any wait may take; settable, for operations issued from then on."""
+        """Seconds that an operation may take; settable, for those issued from then on. Split and shrink take no longer."""
         return self._timeout
 
     @timeout.setter
@@ -735,9 +737,10 @@ class Communicator:
             check(lib.hfreduceCommAbort(handle), handle)
 
     def close(self) -> None:
-        """Wait for what was issued, leave, and free. Never fails on a broken communicator; closing twice is legal.
+        """Wait for what was issued, 30 s at most, leave, and free. Never fails on a broken communicator; closing twice is legal.
 
-        Not collective, but peers that still wait for this rank get an error.
+        Not collective, but peers that still wait for this rank get an error. An exception of a signal handler (KeyboardInterrupt)
+        ends the wait as `abort` does.
         """
         if self._handle != _NULL:
             self._handle = _NULL

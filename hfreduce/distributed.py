@@ -44,7 +44,7 @@ def init_process_group(
     host, port: where rank 0 listens while the group forms (None: CUPYX_DISTRIBUTED_HOST and CUPYX_DISTRIBUTED_PORT, else
     127.0.0.1 and 13333). Unless that is loopback, HFREDUCE_SECRET must be in the environment of all ranks. use_mpi: the ranks find
     each other through mpi4py's COMM_WORLD, and `barrier` is MPI's. ValueError for a wrong size, rank or backend; NcclError if the
-    ranks do not find each other within HFREDUCE_TIMEOUT seconds.
+    ranks do not find each other within HFREDUCE_JOIN_TIMEOUT seconds (300).
     """
     if n_devices <= 0:
         raise ValueError(f"n_devices: {n_devices} is less than 1")

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from hfreduce.communicator import Communicator, _seconds
 from hfreduce.errors import DeadlineError, InvalidArgumentError, InvalidUsageError
-from hfreduce.params import default_timeout
+from hfreduce.params import default_timeout, join_timeout
 from hfreduce.unique_id import UniqueId, get_unique_id
 
 Environment = Mapping[str, str]
@@ -51,8 +51,8 @@ class Launch(NamedTuple):
 def init(timeout: float | None = None) -> Communicator:
     """Make the communicator of all ranks that the launcher started; without a launcher, of this process alone. Collective.
 
-    timeout: seconds that any wait may take, joining included (None: HFREDUCE_TIMEOUT, else 30). It may be called more than
-    once, by all ranks alike. Launchers and how the ranks find each other: see the module hfreduce.launch.
+    timeout: seconds that an operation may take (None: HFREDUCE_TIMEOUT, else 1800); joining may take HFREDUCE_JOIN_TIMEOUT
+    seconds (300), and no more than timeout. It may be called more than once, by all ranks alike. Launchers and how the ranks find each other: see the module hfreduce.launch.
     InvalidArgumentError for variables that make no sense, InvalidUsageError if the ranks have no way to find each other
     (the message says what to set); else as Communicator.
     """
@@ -199,7 +199,10 @@ def _torch_store(timeout: float) -> Any:
     from datetime import timedelta
 
     return dist.TCPStore(
-        os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT"), is_master=False, timeout=timedelta(seconds=timeout)
+        os.environ["MASTER_ADDR"],
+        _number(os.environ, "MASTER_PORT"),
+        is_master=False,
+        timeout=timedelta(seconds=join_timeout(timeout)),
     )
 
 
@@ -280,7 +283,7 @@ def _init_slurm(launch: Launch, tag: int, timeout: float) -> Communicator:
 def _init_file(launch: Launch, tag: int, timeout: float) -> Communicator:
     path = os.path.join(_private_directory(), _job_key(launch, tag))
     if launch.rank:
-        return _join(launch, _read_id(path, launch, timeout), timeout)
+        return _join(launch, _read_id(path, launch, join_timeout(timeout)), timeout)
     mine = f"{path}.{os.getpid()}"
     try:
         descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)

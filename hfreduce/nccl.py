@@ -19,6 +19,7 @@ from hfreduce._ffi import ffi, lib
 from hfreduce.errors import HfreduceError, last_error, text
 from hfreduce.unique_id import UniqueId
 from hfreduce.unique_id import get_unique_id as _new_unique_id
+from hfreduce.waiting import PATIENCE, leave
 from hfreduce.work import Work
 
 __all__ = [
@@ -87,8 +88,6 @@ NCCL_FLOAT8E5M2: int = lib.hfreduceFloat8e5m2
 # The NCCL whose interface hfreduce stands in for (2.32.3): the same in Python as in C.
 _VERSION = 23203
 
-# A blocking call comes back to Python after so many seconds, to see whether a signal (Ctrl-C) waits to be handled.
-_PATIENCE = 0.25
 _NULL = ffi.NULL
 
 # --- errors ---
@@ -254,11 +253,11 @@ class NcclConfig:
     """Settings of a communicator that is to be made.
 
     split_share is accepted and without meaning here: communicators share what they can anyway. timeout and name are additions
-    (None: as the communicator that is split, else HFREDUCE_TIMEOUT seconds and no name).
+    (None: as the communicator that is split, else HFREDUCE_TIMEOUT, which is 1800, and no name).
     """
 
     def __init__(self, split_share: int = 0, *, timeout: float | None = None, name: str | None = None) -> None:
-        """timeout: seconds that any wait may take. name: appears in errors and logs."""
+        """timeout: seconds that an operation, and joining, may take at most. name: appears in errors and logs."""
         self._split_share = operator.index(split_share)
         self._timeout = 0.0 if timeout is None else float(timeout)
         self._name = name
@@ -281,7 +280,7 @@ class NcclConfig:
 def _destroy(handle: Any, pid: int) -> None:
     """Leave and free: at destroy, when a communicator is dropped, or at exit; a forked child leaves its parent's alone."""
     if os.getpid() == pid:
-        lib.hfreduceCommDestroy(handle)
+        leave(handle)
 
 
 def _address(pointer: int) -> Any:
@@ -406,7 +405,7 @@ class NcclCommunicator:
             new._adopt(made[0])
 
     def _adopt(self, handle: Any) -> None:
-        _check(lib.hfreduceCommSetPatience(handle, _PATIENCE))
+        _check(lib.hfreduceCommSetPatience(handle, PATIENCE))
         self._finalizer = weakref.finalize(self, _destroy, handle, os.getpid())
         self._handle = handle
 

@@ -29,11 +29,18 @@ def params() -> list[Param]:
 
 
 def default_timeout() -> float:
-    """Seconds that any wait may take when a communicator is not told: HFREDUCE_TIMEOUT, else 30."""
-    for param in params():
-        if param.name == "HFREDUCE_TIMEOUT":
-            return float(param.value) or 30.0
-    return 30.0
+    """Seconds that an operation may take when a communicator is not told: HFREDUCE_TIMEOUT, else 1800."""
+    return _seconds("HFREDUCE_TIMEOUT")
+
+
+def join_timeout(timeout: float) -> float:
+    """Seconds that joining may take where operations may take `timeout`: HFREDUCE_JOIN_TIMEOUT, else 300, and no more than that."""
+    return min(_seconds("HFREDUCE_JOIN_TIMEOUT"), timeout)
+
+
+def _seconds(name: str) -> float:
+    param = next(param for param in params() if param.name == name)
+    return float(param.value) or float(param.preset)
 
 
 def describe() -> list[tuple[str, str]]:

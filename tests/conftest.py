@@ -13,6 +13,9 @@ import pytest
 import ranks
 import rdma
 
+# Ranks that wait for each other in vain say so before the test's limit. Read by this process and all that it starts.
+os.environ.setdefault("HFREDUCE_TIMEOUT", "30")
+
 #: Seconds that a test may take unless marked @pytest.mark.limit(seconds).
 LIMIT = float(os.environ.get("HFREDUCE_TEST_LIMIT", "120"))
 

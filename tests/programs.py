@@ -112,8 +112,9 @@ def run_to_end(command: list[str], folder: Path, limit: float, env: dict[str, st
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process' environment without the caller's own parameters, and more."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("HFREDUCE_")} | more
+    """This process' environment without the caller's own parameters, with a deadline before a test's limit, and more."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HFREDUCE_")}
+    return kept | {"HFREDUCE_TIMEOUT": "30"} | more
 
 
 def shorten(text: str, most: int = 12000) -> str:

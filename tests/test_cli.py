@@ -341,7 +341,7 @@ def test_wrong_counts_elements() -> None:
 def test_info() -> None:
     done = cli("info")
     assert done.returncode == 0, done.stderr
-    for word in ("simd", "transport", "HFREDUCE_TIMEOUT", "seconds that any wait may take", "hfreduce.h"):
+    for word in ("simd", "transport", "HFREDUCE_TIMEOUT", "seconds that an operation may take", "hfreduce.h"):
         assert word.lower() in done.stdout.lower()
     done = cli("info", "--json", env={**os.environ, "HFREDUCE_TIMEOUT": "12"})
     found = {p["name"]: p for p in json.loads(done.stdout)["parameters"]}

@@ -13,7 +13,9 @@
   X(ADDR, "HFREDUCE_ADDR", TEXT, "", 0, 0, "host:port on which rank 0 listens")                                                  \
   X(SECRET, "HFREDUCE_SECRET", TEXT, "", 0, 0, "shared secret in hex; without it HFREDUCE_ADDR must be a loopback address")      \
   X(HOSTID, "HFREDUCE_HOSTID", TEXT, "", 0, 0, "overrides what tells nodes apart (boot id and network namespace)")               \
-  X(TIMEOUT, "HFREDUCE_TIMEOUT", REAL, "30", 0, 1000000, "seconds that any wait may take")                                       \
+  X(TIMEOUT, "HFREDUCE_TIMEOUT", REAL, "1800", 0, 1000000, "seconds that an operation may take")                                 \
+  X(JOIN_TIMEOUT, "HFREDUCE_JOIN_TIMEOUT", REAL, "300", 0, 1000000,                                                              \
+    "seconds that init, split and shrink may take; a shorter timeout of the operations holds for them too")                      \
   X(HEARTBEAT, "HFREDUCE_HEARTBEAT", REAL, "8", 0, 100000, "seconds of silence after which a peer counts as lost (0: never)")    \
   X(SOCKET_IFNAME, "HFREDUCE_SOCKET_IFNAME", TEXT, "", 0, 0, "interfaces by prefix; ^a,b excludes, =a,b is exact")               \
   X(SOCKET_FAMILY, "HFREDUCE_SOCKET_FAMILY", TEXT, "", 0, 0, "AF_INET or AF_INET6: addresses to prefer")                         \

@@ -88,7 +88,7 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
   return hfr_fail(hfreduceTimeout,
                   "rank %d could not reach %s at %s within %.3g s: %s; check that it runs, that the address is right and that no "
                   "firewall is between",
-                  c->rank, whom, text, c->timeout, *refusal ? refusal : strerror(error));
+                  c->rank, whom, text, c->join_timeout, *refusal ? refusal : strerror(error));
 }
 
 /* Even, for two trees. Unless told otherwise so many that a rank's slots are twice its cache: those who read them have then let
@@ -184,9 +184,9 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
       result = hfr_fail(hfreduceRemoteError,
                         "rank %d: the root closed the connection while ranks were joining (did its process end?)", c->rank);
     else if (cancelled(c) || !wait_fd(c, fd, POLLIN, deadline_ns)) {
-      result = cancelled(c)
-                   ? fail_cancelled(c)
-                   : hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank, c->timeout, missing);
+      result = cancelled(c) ? fail_cancelled(c)
+                            : hfr_fail(hfreduceTimeout, "rank %d: not all ranks joined within %.3g s: %s", c->rank,
+                                       c->join_timeout, missing);
       snprintf(hfr_last_error()->op, sizeof hfr_last_error()->op, "init");
       hfr_conn_send(&conn, HFR_FRAME_ERROR, hfr_last_error(),
                     sizeof(hfreduceErrorInfo_t)); /* the others need not find out by themselves */
@@ -354,7 +354,7 @@ static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t d
       result = fail_cancelled(c);
     else if (served < n && hfr_now_ns() > deadline_ns)
       result = hfr_fail(hfreduceTimeout, "rank %d: %d of %d local ranks did not fetch the shared memory within %.3g s", c->rank,
-                        n - served, n, c->timeout);
+                        n - served, n, c->join_timeout);
   }
   for (int i = 0; v && i < nvisitors; i++)
     if (!v[i].done) close(v[i].auth.fd);
@@ -380,7 +380,7 @@ static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t 
     if (cancelled(c)) return fail_cancelled(c);
     if (hfr_now_ns() > deadline_ns)
       return hfr_fail(hfreduceTimeout, "rank %d: rank %d on this host did not hand out the shared memory within %.3g s", c->rank,
-                      leader, c->timeout);
+                      leader, c->join_timeout);
     nap_ms(2);
   }
 }
@@ -460,7 +460,7 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
     int64_t left = deadline_ns - hfr_now_ns();
     if (left <= 0)
       return hfr_fail(hfreduceTimeout, "rank %d: %d of %d ranks were ready within %.3g s", c->rank,
-                      c->rank == 0 ? c->ready + 1 : -1, c->nranks, c->timeout);
+                      c->rank == 0 ? c->ready + 1 : -1, c->nranks, c->join_timeout);
     hfr_futex_wait(&c->go, seen, left < 100000000 ? left : 100000000);
   }
 }

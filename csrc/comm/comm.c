@@ -91,7 +91,7 @@ void hfreduceConfigInit(hfreduceConfig_t *config) {
 
 static void free_comm(struct hfreduceComm *c) {
   if (c->engine_up) hfr_engine_fini(&c->engine);
-  hfr_staging_destroy(c->staging, c->timeout);
+  hfr_staging_destroy(c->staging, (double)hfr_close_limit_ns(c) * 1e-9);
   for (size_t i = 0; c->net.arrived && i < (size_t)c->nranks * HFR_NVC * (size_t)c->net.streams; i++)
     if (c->net.arrived[i]) close(c->net.arrived[i] - 1);
   free((void *)c->net.arrived);
@@ -135,6 +135,18 @@ static hfreduceResult_t check_init(hfreduceComm_t *comm, int nranks, const hfred
   return hfreduceSuccess;
 }
 
+/* A parameter of 0 s is its preset. */
+static double seconds_of(enum hfr_param id) {
+  double seconds = hfr_param_real(id);
+  return seconds > 0 ? seconds : strtod(hfr_param_preset(id), NULL);
+}
+
+/* Seconds that ranks may take to join a communicator whose operations may take `timeout`. */
+static double join_timeout(double timeout) {
+  double seconds = seconds_of(HFR_PARAM_JOIN_TIMEOUT);
+  return seconds < timeout ? seconds : timeout;
+}
+
 static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank,
                                   const hfreduceConfig_t *config, struct hfreduceComm *whole) {
   struct hfr_uid uid;
@@ -149,7 +161,8 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
   c->rank = rank;
   c->nranks = nranks;
   c->arena.fd = c->arena.bell_fd = -1;
-  c->timeout = config && config->timeout > 0 ? config->timeout : hfr_param_real(HFR_PARAM_TIMEOUT);
+  c->timeout = config && config->timeout > 0 ? config->timeout : seconds_of(HFR_PARAM_TIMEOUT);
+  c->join_timeout = join_timeout(c->timeout);
   if (config && config->name)
     snprintf(c->name, sizeof c->name, "%s", config->name);
   else
@@ -161,7 +174,7 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
   c->device = config && config->device >= 0 ? config->device : hfr_device_current();
   pthread_mutex_init(&c->ops_lock, NULL);
   if (!whole) hfr_log_set_rank(rank);
-  hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->timeout * 1e9));
+  hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->join_timeout * 1e9));
   if (!r && c->partner >= 0) {
     int depth = hfr_group_out();
     r = hfr_pairs_make(c);
@@ -205,7 +218,7 @@ static int pending_calls(hfreduceComm_t c) {
 }
 
 /* Operations never started: their streams do not get to them. */
-static void give_up(hfreduceComm_t c) {
+static void give_up(hfreduceComm_t c, double seconds) {
   hfreduceErrorInfo_t info;
   hfr_error_clear(&info);
   info.code = hfreduceTimeout;
@@ -214,33 +227,62 @@ static void give_up(hfreduceComm_t c) {
   snprintf(info.phase, sizeof info.phase, "stream");
   snprintf(info.text, sizeof info.text,
            "rank %d on %s: %d operations still waited for their streams %.3g s after the communicator was to be finalized",
-           c->rank, c->hosts[c->rank], pending_calls(c), c->timeout);
+           c->rank, c->hosts[c->rank], pending_calls(c), seconds);
   hfr_engine_fail(&c->engine, &info);
+}
+
+/* Started operations are given up by the driver, which knows whom they wait for: it gets this long to do so. */
+#define GIVE_UP_GRACE_NS 2000000000ll
+
+/* Wait until no operation runs. hfreduceInProgress: that is not so after patience_ns (0: it waits on). Every operation has its
+ * deadline once it has started, and the driver gives it up at engine.leave_ns. What waits for a stream has not started: it gets
+ * as long as one here. */
+static hfreduceResult_t wait_for_calls(hfreduceComm_t comm, int64_t patience_ns) {
+  uint32_t active, before = 0;
+  int64_t begin = hfr_now_ns(), limit = 0, leave = atomic_load(&comm->engine.leave_ns);
+  while ((active = atomic_load_explicit(&comm->engine.active, memory_order_acquire))) {
+    struct timespec t = {0, 200000};
+    int64_t now = hfr_now_ns();
+    if (active != before) limit = now + comm->engine.timeout_ns + GIVE_UP_GRACE_NS;
+    if (leave && now > leave + GIVE_UP_GRACE_NS)
+      give_up(comm, HFR_CLOSE_LIMIT);
+    else if (now > limit)
+      give_up(comm, comm->timeout);
+    before = active;
+    hfr_drive_async(&comm->engine);
+    if (patience_ns && now - begin > patience_ns) return hfreduceInProgress;
+    nanosleep(&t, NULL);
+  }
+  struct hfreduceComm *half = hfr_pairs_half(comm);
+  if (!half) return hfreduceSuccess;
+  atomic_store(&half->engine.leave_ns, leave);
+  return wait_for_calls(half, patience_ns); /* an error of it is this one's too */
 }
 
 hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommFinalize"));
   if (comm->pid != getpid()) return hfreduceSuccess;
-  /* Every operation has its deadline once it has started. What waits for a stream has not: it gets as long as one here. */
-  uint32_t active, before = 0;
-  int64_t limit = 0;
-  while ((active = atomic_load_explicit(&comm->engine.active, memory_order_acquire))) {
-    struct timespec t = {0, 200000};
-    if (active != before) limit = hfr_now_ns() + comm->engine.timeout_ns + 2000000000;
-    if (hfr_now_ns() > limit) give_up(comm);
-    before = active;
-    hfr_drive_async(&comm->engine);
-    nanosleep(&t, NULL);
-  }
-  if (hfr_pairs_half(comm)) hfreduceCommFinalize(hfr_pairs_half(comm)); /* an error of it is this one's too */
+  HFR_TRY(wait_for_calls(comm, comm->engine.patience_ns));
   int code = hfr_engine_error(&comm->engine, hfr_last_error());
   return (hfreduceResult_t)code;
+}
+
+/* As Finalize, but what still runs after HFR_CLOSE_LIMIT is given up. */
+static hfreduceResult_t leave(hfreduceComm_t comm, int64_t patience_ns) {
+  int64_t unset = 0;
+  atomic_compare_exchange_strong(&comm->engine.leave_ns, &unset, hfr_now_ns() + (int64_t)(HFR_CLOSE_LIMIT * 1e9));
+  return wait_for_calls(comm, patience_ns);
+}
+
+hfreduceResult_t hfreduceCommLeave(hfreduceComm_t comm) {
+  HFR_TRY(hfr_comm_check(comm, "hfreduceCommLeave"));
+  return comm->pid == getpid() ? leave(comm, comm->engine.patience_ns) : hfreduceSuccess;
 }
 
 hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommDestroy"));
   if (comm->pid != getpid()) return hfreduceSuccess; /* the parent's; a forked child only forgets it */
-  hfreduceCommFinalize(comm);
+  leave(comm, 0);
   hfr_comm_dispose(comm);
   return hfreduceSuccess;
 }
@@ -345,6 +387,7 @@ hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
   HFR_TRY(hfr_comm_check(comm, "hfreduceCommSetTimeout"));
   if (!(seconds > 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetTimeout: %g s; it must be positive", seconds);
   comm->timeout = seconds;
+  comm->join_timeout = join_timeout(seconds);
   comm->engine.timeout_ns = (int64_t)(seconds * 1e9);
   if (hfr_pairs_half(comm)) hfreduceCommSetTimeout(hfr_pairs_half(comm), seconds);
   return hfreduceSuccess;
@@ -385,8 +428,9 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
   }
   /* Who goes where, then the new ids from each group's first rank: both over the communicator itself, and without the
    * patience of the caller's operations: nothing may still run on these buffers when they are freed. */
-  int64_t patience = comm->engine.patience_ns;
+  int64_t patience = comm->engine.patience_ns, timeout = comm->engine.timeout_ns;
   comm->engine.patience_ns = 0;
+  comm->engine.timeout_ns = (int64_t)(join_timeout(config && config->timeout > 0 ? config->timeout : comm->timeout) * 1e9);
   hfreduceResult_t r = hfreduceAllGather(&me, all, sizeof me, hfreduceUint8, comm, NULL);
   for (int i = 0; !r && i < n; i++)
     if (all[i].color == color && color >= 0) all[members++] = all[i];
@@ -397,6 +441,7 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
   if (!r && first == comm->rank) r = new_id(&id, comm->uid.local);
   if (!r) r = hfreduceAllGather(&id, ids, sizeof id, hfreduceUint8, comm, NULL);
   comm->engine.patience_ns = patience;
+  comm->engine.timeout_ns = timeout;
   if (!r && members) {
     hfreduceConfig_t inherited;
     hfreduceConfigInit(&inherited);

@@ -58,9 +58,9 @@ struct hfreduceComm {
   int ranks_here; /* on this machine, of whatever nodes */
   struct hfr_addr *addrs;
   hfreduceConfig_t config;
-  double timeout;
-  const int *cancel;         /* the config's, while joining */
-  struct hfr_shrunk *shrunk; /* what it was shrunk to (shrink.c) */
+  double timeout, join_timeout; /* seconds: of an operation; of joining, which is no more */
+  const int *cancel;            /* the config's, while joining */
+  struct hfr_shrunk *shrunk;    /* what it was shrunk to (shrink.c) */
   _Atomic int closing;
   /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */
   struct hfr_conn *control;
@@ -129,6 +129,11 @@ void hfr_runtime_remove(struct hfreduceComm *comm);
 int hfr_runtime_ranks_here(const struct hfreduceComm *comm);
 
 /* --- comm.c --- */
+/* Seconds that closing waits for what still runs, at most. */
+#define HFR_CLOSE_LIMIT 30.0
+static inline int64_t hfr_close_limit_ns(const struct hfreduceComm *comm) {
+  return (int64_t)((comm->timeout < HFR_CLOSE_LIMIT ? comm->timeout : HFR_CLOSE_LIMIT) * 1e9);
+}
 void hfr_uid_pack(const struct hfr_uid *uid, hfreduceUniqueId *id);
 /* What every call on a communicator begins with: `comm` is one. */
 hfreduceResult_t hfr_comm_check(hfreduceComm_t comm, const char *function);

@@ -97,7 +97,7 @@ static hfreduceResult_t number_ranks(struct hfreduceComm *c, struct hfr_pairs *p
 static void drop(struct hfreduceComm *c, struct hfr_pairs *p) {
   int drained = 1;
   if (p->half) hfr_comm_dispose(p->half);
-  if (p->pair) drained = hfr_pair_destroy(p->pair, &c->arena.ctrl[p->partner].unpaired, (int64_t)(c->timeout * 1e9));
+  if (p->pair) drained = hfr_pair_destroy(p->pair, &c->arena.ctrl[p->partner].unpaired, hfr_close_limit_ns(c));
   if (drained) atomic_store(&c->arena.ctrl[c->arena.local].unpaired, 1); /* pairs with the partner's look at his room */
   if (drained) hfr_pinned_free(&p->words);                               /* else the device may still write there */
   free(p->ranks);

@@ -2,6 +2,8 @@
 #include "engine.h"
 #include "internal.h"
 
+#include "../base/log.h"
+
 #include <stdio.h>
 
 static int message_missing(struct hfr_engine *e, const struct hfr_loc *src, size_t bytes) {
@@ -193,16 +195,28 @@ static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t n
   for (int s = 0; !c->named && s < r->plan.nstages; s++) name_stage(c, r, s);
 }
 
+enum haste { IN_TIME, LATE, CLOSING };
+
+/* Is its time up, or that of the communicator? */
+static enum haste haste_of(const struct hfr_engine *e, const struct hfr_request *r, int64_t now) {
+  int64_t leave = atomic_load_explicit(&e->leave_ns, memory_order_relaxed);
+  return now > r->deadline_ns ? LATE : leave && now > leave ? CLOSING : IN_TIME;
+}
+
 /* Somebody who is waited for has gone, or it takes too long. */
-static void complain(struct hfr_engine *e, struct hfr_request *r, const struct culprits *c, int late) {
+static void complain(struct hfr_engine *e, struct hfr_request *r, const struct culprits *c, enum haste haste) {
   char text[600];
   if (c->gone >= 0) {
     snprintf(text, sizeof text, "rank %d on %s has closed the communicator or exited; %s", c->gone, e->net->host[c->gone],
              c->text);
     hfr_fail_request(e, r, c->phase, c->gone, hfreduceRemoteError, text);
-  } else if (late) {
+  } else if (haste == LATE) {
     snprintf(text, sizeof text, "deadline of %.3g s passed %s", (double)r->timeout_ns * 1e-9, c->text);
     hfr_fail_request(e, r, c->phase, c->peer, hfreduceTimeout, text);
+  } else if (haste == CLOSING) {
+    snprintf(text, sizeof text, "given up, since the communicator is being closed and waits no longer; it was %s", c->text);
+    hfr_fail_request(e, r, c->phase, c->peer, hfreduceTimeout, text);
+    HFR_WARN("%s", e->why.text); /* who closes is told of no error */
   }
 }
 
@@ -210,25 +224,26 @@ static void complain(struct hfr_engine *e, struct hfr_request *r, const struct c
 static void check_lender(struct hfr_engine *e, struct hfr_request *r, int64_t now) {
   const struct hfr_layout *lay = e->layout;
   struct culprits c = {.engine = e, .phase = "copy-out", .lead = "waiting for ", .peer = -1, .gone = -1, .now_ns = now};
-  if (now <= r->deadline_ns && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
+  enum haste haste = haste_of(e, r, now);
+  if (haste == IN_TIME && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
   for (int i = 0; i < lay->nlocal; i++)
     if (atomic_load_explicit(&e->arena->ctrl[i].out, memory_order_relaxed) < r->base + (uint64_t)r->plan.nchunks)
       name_rank(&c, "copy-out", hfr_rank_at(lay, lay->node, i));
-  if (c.named) complain(e, r, &c, now > r->deadline_ns);
+  if (c.named) complain(e, r, &c, haste);
 }
 
 static void check_request(struct hfr_engine *e, struct hfr_request *r, int64_t now) {
   if (!r->started) return;
   struct culprits c;
-  int late = now > r->deadline_ns;
+  enum haste haste = haste_of(e, r, now);
   if (!r->reported && e->on_stuck && e->layout->nnodes > 1 && r->plan.call.coll < HFR_P2P && r->timeout_ns > 0 &&
       now - (r->deadline_ns - r->timeout_ns) > STUCK_NS) {
     r->reported = 1;
     e->on_stuck(e->on_error_arg, &r->fp);
   }
-  if (!late && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
+  if (haste == IN_TIME && !atomic_load_explicit(&e->anyone_left, memory_order_relaxed)) return;
   find_culprits(e, r, now, &c);
-  complain(e, r, &c, late);
+  complain(e, r, &c, haste);
 }
 
 void hfr_engine_check(struct hfr_engine *e, int64_t now) {

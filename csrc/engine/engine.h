@@ -146,9 +146,10 @@ struct hfr_engine {
   _Atomic int64_t *left_ns; /* by rank: when it left (0: it has not) */
   _Atomic int anyone_left;
   int64_t timeout_ns;
-  int64_t patience_ns; /* a blocking call hands its request to the progress thread after this long; 0: never */
-  int spins, yields;   /* polls before sleeping */
-  size_t stream_from;  /* bytes of results on a node from which no cache holds them */
+  _Atomic int64_t leave_ns; /* the communicator is being closed, and what still runs at this time is given up; 0: it is not */
+  int64_t patience_ns;      /* a blocking call hands its request to the progress thread after this long; 0: never */
+  int spins, yields;        /* polls before sleeping */
+  size_t stream_from;       /* bytes of results on a node from which no cache holds them */
   const char *host;
   /* told once, by whichever thread found the error, without locks held */
   void (*on_error)(void *arg, const hfreduceErrorInfo_t *info);

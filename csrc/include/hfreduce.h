@@ -6,8 +6,9 @@
  * except that hfreduceCommAbort, hfreduceCommGetAsyncError, hfreduceCommPending, the functions that ask for connections and the
  * work functions may be called beside it.
  *
- * Every function that waits ends by the communicator's deadline (default 30 s) with a result or with an error whose text
- * (hfreduceGetLastError) names rank, host, operation, sequence number and phase.
+ * Every function that waits ends by a deadline with a result or with an error whose text (hfreduceGetLastError) names rank, host,
+ * operation, sequence number and phase. Operations have HFREDUCE_TIMEOUT seconds (1800), init, split and shrink have
+ * HFREDUCE_JOIN_TIMEOUT (300); config.timeout caps both.
  */
 #ifndef HFREDUCE_H_
 #define HFREDUCE_H_
@@ -103,7 +104,9 @@ typedef struct {
   size_t size;
   unsigned int magic;
   unsigned int version;
-  double timeout;   /* seconds that any wait of this communicator may take; 0: HFREDUCE_TIMEOUT, else 30 */
+  /* Seconds that an operation of this communicator may take, and the most that joining may; 0: HFREDUCE_TIMEOUT, else 1800.
+     Joining takes at most HFREDUCE_JOIN_TIMEOUT, else 300. */
+  double timeout;
   const char *name; /* appears in errors and logs; copied; may be NULL */
   /* While the ranks join: when *cancel becomes other than 0 (by an atomic store of any thread), the call ends within a tenth of a
      second with hfreduceAborted, and so do the others that have joined. NULL: no such word. */
@@ -203,10 +206,13 @@ hfreduceResult_t hfreduceCommShrink(hfreduceComm_t comm, const int *exclude, int
                                     hfreduceConfig_t *config, int flags);
 /* Operations that were issued on comm and have not ended. May be called beside them. */
 hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count);
-/* Wait for what was issued. */
+/* Wait for what was issued. With a patience (below): hfreduceInProgress when it has not ended by then; call again. */
 hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm);
-/* Finalize, leave, free. Never fails on a broken communicator. Not collective, but peers that still wait for this rank get an
- * error. */
+/* The first half of Destroy, for callers with a patience: wait for what was issued, 30 s at most since the first call; what then
+   still runs is given up, with a warning. hfreduceInProgress when the patience is over; call again. Own addition. */
+hfreduceResult_t hfreduceCommLeave(hfreduceComm_t comm);
+/* Wait for what was issued, as Leave but for all of the 30 s; leave, free. Never fails on a broken communicator. Not collective,
+   but peers that still wait for this rank get an error. */
 hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm);
 /* End every wait on comm, here and on all ranks, with hfreduceAborted. The handle stays valid until hfreduceCommDestroy. */
 hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm);

@@ -7,10 +7,6 @@
 
 #define UNDEF NCCL_CONFIG_UNDEF_INT
 
-/* Seconds that a wait may take where HFREDUCE_TIMEOUT says nothing. NCCL waits for ever, and programs count on that while one
-   rank compiles or writes a checkpoint; ranks that died are found long before. */
-#define PATIENT 1800.0
-
 /* The end of the last member that a generation has. The structure's size is no guide: padding became members. */
 #define END(member) (offsetof(ncclConfig_t, member) + sizeof((ncclConfig_t *)0)->member)
 static size_t known_bytes(unsigned int version) {
@@ -95,17 +91,8 @@ ncclResult_t hfr_nccl_read_config(const char *f, const ncclConfig_t *given, nccl
   return ncclSuccess;
 }
 
-/* HFREDUCE_TIMEOUT, if the user has set it. */
-static double timeout(void) {
-  hfreduceParam_t p;
-  for (int i = 0; i < hfreduceParamCount(); i++)
-    if (!hfreduceParamGet(i, &p) && !strcmp(p.name, "HFREDUCE_TIMEOUT") && p.is_set) return 0;
-  return PATIENT;
-}
-
 void hfr_nccl_core_config(const struct ncclComm *comm, hfreduceConfig_t *config) {
   hfreduceConfigInit(config);
-  config->timeout = timeout();
   config->name = comm->name[0] ? comm->name : NULL;
   config->cancel = &comm->cancel;
   config->device = comm->device;

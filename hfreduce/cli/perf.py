@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, collective: str | None = None
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks to start when no launcher did (2 if not given)")
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
     parser.add_argument("--plot", metavar="FILE", help="also draw bus bandwidth over size (needs matplotlib)")
-    parser.add_argument("--timeout", type=float, metavar="S", help="seconds that any wait may take")
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds that an operation, and joining, may take")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -188,7 +188,7 @@ static void test_param_presets(void) {
   hfr_param_reload();
   CHECK(hfr_param_int(HFR_PARAM_RANK) == -1);
   CHECK(hfr_param_int(HFR_PARAM_CHUNK) == 131072);
-  CHECK(hfr_param_real(HFR_PARAM_TIMEOUT) == 30.0);
+  CHECK(hfr_param_real(HFR_PARAM_TIMEOUT) == 1800.0 && hfr_param_real(HFR_PARAM_JOIN_TIMEOUT) == 300.0);
   CHECK(!*hfr_param_text(HFR_PARAM_ADDR));
   for (int id = 0; id < HFR_PARAM_COUNT; id++) {
     CHECK(!strncmp(hfr_param_name((enum hfr_param)id), "HFREDUCE_", 9));
@@ -237,9 +237,9 @@ static void test_param_malformed(void) {
     CHECK(strstr(read_log(), "is not a size") != NULL, "\"%s\"", bad[i]);
   }
   CHECK(int_from(HFR_PARAM_SLOTS, "4K") == 0, "suffixes are for sizes");
-  CHECK(real_from(HFR_PARAM_TIMEOUT, "nan") == 30);
-  CHECK(real_from(HFR_PARAM_TIMEOUT, "3s") == 30);
-  CHECK(strstr(read_log(), "HFREDUCE_TIMEOUT=3s (from the environment) is not a number: taking 30") != NULL);
+  CHECK(real_from(HFR_PARAM_TIMEOUT, "nan") == 1800);
+  CHECK(real_from(HFR_PARAM_TIMEOUT, "3s") == 1800);
+  CHECK(strstr(read_log(), "HFREDUCE_TIMEOUT=3s (from the environment) is not a number: taking 1800") != NULL);
 }
 
 static void test_param_text(void) {
@@ -284,7 +284,7 @@ static void test_param_file(void) {
   CHECK(hfr_param_int(HFR_PARAM_SLOTS) == 8 && hfr_param_is_set(HFR_PARAM_SLOTS));
   CHECK(!strcmp(hfr_param_text(HFR_PARAM_SOCKET_IFNAME), "ours#0"), "\"%s\"", hfr_param_text(HFR_PARAM_SOCKET_IFNAME));
   CHECK(hfr_param_int(HFR_PARAM_CHUNK) == 65536, "the first line wins");
-  CHECK(hfr_param_real(HFR_PARAM_TIMEOUT) == 30);
+  CHECK(hfr_param_real(HFR_PARAM_TIMEOUT) == 1800);
   CHECK(!strcmp(hfr_param_text(HFR_PARAM_ADDR), "h:1"), "no newline at the end");
   const char *log = read_log();
   CHECK(strstr(log, "unknown parameter HFREDUCE_TYPO") && !strstr(log, "NCCL_IB_HCA"), "%s", log);
