@@ -148,9 +148,8 @@ static void fill_record(struct hfreduceComm *c, const struct hfr_addr *addr, str
 /* Adopt an error that a frame brought. */
 static hfreduceResult_t adopt(const uint8_t *payload, size_t bytes) {
   hfreduceErrorInfo_t info;
-  if (bytes != sizeof info) return hfr_fail(hfreduceInternalError, "malformed error frame");
-  memcpy(&info, payload, sizeof info);
-  info.text[sizeof info.text - 1] = 0;
+  if (hfr_conn_error(payload, bytes, &info))
+    return hfr_fail(hfreduceInternalError, "the root sent an error of %zu bytes that is none: its code does not exist", bytes);
   hfr_fail((hfreduceResult_t)info.code, "%s", info.text);
   *hfr_last_error() = info;
   return (hfreduceResult_t)info.code;

@@ -99,3 +99,11 @@ int hfr_conn_next(struct hfr_conn *c, enum hfr_frame *type, const uint8_t **payl
   *bytes = h.bytes;
   return 1;
 }
+
+int hfr_conn_error(const uint8_t *payload, size_t bytes, hfreduceErrorInfo_t *info) {
+  if (bytes != sizeof *info) return -1;
+  memcpy(info, payload, sizeof *info);
+  info->op[sizeof info->op - 1] = info->phase[sizeof info->phase - 1] = info->host[sizeof info->host - 1] =
+      info->text[sizeof info->text - 1] = 0;
+  return info->code <= hfreduceSuccess || info->code >= hfreduceNumResults || info->code == hfreduceInProgress ? -1 : 0;
+}

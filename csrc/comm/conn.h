@@ -34,4 +34,7 @@ void hfr_conn_flush(struct hfr_conn *conn);
 int hfr_conn_fill(struct hfr_conn *conn);
 /* Next whole frame: 1 with *payload valid until the next call; 0 none. */
 int hfr_conn_next(struct hfr_conn *conn, enum hfr_frame *type, const uint8_t **payload, size_t *bytes);
+/* The error that the payload of an ERROR frame carries, its texts ended. 0, or -1 when it is none: another size, a code that does
+ * not exist or says that nothing failed. */
+int hfr_conn_error(const uint8_t *payload, size_t bytes, hfreduceErrorInfo_t *info);
 #endif

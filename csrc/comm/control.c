@@ -117,11 +117,7 @@ static void control_frame(struct hfreduceComm *c, int peer, enum hfr_frame type,
           if (r != peer && c->control[r].fd >= 0) hfr_conn_send(&c->control[r], HFR_FRAME_BYE, &rank, sizeof rank);
       break;
     case HFR_FRAME_ERROR:
-      if (bytes != sizeof info) break;
-      memcpy(&info, payload, sizeof info);
-      info.op[sizeof info.op - 1] = info.phase[sizeof info.phase - 1] = info.host[sizeof info.host - 1] =
-          info.text[sizeof info.text - 1] = 0;
-      if (info.code <= 0 || info.code >= hfreduceNumResults) break;
+      if (hfr_conn_error(payload, bytes, &info)) break;
       if (c->rank == 0)
         for (int r = 1; r < c->nranks; r++)
           if (r != peer && c->control[r].fd >= 0) hfr_conn_send(&c->control[r], HFR_FRAME_ERROR, &info, sizeof info);

@@ -136,12 +136,13 @@ static void tell_missing(struct hfr_root *root, int64_t now) {
 }
 
 /* A rank's deadline passed while others were missing: it says so before it goes, and all hear the same. */
-static void gave_up(struct hfr_watch *w, const uint8_t *payload) {
+static void gave_up(struct hfr_watch *w, const uint8_t *payload, size_t bytes) {
   hfreduceErrorInfo_t info;
   struct hfr_root *root = w->root;
-  memcpy(&info, payload, sizeof info);
-  info.op[sizeof info.op - 1] = info.phase[sizeof info.phase - 1] = info.host[sizeof info.host - 1] =
-      info.text[sizeof info.text - 1] = 0;
+  if (hfr_conn_error(payload, bytes, &info)) {
+    w->conn.dead = 1;
+    return;
+  }
   root->told++; /* it knows */
   w->root = NULL;
   w->drop = 1;
@@ -157,8 +158,8 @@ void hfr_root_event(struct hfr_watch *w) {
   while (w->root && !w->conn.dead && hfr_conn_next(&w->conn, &type, &payload, &bytes))
     if (type == HFR_FRAME_JOIN)
       join(w, payload, bytes);
-    else if (type == HFR_FRAME_ERROR && bytes == sizeof(hfreduceErrorInfo_t) && w->rank >= 0)
-      gave_up(w, payload);
+    else if (type == HFR_FRAME_ERROR && w->rank >= 0)
+      gave_up(w, payload, bytes);
   if (!w->conn.dead || !w->root || w->rank < 0) return;
   char text[200];
   snprintf(text, sizeof text, "rank %d on %s left or died while the ranks were joining", w->rank, w->root->record[w->rank].host);

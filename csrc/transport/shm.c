@@ -9,6 +9,10 @@ struct shm_link {
   struct hfr_arena *arena;
   struct hfr_ring *tx, *rx;
   uint64_t tail_seen; /* cached tx->tail: saves a miss a message */
+  /* The header of the message at hand, copied once: the sender can still write to the ring's, and what was judged must be what is
+     acted upon. */
+  struct hfr_msg_header at_hand;
+  uint64_t copied; /* messages whose header was */
 };
 
 static hfreduceResult_t shm_open_link(struct hfr_net *net, int peer, int vc, struct hfr_link **out) {
@@ -20,6 +24,7 @@ static hfreduceResult_t shm_open_link(struct hfr_net *net, int peer, int vc, str
   l->tx = hfr_arena_ring_at(net->arena, net->arena->local, net->local_of[peer], ring);
   l->rx = hfr_arena_ring_at(net->arena, net->local_of[peer], net->arena->local, ring);
   l->link.posted = atomic_load_explicit(&l->tx->head, memory_order_relaxed);
+  l->copied = atomic_load_explicit(&l->rx->tail, memory_order_relaxed);
   *out = &l->link;
   return hfreduceSuccess;
 }
@@ -55,15 +60,19 @@ static int shm_recv(struct hfr_link *link, void *dst, size_t bytes, const struct
   (void)dst;
   uint64_t tail = atomic_load_explicit(&l->rx->tail, memory_order_relaxed);
   if (atomic_load_explicit(&l->rx->head, memory_order_acquire) == tail) return HFR_LINK_AGAIN;
-  *header = &l->rx->header[tail % HFR_RING_SLOTS];
-  *data = (*header)->bytes == bytes ? hfr_ring_data(l->arena, l->rx, tail) : NULL;
+  if (l->copied == tail) {
+    l->at_hand = l->rx->header[tail % HFR_RING_SLOTS];
+    l->copied++;
+  }
+  *header = &l->at_hand;
+  *data = l->at_hand.bytes == bytes ? hfr_ring_data(l->arena, l->rx, tail) : NULL;
   return HFR_LINK_OK;
 }
 
 static void shm_release(struct hfr_link *link) {
   struct shm_link *l = (struct shm_link *)link;
   uint64_t tail = atomic_load_explicit(&l->rx->tail, memory_order_relaxed);
-  hfr_link_count_received(link, l->rx->header[tail % HFR_RING_SLOTS].bytes);
+  hfr_link_count_received(link, l->at_hand.bytes);
   atomic_store_explicit(&l->rx->tail, tail + 1, memory_order_release); /* pairs with shm_post_send */
   hfr_arena_notify(l->arena);
 }
