@@ -298,6 +298,64 @@ static void translate_transport(const char done[HFR_PARAM_COUNT]) {
   if (transport) set_value(HFR_PARAM_TRANSPORT, "HFREDUCE_TRANSPORT", transport, "NCCL_NET or NCCL_IB_DISABLE");
 }
 
+/* ---- names that are no parameter ---- */
+
+/* Variables that are read elsewhere: above, and by the Python half and its build. */
+static const char *const other_names[] = {"HFREDUCE_CONF_FILE", "HFREDUCE_TORCH_RECORD", "HFREDUCE_TORCH_RECORD_FILE",
+                                          "HFREDUCE_TORCH_SHIM", "HFREDUCE_WERROR"};
+#define OTHERS (sizeof other_names / sizeof *other_names)
+#define TEST_PREFIX "HFREDUCE_TEST_" /* whatever follows is the tests' */
+#define NAME_MAX_BYTES 64
+
+/* Letters to insert, drop or change to make b of a (Levenshtein). Both are shorter than NAME_MAX_BYTES. */
+static int distance(const char *a, const char *b) {
+  int row[NAME_MAX_BYTES], na = (int)strlen(a), nb = (int)strlen(b);
+  for (int j = 0; j <= nb; j++) row[j] = j;
+  for (int i = 1; i <= na; i++) {
+    int diagonal = row[0];
+    row[0] = i;
+    for (int j = 1; j <= nb; j++) {
+      int changed = diagonal + (a[i - 1] != b[j - 1]), shorter = (row[j] < row[j - 1] ? row[j] : row[j - 1]) + 1;
+      diagonal = row[j];
+      row[j] = changed < shorter ? changed : shorter;
+    }
+  }
+  return row[nb];
+}
+
+static const char *known_name(int i) { return i < HFR_PARAM_COUNT ? specs[i].name : other_names[i - HFR_PARAM_COUNT]; }
+
+/* The known name that `name` is most like, *far changes away. */
+static const char *nearest_name(const char *name, int *far) {
+  const char *nearest = known_name(0);
+  *far = NAME_MAX_BYTES;
+  for (int i = 0; i < HFR_PARAM_COUNT + (int)OTHERS; i++) {
+    int here = distance(name, known_name(i));
+    if (here < *far) *far = here, nearest = known_name(i);
+  }
+  return nearest;
+}
+
+/* A misspelt variable would change nothing in silence. */
+static void warn_of_unknown(void) {
+  extern char **environ;
+  for (char **entry = environ; entry && *entry; entry++) {
+    char name[NAME_MAX_BYTES];
+    size_t bytes = strcspn(*entry, "=");
+    int far;
+    if (strncmp(*entry, PREFIX, strlen(PREFIX)) || !strncmp(*entry, TEST_PREFIX, strlen(TEST_PREFIX))) continue;
+    if (bytes >= sizeof name) bytes = sizeof name - 1;
+    memcpy(name, *entry, bytes);
+    name[bytes] = '\0';
+    const char *nearest = nearest_name(name, &far);
+    if (!far) continue;
+    if (far <= 3)
+      warn_later("%s (in the environment) is no parameter and changes nothing: is %s meant?", name, nearest);
+    else
+      warn_later("%s (in the environment) is no parameter and changes nothing; `hfreduce info` lists all", name);
+  }
+}
+
 static void load(void) {
   char done[HFR_PARAM_COUNT] = {0};
   for (int id = 0; id < HFR_PARAM_COUNT; id++) set_preset(id);
@@ -307,6 +365,7 @@ static void load(void) {
   load_file("/etc/hfreduce.conf", 0, done);
   load_file("/etc/nccl.conf", 0, done);
   translate_transport(done);
+  warn_of_unknown();
 }
 
 static const struct value *get(enum hfr_param id) {

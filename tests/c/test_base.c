@@ -242,6 +242,37 @@ static void test_param_malformed(void) {
   CHECK(strstr(read_log(), "HFREDUCE_TIMEOUT=3s (from the environment) is not a number: taking 1800") != NULL);
 }
 
+static void test_param_misspelt(void) {
+  setenv("HFREDUCE_TIMEOT", "5", 1);
+  setenv("HFREDUCE_TORCH_RECORD_FIL", "x", 1);
+  setenv("HFREDUCE_SOMETHING_ELSE", "", 1);
+  setenv("HFREDUCE_A_NAME_LONGER_THAN_ANY_PARAMETER_AND_THAN_THE_BUFFER_THAT_HOLDS_IT_HERE", "1", 1);
+  setenv("HFREDUCE_TEST_LIMIT", "5", 1);
+  setenv("HFREDUCE_TORCH_SHIM", "0", 1);
+  setenv("HFREDUCE_CONF_FILE", "/dev/null", 1);
+  hfr_param_reload();
+  hfr_param_int(HFR_PARAM_CHUNK);
+  const char *log = read_log();
+  CHECK(strstr(log, "HFREDUCE_TIMEOT (in the environment) is no parameter and changes nothing: is HFREDUCE_TIMEOUT meant?"), "%s",
+        log);
+  CHECK(strstr(log, "is HFREDUCE_TORCH_RECORD_FILE meant?"), "%s", log);
+  CHECK(strstr(log, "HFREDUCE_SOMETHING_ELSE (in the environment) is no parameter and changes nothing; `hfreduce info`"), "%s",
+        log);
+  CHECK(strstr(log, "HFREDUCE_A_NAME_LONGER_THAN_ANY"), "%s", log);
+  CHECK(!strstr(log, "TEST_LIMIT") && !strstr(log, "TORCH_SHIM") && !strstr(log, "CONF_FILE"), "%s", log);
+  hfr_param_int(HFR_PARAM_CHUNK);
+  CHECK(!*read_log(), "named once");
+  unsetenv("HFREDUCE_TIMEOT");
+  unsetenv("HFREDUCE_TORCH_RECORD_FIL");
+  unsetenv("HFREDUCE_SOMETHING_ELSE");
+  unsetenv("HFREDUCE_A_NAME_LONGER_THAN_ANY_PARAMETER_AND_THAN_THE_BUFFER_THAT_HOLDS_IT_HERE");
+  unsetenv("HFREDUCE_TEST_LIMIT");
+  unsetenv("HFREDUCE_TORCH_SHIM");
+  unsetenv("HFREDUCE_CONF_FILE");
+  hfr_param_reload();
+  CHECK(!*read_log());
+}
+
 static void test_param_text(void) {
   setenv("HFREDUCE_ADDR", " host:1 ", 1);
   setenv("HFREDUCE_SECRET", "c0ffee", 1);
@@ -773,6 +804,7 @@ static void run_all(void) {
   test_param_numbers();
   test_param_bounds();
   test_param_malformed();
+  test_param_misspelt();
   test_param_text();
   test_param_aliases();
   test_param_file();
