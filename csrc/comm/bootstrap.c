@@ -464,8 +464,19 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
   }
 }
 
+/* The watcher looks every quarter of a second, and a busy host delays it: a shorter heartbeat would break every communicator. */
+#define HEARTBEAT_LEAST 0.5
+static hfreduceResult_t check_heartbeat(void) {
+  double seconds = hfr_param_real(HFR_PARAM_HEARTBEAT);
+  if (seconds <= 0 || seconds >= HEARTBEAT_LEAST) return hfreduceSuccess;
+  return hfr_fail(hfreduceInvalidArgument,
+                  "HFREDUCE_HEARTBEAT is %g s; it must be 0 (a silent rank never counts as lost) or at least %g s", seconds,
+                  HEARTBEAT_LEAST);
+}
+
 hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   struct hfr_addr mine;
+  HFR_TRY(check_heartbeat());
   HFR_TRY(hfr_transport_offer(hfr_param_text(HFR_PARAM_TRANSPORT), &c->offer));
   HFR_TRY(hfr_runtime_listen(c->uid.local, &c->uid.root, &mine));
   if (c->uid.by_address && c->rank == 0) {
