@@ -479,8 +479,10 @@ hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   HFR_TRY(check_heartbeat());
   HFR_TRY(hfr_transport_offer(hfr_param_text(HFR_PARAM_TRANSPORT), &c->offer));
   HFR_TRY(hfr_runtime_listen(c->uid.local, &c->uid.root, &mine));
+  c->door[0] = mine;
   if (c->uid.by_address && c->rank == 0) {
     HFR_TRY(hfr_runtime_listen_at(&c->uid.root));
+    c->door[1] = c->uid.root;
     HFR_TRY(hfr_runtime_open_root(&c->uid));
   }
   HFR_TRY(hfr_runtime_add(c));

@@ -28,9 +28,10 @@ static hfreduceResult_t new_id(hfreduceUniqueId *id, int local) {
   hfr_random(&uid.comm_id, sizeof uid.comm_id);
   hfr_random(uid.secret, sizeof uid.secret);
   HFR_TRY(hfr_runtime_listen(local, NULL, &uid.root));
-  HFR_TRY(hfr_runtime_open_root(&uid));
-  hfr_uid_pack(&uid, id);
-  return hfreduceSuccess;
+  hfreduceResult_t r = hfr_runtime_open_root(&uid);
+  hfr_runtime_unlisten(&uid.root); /* now the root uses it */
+  if (!r) hfr_uid_pack(&uid, id);
+  return r;
 }
 
 hfreduceResult_t hfreduceGetUniqueId(hfreduceUniqueId *id) { return new_id(id, 0); }

@@ -57,6 +57,7 @@ struct hfreduceComm {
   char (*hosts)[64];
   int ranks_here; /* on this machine, of whatever nodes */
   struct hfr_addr *addrs;
+  struct hfr_addr door[2]; /* listeners that it uses: its process', and by address the root's; family 0: none */
   hfreduceConfig_t config;
   double timeout, join_timeout; /* seconds: of an operation; of joining, which is no more */
   const int *cancel;            /* the config's, while joining */
@@ -98,16 +99,18 @@ struct hfreduceComm {
 /* The process' side (runtime.h): */
 /* --- listen.c --- */
 /* Start what a process needs (watcher thread, listener). The listener's address goes to *addr: loopback; or where
-   HFREDUCE_SOCKET_IFNAME says; or, that unset, on the way to `root` (NULL: not known yet). */
+   HFREDUCE_SOCKET_IFNAME says; or, that unset, on the way to `root` (NULL: not known yet). The caller is a user of the listener
+   until it calls hfr_runtime_unlisten; with its last user a listener closes. */
 hfreduceResult_t hfr_runtime_listen(int loopback, const struct hfr_addr *root, struct hfr_addr *addr);
 /* Also listen on exactly this address. */
 hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr);
+void hfr_runtime_unlisten(const struct hfr_addr *addr);
 /* Strangers refused so far. */
 long hfr_runtime_refused(void);
 
 /* --- rendezvous.c --- */
 static inline uint64_t hfr_uid_root(const struct hfr_uid *uid) { return uid->root_id ? uid->root_id : uid->comm_id; }
-/* Serve the rendezvous of a communicator in this process. */
+/* Serve the rendezvous of a communicator in this process, as a user of the listener at its address until all have joined. */
 hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid);
 /* Joining failed and its root is in this process: let the ranks that come late hear why before this process may end; at most
  * limit_ns. */

@@ -7,6 +7,7 @@
 
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -110,6 +111,7 @@ static hfreduceResult_t listen_at(struct hfr_addr *addr, int any_port) {
     if (w->kind == HFR_WATCH_LISTENER && w->addr.family == addr->family && !memcmp(w->addr.ip, addr->ip, 16) &&
         (any_port || w->addr.port == addr->port)) {
       *addr = w->addr;
+      w->users++;
       return hfreduceSuccess;
     }
   int fd;
@@ -117,8 +119,32 @@ static hfreduceResult_t listen_at(struct hfr_addr *addr, int any_port) {
   struct hfr_watch *w = hfr_watch_add(HFR_WATCH_LISTENER, fd);
   if (!w) return close(fd), hfr_fail(hfreduceSystemError, "out of memory");
   w->addr = *addr;
+  w->users = 1;
   hfr_watcher_kick();
   return hfreduceSuccess;
+}
+
+static struct hfr_watch **find_listener(const struct hfr_addr *addr) {
+  struct hfr_watch **at = &hfr_rt.watches;
+  while (*at && ((*at)->kind != HFR_WATCH_LISTENER || memcmp(&(*at)->addr, addr, sizeof *addr))) at = &(*at)->next;
+  return at;
+}
+
+int hfr_listen_use(const struct hfr_addr *addr) {
+  struct hfr_watch *w = *find_listener(addr);
+  if (w) w->users++;
+  return w ? 0 : -1;
+}
+
+void hfr_listen_release(const struct hfr_addr *addr) {
+  struct hfr_watch **at = find_listener(addr), *w = *at;
+  if (!w || --w->users) return;
+  *at = w->next;
+  /* The watcher may be asleep on it, which would keep it open; and a child between fork and exec has a copy. */
+  shutdown(w->fd, SHUT_RDWR);
+  close(w->fd);
+  free(w);
+  hfr_watcher_kick();
 }
 
 /* My address on the way to `peer`: what the kernel would send from. Nothing is sent. */
@@ -173,6 +199,12 @@ hfreduceResult_t hfr_runtime_listen_at(struct hfr_addr *addr) {
     if (r != hfreduceSystemError || attempt == 20) return r;
     poll(NULL, 0, 50); /* a process that was just killed may hold the address for another moment */
   }
+}
+
+void hfr_runtime_unlisten(const struct hfr_addr *addr) {
+  pthread_mutex_lock(&hfr_rt.lock);
+  hfr_listen_release(addr);
+  pthread_mutex_unlock(&hfr_rt.lock);
 }
 
 long hfr_runtime_refused(void) { return hfr_rt.refused; }

@@ -15,6 +15,7 @@ struct hfr_root {
   struct hfr_root *next;
   uint64_t comm_id;
   uint8_t secret[16];
+  struct hfr_addr addr; /* of the listener that it uses; family 0: none */
   int nranks, got;
   uint64_t members;           /* what the records say */
   hfreduceErrorInfo_t failed; /* code != 0: joining failed; kept for a while, so that who comes late hears it too */
@@ -32,6 +33,7 @@ static void drop_root(struct hfr_root *root) {
     }
   for (struct hfr_watch *w = hfr_rt.watches; w; w = w->next)
     if (w->kind == HFR_WATCH_JOINER && w->root == root) w->root = NULL, w->drop = 1; /* goes once its last frame is out */
+  if (root->addr.family) hfr_listen_release(&root->addr);
   free(root->record);
   free(root);
 }
@@ -211,6 +213,7 @@ hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid) {
     next = old->next;
     if (old->comm_id == r->comm_id && old->failed.code) drop_root(old);
   }
+  if (!hfr_listen_use(&uid->root)) r->addr = uid->root;
   r->next = hfr_rt.roots;
   hfr_rt.roots = r;
   pthread_mutex_unlock(&hfr_rt.lock);

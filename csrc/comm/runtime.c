@@ -119,6 +119,9 @@ void hfr_runtime_remove(struct hfreduceComm *c) {
     }
     hfr_conn_close(&c->control[i]);
   }
+  for (int i = 0; i < 2; i++)
+    if (c->door[i].family) hfr_listen_release(&c->door[i]);
+  memset(c->door, 0, sizeof c->door);
   free(c->control);
   free(c->stuck);
   c->stuck = NULL;

@@ -24,6 +24,7 @@ struct hfr_watch {
   int fd, slot;
   int64_t since_ns;
   struct hfr_addr addr; /* LISTENER */
+  int users;            /* LISTENER: communicators and roots that are reached through it */
   struct hfr_auth auth; /* PENDING */
   struct hfr_conn conn; /* JOINER */
   struct hfr_root *root;
@@ -54,6 +55,9 @@ void *hfr_watcher_main(void *arg);
 /* --- listen.c --- */
 /* A listener is ready: take in all who have come. Each has to prove who it is. */
 void hfr_listen_accept(struct hfr_watch *listener);
+/* One user more or less of the listener at exactly this address; with the last it closes. use: 0, or -1: there is none. */
+int hfr_listen_use(const struct hfr_addr *addr);
+void hfr_listen_release(const struct hfr_addr *addr);
 /* Go on with a handshake. 1: the watch is finished with, and its descriptor given away or closed. */
 int hfr_listen_pending(struct hfr_watch *pending, int ready, int64_t now_ns);
 
