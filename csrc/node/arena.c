@@ -3,6 +3,7 @@
 
 #include "../base/mac.h"
 #include "../base/thread.h"
+#include "mapping.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -38,12 +39,10 @@ static void set_geometry(struct hfr_arena *a, int nlocal, size_t chunk, int slot
 }
 
 static hfreduceResult_t map_arena(struct hfr_arena *a) {
-  a->map = mmap(NULL, a->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, a->fd, 0);
-  if (a->map == MAP_FAILED) {
-    a->map = NULL;
+  a->map = hfr_node_map(a->fd, a->bytes);
+  if (!a->map)
     return hfr_fail(hfreduceSystemError, "cannot map %zu bytes of shared memory for %d local ranks: %s", a->bytes, a->nlocal,
                     strerror(errno));
-  }
   a->ctrl = (struct hfr_rank_ctrl *)(a->map + 4096);
   a->data = a->map + 4096 + pages(sizeof(struct hfr_rank_ctrl) * (size_t)a->nlocal);
   a->rings = a->data + (size_t)a->nlocal * a->rank_stride;
@@ -127,29 +126,21 @@ void hfr_arena_map_warm(struct hfr_arena *a) {
   }
 }
 
-static void unmap(uint8_t *from, uint8_t *to) {
-  if (from < to) munmap(from, (size_t)(to - from));
-}
 static void rest(uint8_t *from, uint8_t *to) {
   if (from < to) madvise(from, (size_t)(to - from), MADV_DONTNEED);
 }
 
-/* Do something to the mapping from `from` on, but for this rank's lending area. */
-static void all_but_mine(const struct hfr_arena *a, uint8_t *from, void (*something)(uint8_t *from, uint8_t *to)) {
+void hfr_arena_rest(struct hfr_arena *a) {
   uint8_t *end = a->map + a->bytes, *mine = a->lend ? hfr_arena_lending(a, a->local) : end;
-  something(from, mine);
-  something(mine + a->lend, end);
+  rest(a->data, mine);
+  rest(mine + a->lend, end);
 }
-
-void hfr_arena_rest(struct hfr_arena *a) { all_but_mine(a, a->data, rest); }
 
 void hfr_arena_close(struct hfr_arena *a) {
   hfr_arena_after_fork(a);
   if (!a->map) return;
-  if (a->left)
-    all_but_mine(a, a->map, unmap);
-  else
-    unmap(a->map, a->map + a->bytes);
+  uint8_t *mine = a->left && a->lend ? hfr_arena_lending(a, a->local) : NULL;
+  hfr_node_unmap(a->map, a->bytes, mine, mine ? mine + a->lend : NULL);
   a->map = NULL;
 }
 
