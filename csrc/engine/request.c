@@ -501,7 +501,8 @@ static int advance(struct hfr_engine *e, struct hfr_request *r, int s) {
   return moved;
 }
 
-/* Bring IN, RED and OUT of this rank to where the operation leaves them, whichever of them it used. */
+/* Bring IN, RED and OUT of this rank to where the operation leaves them, whichever of them it used. Nothing is published with
+   these stores: a stage that wrote or read slots has moved its counter to the end by itself, in advance(). */
 static void end_collective(struct hfr_engine *e, struct hfr_request *r) {
   uint64_t end = r->base + (uint64_t)r->plan.nchunks;
   struct hfr_rank_ctrl *me = &e->arena->ctrl[e->arena->local];
