@@ -106,6 +106,12 @@ static size_t compose_head(char *line, size_t size, enum hfr_log_level level) {
   return (size_t)snprintf(line, size, "hfreduce [%s:%d:%s] %s ", host, (int)getpid(), rank, names[level]);
 }
 
+void hfr_log_wait(char *text, size_t size, int64_t waited_ns, int64_t limit_ns) {
+  double waited = (double)waited_ns * 1e-9;
+  snprintf(text, size, "%.*f s of %.4g s", waited < 9.95 ? 1 : 0, waited < 9.95 ? waited : (double)(waited_ns / 1000000000),
+           (double)limit_ns * 1e-9);
+}
+
 void hfr_log_write(enum hfr_log_level level, const char *format, ...) {
   int saved_errno = errno;
   if (level > HFR_LOG_NONE && level <= HFR_LOG_TRACE && level <= hfr_log_level()) {

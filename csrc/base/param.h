@@ -16,6 +16,8 @@
   X(TIMEOUT, "HFREDUCE_TIMEOUT", REAL, "1800", 0, 1000000, "seconds that an operation may take")                                 \
   X(JOIN_TIMEOUT, "HFREDUCE_JOIN_TIMEOUT", REAL, "300", 0, 1000000,                                                              \
     "seconds that init, split and shrink may take; a shorter timeout of the operations holds for them too")                      \
+  X(WARN_AFTER, "HFREDUCE_WARN_AFTER", REAL, "10", 0, 1000000,                                                                   \
+    "seconds after which a wait says whom it waits for, and again at doubling intervals (0: never)")                             \
   X(HEARTBEAT, "HFREDUCE_HEARTBEAT", REAL, "8", 0, 100000,                                                                       \
     "seconds of silence after which a peer counts as lost (0: never; else at least 0.5)")                                        \
   X(SOCKET_IFNAME, "HFREDUCE_SOCKET_IFNAME", TEXT, "", 0, 0, "interfaces by prefix; ^a,b excludes, =a,b is exact")               \

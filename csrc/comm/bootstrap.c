@@ -41,12 +41,40 @@ static hfreduceResult_t fail_cancelled(const struct hfreduceComm *c) {
   return hfreduceAborted;
 }
 
+struct wait_text {
+  char text[64];
+};
+
+/* Has joining taken so long that it should say for whom it waits? If so, *time has the time, and it need not again until twice
+ * that. */
+static int should_speak(struct hfreduceComm *c, struct wait_text *time) {
+  int64_t now = hfr_now_ns(), after = (int64_t)(hfr_param_real(HFR_PARAM_WARN_AFTER) * 1e9);
+  if (after <= 0) return 0;
+  if (!c->speak_ns) c->speak_ns = c->join_ns + after;
+  if (now < c->speak_ns) return 0;
+  while (c->speak_ns <= now) c->speak_ns += c->speak_ns - c->join_ns;
+  hfr_log_wait(time->text, sizeof time->text, now - c->join_ns, (int64_t)(c->join_timeout * 1e9));
+  return 1;
+}
+
 static void nap_ms(int ms) { poll(NULL, 0, ms); }
+
+/* In steps: who is stopped leaves a handshake unfinished. */
+static hfreduceResult_t authenticate(struct hfreduceComm *c, struct hfr_auth *auth, int64_t deadline_ns, const char *whom) {
+  struct wait_text time;
+  for (;;) {
+    int64_t step = hfr_now_ns() + CANCEL_MS * 1000000ll;
+    hfreduceResult_t r = hfr_auth_client_wait(auth, step < deadline_ns ? step : deadline_ns, whom);
+    if (r != hfreduceTimeout || step >= deadline_ns || cancelled(c)) return r;
+    if (should_speak(c, &time)) HFR_WARN("rank %d waits for %s to finish the handshake (%s)", c->rank, whom, time.text);
+  }
+}
 
 /* Connect and authenticate, trying again while nobody listens: the other side may start later. */
 static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr, enum hfr_auth_kind kind, int target,
                              int64_t deadline_ns, const char *whom, int *out) {
   char text[HFR_ADDR_TEXT];
+  struct wait_text time;
   char refusal[200] = ""; /* kept: when time is up, who refused us may have gone itself */
   int pause = 5, error;
   hfr_addr_text(addr, text);
@@ -68,7 +96,7 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
         hfr_auth_client(&auth, fd, kind, kind == HFR_AUTH_ROOT ? hfr_uid_root(&c->uid) : c->uid.comm_id, c->uid.secret, c->rank,
                         target, 0, 0);
         int64_t limit = hfr_now_ns() + 5000000000;
-        hfreduceResult_t r = hfr_auth_client_wait(&auth, limit < deadline_ns ? limit : deadline_ns, whom);
+        hfreduceResult_t r = authenticate(c, &auth, limit < deadline_ns ? limit : deadline_ns, whom);
         if (!r) {
           *out = fd;
           return r;
@@ -82,6 +110,9 @@ static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr
     }
     if (cancelled(c)) return fail_cancelled(c);
     if (hfr_now_ns() > deadline_ns) break;
+    if (should_speak(c, &time))
+      HFR_WARN("rank %d waits for %s at %s (%s): %s", c->rank, c->uid.by_address && target < 0 ? "rank 0" : whom, text, time.text,
+               *refusal ? refusal : strerror(error));
     nap_ms(pause);
     if (pause < 100) pause *= 2;
   }
@@ -163,7 +194,9 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
   struct hfr_record record;
   size_t whole = (size_t)c->nranks * sizeof record;
   hfreduceResult_t result = hfreduceInProgress;
-  char missing[400] = "the root has not answered";
+  char missing[402] = "the root has not answered";
+  int speaker = 0;
+  struct wait_text time;
   hfr_conn_init(&conn, fd, whole > sizeof(hfreduceErrorInfo_t) ? whole : sizeof(hfreduceErrorInfo_t));
   fill_record(c, mine, &record);
   hfr_conn_send(&conn, HFR_FRAME_JOIN, &record, sizeof record);
@@ -175,10 +208,15 @@ static hfreduceResult_t rendezvous(struct hfreduceComm *c, const struct hfr_addr
     hfr_conn_fill(&conn);
     while (result == hfreduceInProgress && hfr_conn_next(&conn, &type, &payload, &bytes)) {
       if (type == HFR_FRAME_ERROR) result = adopt(payload, bytes);
-      if (type == HFR_FRAME_WAITING && bytes < sizeof missing) memcpy(missing, payload, bytes);
+      if (type == HFR_FRAME_WAITING && bytes > 1 && bytes < sizeof missing) {
+        memcpy(missing, payload, bytes);
+        speaker = missing[bytes - 1];
+        missing[bytes - 1] = 0;
+      }
       if (type == HFR_FRAME_TABLE && bytes == whole) memcpy(table, payload, whole), result = hfreduceSuccess;
     }
     if (result != hfreduceInProgress) break;
+    if (speaker && should_speak(c, &time)) HFR_WARN("%s (%s)", missing, time.text);
     if (conn.dead)
       result = hfr_fail(hfreduceRemoteError,
                         "rank %d: the root closed the connection while ranks were joining (did its process end?)", c->rank);
@@ -327,6 +365,7 @@ struct visitor {
 static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t deadline_ns) {
   int n = c->layout.nlocal, served = 1, nvisitors = 0, cap = 4 * n;
   hfreduceResult_t result = hfreduceSuccess;
+  struct wait_text time;
   struct visitor *v = calloc((size_t)cap, sizeof *v);
   struct pollfd *fds = calloc((size_t)cap + 1, sizeof *fds);
   if (!v || !fds) result = hfr_fail(hfreduceSystemError, "out of memory");
@@ -347,6 +386,9 @@ static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t d
       v[nvisitors].done = 0;
       hfr_auth_server(&v[nvisitors++].auth, fd, arena_secret, c);
     }
+    if (served < n && should_speak(c, &time))
+      HFR_WARN("rank %d waits for %d of the %d ranks of this host to fetch the shared memory (%s)", c->rank, n - served, n,
+               time.text);
     if (c->failed)
       *hfr_last_error() = c->early, result = (hfreduceResult_t)c->early.code;
     else if (cancelled(c))
@@ -364,12 +406,13 @@ static hfreduceResult_t hand_out(struct hfreduceComm *c, int listener, int64_t d
 
 static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t deadline_ns) {
   int leader = hfr_rank_at(&c->layout, c->layout.node, 0);
+  struct wait_text time;
   for (;;) {
     int sock, fd = -1, r = -1;
     if (!hfr_unix_connect(name, &sock)) {
       struct hfr_auth auth;
       hfr_auth_client(&auth, sock, HFR_AUTH_ARENA, c->uid.comm_id, c->uid.secret, c->rank, leader, 0, 0);
-      if (!hfr_auth_client_wait(&auth, deadline_ns, "the local leader"))
+      if (!authenticate(c, &auth, deadline_ns, "the local leader"))
         while ((r = hfr_unix_recv_fd(sock, &fd)) == -EAGAIN && !cancelled(c) && wait_fd(c, sock, POLLIN, deadline_ns)) {
         }
       close(sock);
@@ -377,6 +420,8 @@ static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t 
       if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, g->chunk, g->slots, c->lend);
     }
     if (cancelled(c)) return fail_cancelled(c);
+    if (should_speak(c, &time))
+      HFR_WARN("rank %d waits for rank %d on this host to hand out the shared memory (%s)", c->rank, leader, time.text);
     if (hfr_now_ns() > deadline_ns)
       return hfr_fail(hfreduceTimeout, "rank %d: rank %d on this host did not hand out the shared memory within %.3g s", c->rank,
                       leader, c->join_timeout);
@@ -435,6 +480,7 @@ static hfreduceResult_t start_engine(struct hfreduceComm *c) {
 }
 
 static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
+  struct wait_text time;
   if (c->rank > 0) {
     int fd;
     HFR_TRY(dial(c, &c->addrs[0], HFR_AUTH_CONTROL, 0, deadline_ns, "rank 0", &fd));
@@ -456,6 +502,13 @@ static hfreduceResult_t ready_go(struct hfreduceComm *c, int64_t deadline_ns) {
     }
     if (c->went) return hfreduceSuccess;
     if (cancelled(c)) return fail_cancelled(c);
+    if (should_speak(c, &time)) {
+      if (c->rank == 0)
+        HFR_WARN("%d of %d ranks are ready (%s)", c->ready + 1, c->nranks, time.text);
+      else
+        HFR_WARN("rank %d on %s waits for rank 0 on %s to say that all ranks are ready (%s)", c->rank, c->hosts[c->rank],
+                 c->hosts[0], time.text);
+    }
     int64_t left = deadline_ns - hfr_now_ns();
     if (left <= 0)
       return hfr_fail(hfreduceTimeout, "rank %d: %d of %d ranks were ready within %.3g s", c->rank,

@@ -175,7 +175,8 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
   c->device = config && config->device >= 0 ? config->device : hfr_device_current();
   pthread_mutex_init(&c->ops_lock, NULL);
   if (!whole) hfr_log_set_rank(rank);
-  hfreduceResult_t r = hfr_bootstrap(c, hfr_now_ns() + (int64_t)(c->join_timeout * 1e9));
+  c->join_ns = hfr_now_ns();
+  hfreduceResult_t r = hfr_bootstrap(c, c->join_ns + (int64_t)(c->join_timeout * 1e9));
   if (!r && c->partner >= 0) {
     int depth = hfr_group_out();
     r = hfr_pairs_make(c);
@@ -430,6 +431,7 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
   /* Who goes where, then the new ids from each group's first rank: both over the communicator itself, and without the
    * patience of the caller's operations: nothing may still run on these buffers when they are freed. */
   int64_t patience = comm->engine.patience_ns, timeout = comm->engine.timeout_ns;
+  atomic_store_explicit(&comm->engine.purpose, "split", memory_order_relaxed);
   comm->engine.patience_ns = 0;
   comm->engine.timeout_ns = (int64_t)(join_timeout(config && config->timeout > 0 ? config->timeout : comm->timeout) * 1e9);
   hfreduceResult_t r = hfreduceAllGather(&me, all, sizeof me, hfreduceUint8, comm, NULL);
@@ -443,6 +445,7 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
   if (!r) r = hfreduceAllGather(&id, ids, sizeof id, hfreduceUint8, comm, NULL);
   comm->engine.patience_ns = patience;
   comm->engine.timeout_ns = timeout;
+  atomic_store_explicit(&comm->engine.purpose, NULL, memory_order_relaxed);
   if (!r && members) {
     hfreduceConfig_t inherited;
     hfreduceConfigInit(&inherited);

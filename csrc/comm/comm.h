@@ -61,6 +61,7 @@ struct hfreduceComm {
   hfreduceConfig_t config;
   double timeout, join_timeout; /* seconds: of an operation; of joining, which is no more */
   const int *cancel;            /* the config's, while joining */
+  int64_t join_ns, speak_ns;    /* when joining began, and when it says next whom it waits for (0: not looked up yet) */
   struct hfr_shrunk *shrunk;    /* what it was shrunk to (shrink.c) */
   _Atomic int closing;
   /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */

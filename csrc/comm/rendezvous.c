@@ -134,7 +134,15 @@ static void tell_missing(struct hfr_root *root, int64_t now) {
   size_t n = (size_t)snprintf(text, sizeof text, "%d of %d ranks have joined, missing", root->got, root->nranks);
   for (int r = 0, named = 0; r < root->nranks && named < 12 && n < sizeof text; r++)
     if (!root->record[r].nranks) n += (size_t)snprintf(text + n, sizeof text - n, "%s rank %d", named++ ? "," : "", r);
-  tell_joiners(root, HFR_FRAME_WAITING, text, strlen(text) + 1);
+  const struct hfr_watch *first = NULL;
+  for (const struct hfr_watch *w = hfr_rt.watches; w; w = w->next)
+    if (w->kind == HFR_WATCH_JOINER && w->root == root && w->rank >= 0 && (!first || w->rank < first->rank)) first = w;
+  /* One of those who wait says it on standard error: the text ends with its mark. */
+  for (struct hfr_watch *w = hfr_rt.watches; w; w = w->next) {
+    if (w->kind != HFR_WATCH_JOINER || w->root != root) continue;
+    text[n + 1] = w == first;
+    hfr_conn_send(&w->conn, HFR_FRAME_WAITING, text, n + 2);
+  }
 }
 
 /* A rank's deadline passed while others were missing: it says so before it goes, and all hear the same. */

@@ -3,8 +3,10 @@
 #include "internal.h"
 
 #include "../base/log.h"
+#include "../base/param.h"
 
 #include <stdio.h>
+#include <string.h>
 
 static int message_missing(struct hfr_engine *e, const struct hfr_loc *src, size_t bytes) {
   const struct hfr_msg_header *h;
@@ -195,6 +197,50 @@ static void find_culprits(struct hfr_engine *e, struct hfr_request *r, int64_t n
   for (int s = 0; !c->named && s < r->plan.nstages; s++) name_stage(c, r, s);
 }
 
+/* ---------------------------------------------------------------- waits that speak */
+
+/* How far it is: moves with every step, so that what advances is not taken for stuck. */
+static int64_t moves_of(const struct hfr_engine *e, const struct hfr_request *r) {
+  int64_t moves = r->verified;
+  if (r->plan.call.coll == HFR_P2P && r->plan.call.receiving) return hfr_p2p_parts(e, r);
+  if (r->plan.call.coll == HFR_PAIR) return r->exchange.pushed;
+  for (int s = 0; s < r->plan.nstages; s++) moves += r->cursor[s].done + r->cursor[s].posted;
+  return moves;
+}
+
+/* Has it waited so long that it should say so now? If so, it need not again until twice that time. */
+static int should_speak(const struct hfr_engine *e, struct hfr_request *r, int64_t now) {
+  int64_t after = (int64_t)(hfr_param_real(HFR_PARAM_WARN_AFTER) * 1e9), moves = moves_of(e, r);
+  if (after <= 0 || r->timeout_ns <= 0) return 0;
+  if (!r->speak_ns || moves != r->moves) {
+    r->still_ns = r->speak_ns ? now : r->deadline_ns - r->timeout_ns;
+    r->speak_ns = r->still_ns + after;
+    r->moves = moves;
+  }
+  if (now < r->speak_ns) return 0;
+  while (r->speak_ns <= now) r->speak_ns += r->speak_ns - r->still_ns;
+  return 1;
+}
+
+/* others: so many sends and receives that wait as long. */
+static void speak(struct hfr_engine *e, struct hfr_request *r, int64_t now, int others) {
+  struct culprits c;
+  char more[64] = "", time[64];
+  const char *purpose = atomic_load_explicit(&e->purpose, memory_order_relaxed);
+  const struct hfr_call *call = &r->plan.call;
+  find_culprits(e, r, now, &c);
+  if (others)
+    snprintf(more, sizeof more, "; %d more %s", others, others > 1 ? "sends and receives wait" : "send or receive waits");
+  hfr_log_wait(time, sizeof time, now - (r->deadline_ns - r->timeout_ns), r->timeout_ns);
+  HFR_WARN("rank %d on %s waits%s in %s #%llu%s%s (%s%s)", e->layout->rank, e->host, c.text + strlen("waiting"),
+           call->coll != HFR_P2P ? hfr_coll_name(call->coll)
+           : call->receiving     ? "recv"
+                                 : "send",
+           (unsigned long long)r->fp.seq, purpose ? " of " : "", purpose ? purpose : "", time, more);
+}
+
+/* ---------------------------------------------------------------- waits that end */
+
 enum haste { IN_TIME, LATE, CLOSING };
 
 /* Is its time up, or that of the communicator? */
@@ -250,6 +296,15 @@ void hfr_engine_check(struct hfr_engine *e, int64_t now) {
   for (struct hfr_request *r = e->lenders; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next)
     check_lender(e, r, now);
   if (e->queue) check_request(e, e->queue, now);
-  for (struct hfr_request *r = e->p2p; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next)
+  if (e->queue && e->queue->started && !atomic_load_explicit(&e->error, memory_order_relaxed) && should_speak(e, e->queue, now))
+    speak(e, e->queue, now, 0);
+  struct hfr_request *first = NULL;
+  int silent = 0;
+  for (struct hfr_request *r = e->p2p; r && !atomic_load_explicit(&e->error, memory_order_relaxed); r = r->next) {
     check_request(e, r, now);
+    if (!r->started || !should_speak(e, r, now)) continue;
+    silent += first != NULL;
+    if (!first) first = r;
+  }
+  if (first && !atomic_load_explicit(&e->error, memory_order_relaxed)) speak(e, first, now, silent);
 }

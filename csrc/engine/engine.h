@@ -49,6 +49,8 @@ struct hfr_request {
   int64_t deadline_ns; /* set when it starts */
   int64_t timeout_ns;
   int started, verified, reported;
+  /* A wait that is long says so: when it does next (0: not looked up yet), since when nothing has moved, and how much had. */
+  int64_t speak_ns, still_ns, moves;
   int partial; /* it is part of a call that another request stands for */
   int lent; /* bit 0: the send buffer was lent to the transport, bit 1: the receive buffer, bit 2: a local rank's lending area */
   uint64_t ticket; /* a send's turn on the link */
@@ -146,6 +148,7 @@ struct hfr_engine {
   _Atomic int64_t *left_ns; /* by rank: when it left (0: it has not) */
   _Atomic int anyone_left;
   int64_t timeout_ns;
+  _Atomic(const char *) purpose; /* why the library itself issues collectives, as a waiting one says; NULL: it does not */
   _Atomic int64_t leave_ns; /* the communicator is being closed, and what still runs at this time is given up; 0: it is not */
   int64_t patience_ns;      /* a blocking call hands its request to the progress thread after this long; 0: never */
   int spins, yields;        /* polls before sleeping */

@@ -31,6 +31,8 @@ void hfr_p2p_post(struct hfr_engine *engine, struct hfr_request *request);
 /* Look for the messages that a receive waits for, unless that was done since engine->visit moved. A message goes to whom it fits:
    to this receive, to a later one, or aside. Receives are asked in the order of their issue. 1: something moved. */
 int hfr_p2p_receive(struct hfr_engine *engine, struct hfr_request *request);
+/* Parts that have come of the message that a receive takes. */
+int64_t hfr_p2p_parts(const struct hfr_engine *engine, const struct hfr_request *request);
 /* Note what would wake a receive, unless that was done since engine->visit moved. */
 void hfr_p2p_want(struct hfr_engine *engine, const struct hfr_request *request, struct hfr_waitset *set);
 void hfr_p2p_fini(struct hfr_engine *engine);

@@ -48,6 +48,7 @@ static enum outcome await(struct hfr_engine *e, struct awaited *a) {
     if (!a->request->deadline_ns) {
       int64_t now = hfr_now_ns();
       a->request->deadline_ns = a->request->timeout_ns > 0 ? now + a->request->timeout_ns : INT64_MAX;
+      a->request->speak_ns = 0;
       *a->give_up_ns = e->patience_ns > 0 ? now + e->patience_ns : INT64_MAX;
     }
     if (b.idle > e->spins + e->yields && interrupted(e, a)) return INTERRUPTED;

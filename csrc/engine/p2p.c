@@ -313,6 +313,11 @@ int hfr_p2p_receive(struct hfr_engine *e, struct hfr_request *r) {
   return moved;
 }
 
+int64_t hfr_p2p_parts(const struct hfr_engine *e, const struct hfr_request *r) {
+  const struct hfr_mailbox *b = r->source >= 0 ? &e->mailbox[r->source] : NULL;
+  return b && b->arriving && b->taker == r ? b->part : 0;
+}
+
 void hfr_p2p_want(struct hfr_engine *e, const struct hfr_request *r, struct hfr_waitset *set) {
   int from = r->source >= 0 ? r->source : r->plan.call.root, any = from == HFR_ANY_SOURCE;
   int aside = r->source >= 0 && e->mailbox[r->source].kept; /* its message, or one in front of it */

@@ -176,6 +176,7 @@ void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
 
 void hfr_request_start(struct hfr_request *r) {
   r->started = 1;
+  r->speak_ns = 0;
   r->deadline_ns = r->timeout_ns > 0 ? hfr_now_ns() + r->timeout_ns : INT64_MAX;
 }
 
