@@ -24,13 +24,17 @@ def register() -> None:
 
 def _create(options: Any, backend_options: Any) -> Any:
     """What torch calls for a new group: its store, rank, size and timeout are in `options`."""
-    from hfreduce.torch.process_group import create
+    import torch
 
+    from hfreduce.torch.process_group import create_process_group
+    from hfreduce.torch.versions import warn_if_newer
+
+    warn_if_newer(torch.__version__)
     timeout = options.timeout
     chosen = getattr(backend_options, "_timeout", None)
     if isinstance(chosen, timedelta):
         timeout = chosen
-    return create(
+    return create_process_group(
         options.store,
         options.group_rank,
         options.group_size,

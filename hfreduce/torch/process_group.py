@@ -115,12 +115,33 @@ def make(comm: Communicator, store: Any, timeout: timedelta, name: str = "", glo
     return group_class()(comm, store, timeout, name, global_ranks)
 
 
-def create(store: Any, rank: int, size: int, timeout: timedelta, *, name: str = "", global_ranks: Sequence[int] = ()) -> Any:
-    """Make the group of a store's ranks. Collective: returns when all have come, or fails by `timeout`."""
-    seconds = timeout.total_seconds()
+def create_process_group(
+    store: Any,
+    rank: int,
+    size: int,
+    timeout: timedelta | float | None = None,
+    *,
+    name: str = "",
+    global_ranks: Sequence[int] = (),
+) -> Any:
+    """Make a process group of its own, beside torch.distributed.init_process_group, for libraries that manage groups themselves.
+
+    store: a torch.distributed.Store that all of the group's ranks have; each group needs a PrefixStore with a prefix of its own.
+    rank: 0 to size - 1, another one on each rank. timeout: how long the call waits for the other ranks, and the deadline of the
+    group's operations: a timedelta or seconds, None: HFREDUCE_TIMEOUT. name: for messages. global_ranks: the ranks' numbers in
+    the whole job, where they have such.
+
+    Returns what torch.distributed calls a backend: an object with allreduce, broadcast, allgather, send, recv, barrier and so
+    on, as torch.distributed.ProcessGroup has them, each returning a Work; with abort, shutdown, rank, size, and `communicator`.
+    Where this torch lets Python subclass its ProcessGroup only, the object is one. It is not registered with torch.distributed.
+
+    Collective: returns when all ranks have come, or raises DeadlineError, which names those that are missing. Raises
+    InvalidArgumentError for a rank or size out of range. Each error is also a torch.distributed.DistBackendError.
+    """
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     try:
         if size == 1:
-            comm = Communicator(0, 1, timeout=seconds, name=name or None)
+            comm = Communicator(rank, 1, timeout=seconds, name=name or None)
         else:
             key = "hfreduce/unique_id"
             if rank == 0:
@@ -134,4 +155,4 @@ def create(store: Any, rank: int, size: int, timeout: timedelta, *, name: str = 
             store = dist.PrefixStore(hashlib.sha256(unique_id).hexdigest()[:16], store)
     except HfreduceError as error:
         raise as_torch(error) from None
-    return make(comm, store, timeout, name, global_ranks)
+    return make(comm, store, timedelta(seconds=comm.timeout), name, global_ranks)

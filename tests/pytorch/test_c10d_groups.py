@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from tensors import expect, tell, told
 
+from hfreduce.params import default_timeout
+
 NRANKS = pytest.mark.parametrize("nranks", [1, 2, 3, 4])
 
 
@@ -279,3 +281,40 @@ def sequence_numbers() -> None:
 
 def test_sequence_numbers_count_collectives(ranks: Any) -> None:
     ranks.run(sequence_numbers, 2)
+
+
+# --- groups beside torch.distributed ---
+
+
+def group_of_a_store(timeout: Any) -> tuple[Any, ...]:
+    import hfreduce.torch
+    from hfreduce.errors import InvalidArgumentError
+
+    rank, nranks = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    before = list(dist.distributed_c10d._world.pg_map)
+    # in the other order, to tell these ranks from the default group's
+    group = hfreduce.torch.create_process_group(dist.PrefixStore("mine", store), nranks - 1 - rank, nranks, timeout, name="mine")
+    assert list(dist.distributed_c10d._world.pg_map) == before, "it must not be registered"
+    tensor = torch.tensor([2.0 ** group.rank()])
+    group.allreduce([tensor]).wait()
+    root = torch.tensor([float(rank)])
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([root], options).wait()
+    found = group.rank(), group.size(), tensor.item(), root.item()
+    seconds = group.communicator.timeout
+    group.shutdown()
+    assert sum_in(None) == sum(range(nranks)), "the default group is as it was"
+    with pytest.raises(InvalidArgumentError) as caught:
+        hfreduce.torch.create_process_group(dist.PrefixStore("wrong", store), 5, 1)
+    assert isinstance(caught.value, dist.DistBackendError)
+    return (*found, seconds, str(caught.value))
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(20, 20.0), (timedelta(seconds=21), 21.0), (None, None)])
+def test_group_without_init_process_group(ranks: Any, timeout: Any, seconds: float | None) -> None:
+    for rank, (mine, size, total, root, limit, text) in enumerate(ranks.run(group_of_a_store, 3, timeout)):
+        assert (mine, size, total, root) == (2 - rank, 3, 7.0, 2.0)
+        assert limit == (seconds or default_timeout())
+        assert "rank" in text and "5" in text
