@@ -12,6 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 import threading
 import traceback
 import warnings
@@ -156,7 +157,7 @@ def test_ranks_that_build_at_once_compile_once(cache: Path, home: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("script", "words"),
-    [("echo 'error: strange header' >&2; exit 1", "strange header"), ('echo no library >"$out"', "does not load")],
+    [("echo 'error: strange header' >&2; exit 1", "strange header"), ('echo no library >"$out"', "fails its self-test")],
 )
 def test_a_build_that_fails_says_why_and_leaves_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, words: str
@@ -165,6 +166,58 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(
     assert shim.main(["build"]) == 1
     assert words in capsys.readouterr().err
     assert not built(home) and not list(home.rglob(".build-*"))
+
+
+#: A Python extension that loads and is no shim: it has nothing but a torch version.
+_NO_SHIM = """
+#include <Python.h>
+static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "_shim", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit__shim(void) {
+  PyObject *m = PyModule_Create(&def);
+  PyModule_AddStringConstant(m, "TORCH", "%s");
+  return m;
+}
+"""
+
+
+def no_shim(folder: Path, version: str) -> Path:
+    """An extension of _NO_SHIM's, compiled."""
+    cxx = shim.compiler()
+    if cxx is None:
+        pytest.skip("no C++ compiler was found")
+    source, made = folder / "no_shim.c", folder / "no_shim.so"
+    source.write_text(_NO_SHIM % version)
+    include = sysconfig.get_path("include")
+    subprocess.run([*cxx, "-x", "c++", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(made)], check=True)
+    return made
+
+
+def test_a_shim_that_fails_its_self_test_is_removed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import torch
+
+    made = no_shim(home, torch.__version__.split("+")[0])
+    monkeypatch.setenv("CXX", stand_in(home, f'cp "{made}" "$out"'))
+    path = shim.target()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(made.read_bytes())  # one that was there before must go, too
+    assert shim.main(["build", "--force"]) == 1
+    said = capsys.readouterr().err
+    assert "self-test" in said and "rank 0" in said and "'Backend'" in said, said
+    assert not built(home) and not list(home.rglob(".build-*"))
+    shim.main([])
+    assert "failed its self-test and was removed" in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shim.load() is None
+
+
+def test_a_shim_of_another_torch_is_not_taken(home: Path) -> None:
+    path = shim.target()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(no_shim(home, "1.2.3").read_bytes())
+    with pytest.warns(UserWarning, match=r"built for torch 1\.2\.3, and torch"):
+        assert shim.load() is None
+    assert "1.2.3" in shim.state()["reason"]
 
 
 def test_without_a_compiler_the_build_says_so(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -12,6 +12,9 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <string>
 
 namespace {
 
@@ -445,7 +448,9 @@ void fail(const std::shared_ptr<PythonFutureWrapper> &future, py::handle excepti
 
 PYBIND11_MODULE(_shim, m) {
   m.doc() = "torch's C++ interfaces for the hfreduce process group.";
-  py::module_::import("torch.distributed"); /* registers c10d's types */
+  m.attr("TORCH") = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + "." +
+                    std::to_string(TORCH_VERSION_PATCH); /* the one that it was built for */
+  py::module_::import("torch.distributed");              /* registers c10d's types */
 
   py::class_<Backend, Ptr<Backend>, c10d::Backend>(
       m, "Backend", py::custom_type_setup([](PyHeapTypeObject *heap) {

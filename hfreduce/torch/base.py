@@ -47,9 +47,12 @@ def group_class() -> Any:
         ) -> None:
             base.__init__(self, comm.rank, comm.nranks)
             self._setup(comm, store, timeout, name, global_ranks)
-            options = TorchBackend.Options("hfreduce", timeout)  # C++ insists on its own type
-            options.group_name, options.global_ranks_in_group = name, list(global_ranks)
-            self._options = options
+            if hasattr(TorchBackend, "Options"):  # C++ insists on its own type; before torch 2.5 it does not ask
+                options = TorchBackend.Options("hfreduce", timeout)
+                for field, value in (("group_name", name), ("global_ranks_in_group", list(global_ranks))):
+                    if hasattr(options, field):  # not up to torch 2.6
+                        setattr(options, field, value)
+                self._options = options
             if dist.is_gloo_available():  # TORCH_DISTRIBUTED_DEBUG=DETAIL: torch itself compares the ranks' calls, over Gloo
                 self._detail, self._plain = False, True
 

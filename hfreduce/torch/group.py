@@ -62,6 +62,7 @@ class Group:
         self._default_seconds = self._seconds = comm.timeout
         self._name, self._desc = name, "undefined"
         self._options = Options(timeout, name, global_ranks)
+        self._global_ranks = list(global_ranks)
         self._coalescing: list[Any] | None = None
         self._barriers = itertools.count()
         self._splits = itertools.count()
@@ -100,7 +101,9 @@ class Group:
         return self._store
 
     def setGroupName(self, name: str) -> None:
-        self._name = self.recorder.name = self._options.group_name = name
+        self._name = self.recorder.name = name
+        if hasattr(self._options, "group_name"):  # torch's own options have none up to 2.6
+            self._options.group_name = name
 
     def getGroupName(self) -> str:
         return self._name

@@ -79,7 +79,7 @@ class ProcessGroupMixin(Reductions, Messages):
             return None
         name = group_name or f"{self._name}:split:{number}:{ranks[0]}"
         store = dist.PrefixStore(f"{name}/", self._store)
-        known = self._options.global_ranks_in_group or list(range(self._size))
+        known = self._global_ranks or list(range(self._size))
         group = make(comm, store, chosen, name, [known[rank] for rank in ranks])
         group.setGroupDesc(group_desc or f"{self._desc}:split:{number}")
         return group

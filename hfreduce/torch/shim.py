@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -126,11 +127,73 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+# What two ranks do with a new shim: arguments are the shim, a FileStore's path and the rank.
+_SELF_TEST = """
+import datetime, sys
+import torch, torch.distributed as dist
+from hfreduce.torch import shim
+shim.use(sys.argv[1])
+import hfreduce.torch
+limit = datetime.timedelta(seconds=100)
+dist.init_process_group("hfreduce", store=dist.FileStore(sys.argv[2], 2), rank=int(sys.argv[3]), world_size=2, timeout=limit)
+mine = torch.full((5,), float(sys.argv[3]) + 1)
+dist.all_reduce(mine)
+assert mine.tolist() == [3.0] * 5, f"all_reduce gave {mine.tolist()} instead of 3 everywhere"
+work = dist.all_reduce(mine, async_op=True)
+value = work.get_future().wait()
+assert mine.tolist() == [6.0] * 5, f"all_reduce gave {mine.tolist()} instead of 6 everywhere"
+dist.barrier()
+dist.destroy_process_group()
+"""
+_SELF_TEST_LIMIT = 150.0
+
+
+def _self_test(made: Path) -> str:
+    """Try a shim with two ranks, each a process of its own, so that one that crashes or hangs does no harm. "" or what went wrong."""
+    folder = str(made.parent)
+    parent = str(Path(__file__).resolve().parent.parent.parent)  # of the package hfreduce
+    path = os.pathsep.join(filter(None, [parent, os.environ.get("PYTHONPATH", "")]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HFREDUCE_TORCH_SHIM": "1", "HFREDUCE_ADDR": ""}
+    outputs = [open(f"{folder}/output-{rank}", "w+") for rank in range(2)]  # noqa: SIM115 (a pipe that nobody reads could fill up)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _SELF_TEST, str(made), f"{folder}/store", str(rank)],
+            env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )
+        for rank, output in enumerate(outputs)
+    ]  # fmt: skip
+    end = time.monotonic() + _SELF_TEST_LIMIT
+    said = []
+    for rank, process in enumerate(ranks):
+        try:
+            code: int | str = process.wait(max(0.0, end - time.monotonic()))
+            how = f"ended with status {code}"
+        except subprocess.TimeoutExpired:
+            how = f"had not ended after {_SELF_TEST_LIMIT:g} s"
+            code = how
+        if code:
+            end = min(end, time.monotonic() + 5.0)  # the other rank then need not be waited for
+            outputs[rank].seek(0)
+            said.append(f"rank {rank} {how}: {outputs[rank].read()[-2000:].strip()}")
+    for process, output in zip(ranks, outputs):
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        output.close()
+    return "\n".join(said)
+
+
+def _why_not(path: Path) -> Path:
+    """The file beside a shim's place that says why there is none: its self-test failed."""
+    return path.with_name("failed")
+
+
 def build(*, force: bool = False) -> Path:
     """Compile the shim for the installed torch, unless it is there; return its path. Takes about half a minute.
 
-    Raises ImportError without torch, FileNotFoundError without source or compiler, RuntimeError with the compiler's or the
-    loader's words if it fails. Several processes may call it at once.
+    Two ranks try it before it is put in place; a shim that fails, and one that was there before, are removed. Raises ImportError
+    without torch, FileNotFoundError without source or compiler, RuntimeError with the words of the compiler, the loader or the
+    ranks if it fails. Several processes may call it at once.
     """
     import torch
 
@@ -149,11 +212,12 @@ def build(*, force: bool = False) -> Path:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the shim did not compile:\n{shlex.join(command)}\n{done.stdout}{done.stderr}")
-            # In a process of its own: a shim that crashes is not put in place, and this process loads the final one.
-            check = [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); import torch, _shim"]
-            done = subprocess.run(check, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"the shim was built and does not load:\n{done.stdout}{done.stderr}")
+            wrong = _self_test(made)
+            if wrong:
+                path.unlink(missing_ok=True)
+                _why_not(path).write_text(wrong)
+                raise RuntimeError(f"the shim was built, fails its self-test and is not used:\n{wrong}")
+            _why_not(path).unlink(missing_ok=True)
             os.replace(made, path)  # at once whole: a rank that loads meanwhile sees the old one or the new one
     return path
 
@@ -184,11 +248,21 @@ def load() -> Any:
     return _loaded
 
 
+def use(path: str) -> None:
+    """Have this process use the shim in a file. For the self-test; ImportError if it is not for this torch."""
+    global _loaded, _tried
+    _loaded, _tried = _import(Path(path)), True
+
+
 def _import(path: Path) -> ModuleType:
+    import torch
+
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not re.match(re.escape(module.TORCH) + r"(\D|$)", torch.__version__):
+        raise ImportError(f"{path} was built for torch {module.TORCH}, and torch {torch.__version__} is installed")
     return module
 
 
@@ -214,6 +288,11 @@ def state() -> dict[str, Any]:
     if not result["built"]:
         how = COMMAND if result["compiler"] else f"install a C++ compiler, then {COMMAND}"
         result["reason"] = f"it was not built for torch {result['torch']}; to build it: {how}"
+        if _why_not(result["path"]).exists():
+            wrong = _why_not(result["path"]).read_text().strip().splitlines()
+            result["reason"] = (
+                f"it was built for torch {result['torch']}, failed its self-test and was removed: {wrong[-1] if wrong else ''}"
+            )
     elif _setting() == "0":
         result["reason"] = "HFREDUCE_TORCH_SHIM=0"
     else:
