@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 from hfreduce.communicator import Communicator
 from hfreduce.torch import shim
+from hfreduce.torch.keeping import keep_works
 from hfreduce.torch.process_group import ProcessGroup, ProcessGroupMixin
+from hfreduce.torch.work import CoalescedWork, DeviceWork, Work
 
 
 def _subclassable() -> Any:
@@ -34,6 +36,7 @@ def group_class() -> Any:
     """The class of this process's groups. It is chosen at first use and then stays."""
     base = _subclassable()
     if base is None:
+        keep_works((Work, DeviceWork, CoalescedWork))
         return ProcessGroup
     from torch._C._distributed_c10d import Backend as TorchBackend
 
@@ -70,4 +73,19 @@ def group_class() -> Any:
         def perform_nocolor_split(self, device: Any) -> None:
             """Nothing: new_group makes its communicator with its own members alone."""
 
+    _deny_the_rest(Backend, TorchBackend)
     return Backend
+
+
+def _deny_the_rest(cls: Any, base: Any) -> None:
+    """Answer False where torch asks whether a backend supports what this one does not know of.
+
+    torch's property calls the C++ method, which asks the Python object for that property: without an answer of ours, for ever.
+    """
+    for name in dir(base):
+        if (
+            name.startswith("supports_")
+            and isinstance(getattr(base, name), property)
+            and getattr(cls, name) is getattr(base, name)
+        ):
+            setattr(cls, name, False)

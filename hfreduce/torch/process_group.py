@@ -107,6 +107,22 @@ class ProcessGroup(ProcessGroupMixin, dist.ProcessGroup):  # type: ignore[misc, 
         dist.ProcessGroup.__init__(self, comm.rank, comm.nranks)
         self._setup(comm, store, timeout, name, global_ranks)
 
+    # torch 2.4 looks for names in C++, where a group of Python's has none
+
+    @property
+    def group_name(self) -> str:
+        return self.getGroupName()
+
+    @property
+    def group_desc(self) -> str:
+        return self.getGroupDesc()
+
+    def _set_group_name(self, name: str) -> None:
+        self.setGroupName(name)
+
+    def _set_group_desc(self, desc: str) -> None:
+        self.setGroupDesc(desc)
+
 
 def make(comm: Communicator, store: Any, timeout: timedelta, name: str = "", global_ranks: Sequence[int] = ()) -> Any:
     """A process group on a communicator, or a backend for torch's own: see base.py."""
