@@ -500,6 +500,29 @@ def test_send_and_recv_disagree(run_ranks: Any, nodes: tuple[int, ...], sent: in
     run_ranks(unequal_pair, 2, sent, received, dtype, env=Hosts(nodes), comm=False, timeout=20)
 
 
+def uneven_counts(rank: int, nranks: int, sent: int, expected: int, scale: int) -> None:
+    """An all_to_all in which rank 0 sends rank 1 another count than rank 1 expects; all others agree on 3."""
+    sends, recvs = [3 * scale] * nranks, [3 * scale] * nranks
+    if rank == 0:
+        sends[1] = sent * scale
+    if rank == 1:
+        recvs[0] = expected * scale
+    with joined(rank, nranks, 1, timeout=15) as comm:
+        x, out = np.ones(sum(sends), np.float32), np.zeros(sum(recvs), np.float32)
+        with pytest.raises(MismatchError, match=r"rank 0 on \S+ sends message .* where rank 1 expects"):
+            comm.all_to_all(x, out, sends, recvs)
+            comm.barrier()  # a rank whose own messages are right may have ended before; what follows must fail
+
+
+@pytest.mark.limit(60)
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 1), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize(("sent", "expected"), [(5, 7), (0, 7), (9, 7), (5, 0)])
+@pytest.mark.parametrize("scale", [1, 100_000])
+def test_uneven_all_to_all_disagrees(run_ranks: Any, nodes: tuple[int, ...], sent: int, expected: int, scale: int) -> None:
+    n = len(nodes)
+    run_ranks(uneven_counts, n, n, sent, expected, scale, env=Hosts(nodes), comm=False, timeout=40)
+
+
 # --- abort ---
 
 
