@@ -420,9 +420,7 @@ void hfr_drive_soon(struct hfr_engine *e, int in_line) {
   wake_driver(e, rest == HFR_THREAD_ASLEEP ? rest : HFR_THREAD_AWAKE); /* from a nap it looks by itself */
 }
 
-void hfr_drive_stop(struct hfr_engine *e) {
-  /* All works have ended: those who waited for one are on their way out, and may list the engine once more. */
-  while (atomic_load(&e->guests)) sched_yield();
+static void unlist_engine(struct hfr_engine *e) {
   pthread_mutex_lock(&pool.lock);
   for (struct hfr_engine **at = &pool.list; *at; at = &(*at)->next_active)
     if (*at == e) {
@@ -431,12 +429,34 @@ void hfr_drive_stop(struct hfr_engine *e) {
     }
   e->listed = 0;
   pthread_mutex_unlock(&pool.lock);
+}
+
+/* A pass of the progress thread that still knows the engine is over. */
+static void await_pass(struct hfr_engine *e) {
   hfr_drive_kick();
   hfr_engine_wake(e);
   atomic_fetch_add(&pool.waiting, 1);
-  pthread_mutex_lock(&pool.busy); /* a pass that still knows the engine is over when we get it */
+  pthread_mutex_lock(&pool.busy);
   pthread_mutex_unlock(&pool.busy);
   atomic_fetch_sub(&pool.waiting, 1);
+}
+
+/* Nobody waits for a work of the engine any more. Those that do are on their way out; they may list it once more. */
+static int no_guests(struct hfr_engine *e) {
+  pthread_mutex_lock(&pool.lock); /* pairs with hfr_work_drive() */
+  int guests = (int)atomic_load(&e->guests);
+  pthread_mutex_unlock(&pool.lock);
+  return !guests;
+}
+
+void hfr_drive_stop(struct hfr_engine *e) {
+  /* All requests have ended, but the work of the last one may not know it before the pass in which it ended is over. Until then
+   * somebody may begin to wait for it. */
+  do {
+    while (!no_guests(e)) sched_yield();
+    unlist_engine(e);
+    await_pass(e);
+  } while (!no_guests(e));
 }
 
 void hfr_drive_after_fork(void) {
