@@ -26,10 +26,19 @@ const char *hfreduceGetErrorString(hfreduceResult_t result) {
   return (unsigned)result < hfreduceNumResults ? text[result] : "unknown result code";
 }
 
-static int usable(hfreduceComm_t comm) { return comm && comm->magic == HFR_COMM_MAGIC; }
+/* What broke the communicator, if it is one. This thread's last error stays as it is. */
+static void look_up_error(hfreduceComm_t comm, const char *function, hfreduceErrorInfo_t *info) {
+  hfreduceErrorInfo_t before = *hfr_last_error();
+  if (hfr_comm_enter(comm, function, HFR_BRIEF)) {
+    *hfr_last_error() = before;
+    return;
+  }
+  hfr_engine_error(&comm->engine, info);
+  hfr_comm_leave(comm, HFR_BRIEF);
+}
 
 const char *hfreduceGetLastError(hfreduceComm_t comm) {
-  if (usable(comm)) hfr_engine_error(&comm->engine, hfr_last_error());
+  if (comm) look_up_error(comm, __func__, hfr_last_error());
   return hfr_last_error()->text;
 }
 
@@ -38,8 +47,8 @@ hfreduceResult_t hfreduceGetErrorInfo(hfreduceComm_t comm, hfreduceErrorInfo_t *
   hfr_error_clear(info);
   if (!comm)
     *info = *hfr_last_error();
-  else if (usable(comm))
-    hfr_engine_error(&comm->engine, info);
+  else
+    look_up_error(comm, __func__, info);
   return hfreduceSuccess;
 }
 
@@ -86,11 +95,7 @@ size_t hfreduceDescribe(char *text, size_t size) {
 
 /* ---------------------------------------------------------------- checks */
 
-hfreduceResult_t hfr_group_latch(hfreduceResult_t result);
-
 static hfreduceResult_t check_comm(hfreduceComm_t c, const char *f) {
-  if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", f);
-  if (!usable(c)) return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", f);
   if (c->forked)
     return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork; make a new one here", f,
                     (int)c->pid);
@@ -163,8 +168,14 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
   return r;
 }
 
-/* Each public call: `body` checks and fills `call`; an error inside an open group is also told by its End. */
-#define CALL(expr) return hfr_group_latch(expr)
+/* Each public call on a communicator enters it; `body` checks and fills `call`. */
+#define ENTERED(coll, body)                        \
+  do {                                             \
+    HFR_TRY(hfr_call_enter(comm, __func__, coll)); \
+    return hfr_call_leave(comm, coll, body);       \
+  } while (0)
+#define COLLECTIVE(body) ENTERED(1, body)
+#define MESSAGE(body) ENTERED(0, body)
 
 /* ---------------------------------------------------------------- collectives */
 
@@ -182,7 +193,7 @@ static hfreduceResult_t all_reduce(const void *send, void *recv, size_t count, h
 }
 hfreduceResult_t hfreduceAllReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                    hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(all_reduce(sendbuff, recvbuff, count, datatype, op, comm, stream));
+  COLLECTIVE(all_reduce(sendbuff, recvbuff, count, datatype, op, comm, stream));
 }
 
 static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op, int root,
@@ -202,7 +213,7 @@ static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfred
 }
 hfreduceResult_t hfreduceReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                 hfreduceRedOp_t op, int root, hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(reduce(sendbuff, recvbuff, count, datatype, op, root, comm, stream));
+  COLLECTIVE(reduce(sendbuff, recvbuff, count, datatype, op, root, comm, stream));
 }
 
 static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int root,
@@ -221,11 +232,11 @@ static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hf
 }
 hfreduceResult_t hfreduceBroadcast(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(broadcast(sendbuff, recvbuff, count, datatype, root, comm, stream));
+  COLLECTIVE(broadcast(sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
 hfreduceResult_t hfreduceBcast(void *buff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm,
                                hfreduceStream_t stream) {
-  CALL(broadcast(buff, buff, count, datatype, root, comm, stream));
+  COLLECTIVE(broadcast(buff, buff, count, datatype, root, comm, stream));
 }
 
 static hfreduceResult_t all_gather(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c,
@@ -242,7 +253,7 @@ static hfreduceResult_t all_gather(const void *send, void *recv, size_t count, h
 }
 hfreduceResult_t hfreduceAllGather(const void *sendbuff, void *recvbuff, size_t sendcount, hfreduceDataType_t datatype,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(all_gather(sendbuff, recvbuff, sendcount, datatype, comm, stream));
+  COLLECTIVE(all_gather(sendbuff, recvbuff, sendcount, datatype, comm, stream));
 }
 
 static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op,
@@ -261,7 +272,7 @@ static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t coun
 }
 hfreduceResult_t hfreduceReduceScatter(const void *sendbuff, void *recvbuff, size_t recvcount, hfreduceDataType_t datatype,
                                        hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(reduce_scatter(sendbuff, recvbuff, recvcount, datatype, op, comm, stream));
+  COLLECTIVE(reduce_scatter(sendbuff, recvbuff, recvcount, datatype, op, comm, stream));
 }
 
 static hfreduceResult_t all_to_all(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c,
@@ -278,7 +289,7 @@ static hfreduceResult_t all_to_all(const void *send, void *recv, size_t count, h
 }
 hfreduceResult_t hfreduceAlltoAll(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                   hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(all_to_all(sendbuff, recvbuff, count, datatype, comm, stream));
+  COLLECTIVE(all_to_all(sendbuff, recvbuff, count, datatype, comm, stream));
 }
 
 /* Bytes from the start of the buffer to the end of its last block. */
@@ -326,7 +337,7 @@ static hfreduceResult_t all_to_allv(const void *send, const size_t *sendcounts, 
 hfreduceResult_t hfreduceAlltoAllv(const void *sendbuff, const size_t *sendcounts, const size_t *senddispls, void *recvbuff,
                                    const size_t *recvcounts, const size_t *recvdispls, hfreduceDataType_t datatype,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(all_to_allv(sendbuff, sendcounts, senddispls, recvbuff, recvcounts, recvdispls, datatype, comm, stream));
+  COLLECTIVE(all_to_allv(sendbuff, sendcounts, senddispls, recvbuff, recvcounts, recvdispls, datatype, comm, stream));
 }
 
 /* gather and scatter: the root's large buffer and everybody's small one. */
@@ -347,11 +358,11 @@ static hfreduceResult_t rooted(enum hfr_coll coll, const char *f, const void *se
 }
 hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
                                 hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(rooted(HFR_GATHER, "hfreduceGather", sendbuff, recvbuff, count, datatype, root, comm, stream));
+  COLLECTIVE(rooted(HFR_GATHER, "hfreduceGather", sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
 hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
                                  hfreduceComm_t comm, hfreduceStream_t stream) {
-  CALL(rooted(HFR_SCATTER, "hfreduceScatter", sendbuff, recvbuff, count, datatype, root, comm, stream));
+  COLLECTIVE(rooted(HFR_SCATTER, "hfreduceScatter", sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
 
 /* Sends and receives. `call` has the buffer, count, datatype, peer (root) and tag. */
@@ -367,28 +378,28 @@ static hfreduceResult_t p2p(struct hfr_call call, const char *f, int any, hfredu
 hfreduceResult_t hfreduceSend(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
                               hfreduceStream_t stream) {
   struct hfr_call call = {.send = sendbuff, .count = count, .dtype = datatype, .root = peer};
-  CALL(p2p(call, "hfreduceSend", 0, comm, stream));
+  MESSAGE(p2p(call, "hfreduceSend", 0, comm, stream));
 }
 hfreduceResult_t hfreduceRecv(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, hfreduceComm_t comm,
                               hfreduceStream_t stream) {
   struct hfr_call call = {.receiving = 1, .recv = recvbuff, .count = count, .dtype = datatype, .root = peer};
-  CALL(p2p(call, "hfreduceRecv", 0, comm, stream));
+  MESSAGE(p2p(call, "hfreduceRecv", 0, comm, stream));
 }
 hfreduceResult_t hfreduceSendTag(const void *sendbuff, size_t count, hfreduceDataType_t datatype, int peer, int tag,
                                  hfreduceComm_t comm, hfreduceStream_t stream) {
   struct hfr_call call = {.send = sendbuff, .count = count, .dtype = datatype, .root = peer, .tag = tag};
-  CALL(p2p(call, "hfreduceSendTag", 0, comm, stream));
+  MESSAGE(p2p(call, "hfreduceSendTag", 0, comm, stream));
 }
 hfreduceResult_t hfreduceRecvTag(void *recvbuff, size_t count, hfreduceDataType_t datatype, int peer, int tag,
                                  hfreduceComm_t comm, hfreduceStream_t stream) {
   struct hfr_call call = {.receiving = 1, .recv = recvbuff, .count = count, .dtype = datatype, .root = peer, .tag = tag};
-  CALL(p2p(call, "hfreduceRecvTag", 0, comm, stream));
+  MESSAGE(p2p(call, "hfreduceRecvTag", 0, comm, stream));
 }
 hfreduceResult_t hfreduceRecvAny(void *recvbuff, size_t count, hfreduceDataType_t datatype, int tag, int *source,
                                  hfreduceComm_t comm, hfreduceStream_t stream) {
   struct hfr_call call = {
       .receiving = 1, .recv = recvbuff, .count = count, .dtype = datatype, .root = HFR_ANY_SOURCE, .tag = tag, .source = source};
-  CALL(p2p(call, "hfreduceRecvAny", 1, comm, stream));
+  MESSAGE(p2p(call, "hfreduceRecvAny", 1, comm, stream));
 }
 
 static hfreduceResult_t barrier(hfreduceComm_t c, hfreduceStream_t stream) {
@@ -396,12 +407,12 @@ static hfreduceResult_t barrier(hfreduceComm_t c, hfreduceStream_t stream) {
   HFR_TRY(check_comm(c, "hfreduceBarrier"));
   return hfr_issue(c, &call, stream);
 }
-hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream) { CALL(barrier(comm, stream)); }
+hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream) { COLLECTIVE(barrier(comm, stream)); }
 
 /* ---------------------------------------------------------------- user ops */
 
-hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
-                                              hfreduceScalarResidence_t residence, hfreduceComm_t comm) {
+static hfreduceResult_t create_op(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
+                                  hfreduceScalarResidence_t residence, hfreduceComm_t comm) {
   static const char f[] = "hfreduceRedOpCreatePreMulSum";
   HFR_TRY(check_comm(comm, f));
   if (!op || !scalar) return hfr_fail(hfreduceInvalidArgument, "%s: %s is NULL", f, op ? "scalar" : "op");
@@ -435,9 +446,17 @@ hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar,
   return r;
 }
 
+hfreduceResult_t hfreduceRedOpCreatePreMulSum(hfreduceRedOp_t *op, void *scalar, hfreduceDataType_t datatype,
+                                              hfreduceScalarResidence_t residence, hfreduceComm_t comm) {
+  HFR_TRY(hfr_comm_enter(comm, __func__, HFR_BRIEF));
+  hfreduceResult_t r = create_op(op, scalar, datatype, residence, comm);
+  hfr_comm_leave(comm, HFR_BRIEF);
+  return r;
+}
+
 hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm) {
   static const char f[] = "hfreduceRedOpDestroy";
-  if (!usable(comm)) return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator", f);
+  HFR_TRY(hfr_comm_enter(comm, f, HFR_BRIEF));
   int i = (int)op - hfreduceNumOps;
   hfreduceResult_t r = hfreduceSuccess;
   pthread_mutex_lock(&comm->ops_lock);
@@ -446,6 +465,7 @@ hfreduceResult_t hfreduceRedOpDestroy(hfreduceRedOp_t op, hfreduceComm_t comm) {
   else
     comm->ops[i].used = 0;
   pthread_mutex_unlock(&comm->ops_lock);
+  hfr_comm_leave(comm, HFR_BRIEF);
   return r;
 }
 

@@ -23,12 +23,13 @@ from programs import (
 QUICK = {
     "test_collectives": ["--quick"],
     "test_dtypes": ["2,1"],
+    "test_misuse": ["1"],
     "test_p2p": ["--quick"],
     "test_plan": ["--quick"],
     "test_verbs": ["--quick"],
 }
 #: Who has threads, and so is worth running under TSan.
-THREADED = ["test_async", "test_base", "test_collectives", "test_naps", "test_orders", "test_p2p"]
+THREADED = ["test_async", "test_base", "test_collectives", "test_misuse", "test_naps", "test_orders", "test_p2p"]
 #: The exit status by which a program says that it cannot run here; its output says why.
 SKIPPED = 77
 #: Seconds that a program may run. Building comes on top.

@@ -103,8 +103,7 @@ static void free_comm(struct hfreduceComm *c) {
   free(c->ops);
   hfr_shrunk_free(c);
   pthread_mutex_destroy(&c->ops_lock);
-  c->magic = 0;
-  free(c);
+  hfr_handle_put(c);
 }
 
 void hfr_comm_dispose(struct hfreduceComm *c) {
@@ -152,11 +151,8 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
                                   const hfreduceConfig_t *config, struct hfreduceComm *whole) {
   struct hfr_uid uid;
   HFR_TRY(check_init(comm, nranks, id, rank, config, &uid));
-  void *memory = NULL;
-  if (posix_memalign(&memory, 128, sizeof(struct hfreduceComm)))
-    return hfr_fail(hfreduceSystemError, "out of memory for a communicator");
-  struct hfreduceComm *c = memset(memory, 0, sizeof *c);
-  c->magic = HFR_COMM_MAGIC;
+  struct hfreduceComm *c = hfr_handle_get();
+  if (!c) return hfr_fail(hfreduceSystemError, "out of memory for a communicator");
   c->pid = getpid();
   c->uid = uid;
   c->rank = rank;
@@ -177,11 +173,7 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
   if (!whole) hfr_log_set_rank(rank);
   c->join_ns = hfr_now_ns();
   hfreduceResult_t r = hfr_bootstrap(c, c->join_ns + (int64_t)(c->join_timeout * 1e9));
-  if (!r && c->partner >= 0) {
-    int depth = hfr_group_out();
-    r = hfr_pairs_make(c);
-    hfr_group_return(depth);
-  }
+  if (!r && c->partner >= 0) r = hfr_pairs_make(c);
   if (r) {
     hfreduceErrorInfo_t why = *hfr_last_error();
     hfr_comm_dispose(c);
@@ -191,6 +183,7 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
     return r;
   }
   c->cancel = NULL;
+  if (!whole) hfr_handle_open(c, nranks);
   *comm = c;
   return hfreduceSuccess;
 }
@@ -206,12 +199,7 @@ hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduce
 
 /* ---------------------------------------------------------------- leaving */
 
-hfreduceResult_t hfr_comm_check(hfreduceComm_t c, const char *function) {
-  if (!c) return hfr_fail(hfreduceInvalidArgument, "%s: comm is NULL", function);
-  if (c->magic != HFR_COMM_MAGIC)
-    return hfr_fail(hfreduceInvalidArgument, "%s: comm is not a communicator, or was destroyed", function);
-  return hfreduceSuccess;
-}
+#define GRACE_NS 100000000ll /* for calls that are about to end by themselves when the communicator is closed */
 
 /* Parts of a call over pairs of devices do not count, but the last of them may outlive it by a moment. */
 static int pending_calls(hfreduceComm_t c) {
@@ -261,12 +249,55 @@ static hfreduceResult_t wait_for_calls(hfreduceComm_t comm, int64_t patience_ns)
   return wait_for_calls(half, patience_ns); /* an error of it is this one's too */
 }
 
-hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommFinalize"));
-  if (comm->pid != getpid()) return hfreduceSuccess;
+static hfreduceResult_t finalize(hfreduceComm_t comm) {
   HFR_TRY(wait_for_calls(comm, comm->engine.patience_ns));
   int code = hfr_engine_error(&comm->engine, hfr_last_error());
   return (hfreduceResult_t)code;
+}
+
+hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm) {
+  HFR_TRY(hfr_comm_enter(comm, __func__, HFR_WAITS));
+  hfreduceResult_t r = comm->pid == getpid() ? finalize(comm) : hfreduceSuccess;
+  hfr_comm_leave(comm, HFR_WAITS);
+  return r;
+}
+
+/* End every wait, for this rank's reason. */
+static void break_off(hfreduceComm_t comm, const hfreduceErrorInfo_t *why) {
+  hfr_engine_fail(&comm->engine, why);
+  struct hfreduceComm *half = hfr_pairs_half(comm);
+  if (atomic_load(&comm->engine.active)) hfr_drive_async(&comm->engine);
+  if (half && atomic_load(&half->engine.active)) hfr_drive_async(&half->engine);
+}
+
+static hfreduceErrorInfo_t abortion(const struct hfreduceComm *comm, const char *op) {
+  hfreduceErrorInfo_t info;
+  hfr_error_clear(&info);
+  info.code = hfreduceAborted;
+  info.rank = info.peer = comm->rank;
+  snprintf(info.op, sizeof info.op, "%s", op);
+  return info;
+}
+
+/* The communicator is to be closed. Calls of other threads that wait for other ranks are broken off, unless they are ending. */
+static void break_waits(hfreduceComm_t comm) {
+  uint32_t caller;
+  const char *call;
+  int64_t end = hfr_now_ns() + GRACE_NS;
+  while (hfr_handle_waits(comm, &caller, &call)) {
+    struct timespec t = {0, 500000};
+    nanosleep(&t, NULL);
+    if (hfr_now_ns() < end) continue;
+    hfreduceErrorInfo_t info = abortion(comm, "close");
+    int n = snprintf(info.text, sizeof info.text, "rank %d on %s: thread %u closed the communicator while ", comm->rank,
+                     comm->hosts[comm->rank], hfr_thread_id());
+    if (caller)
+      snprintf(info.text + n, sizeof info.text - (size_t)n, "thread %u was in %s", caller, call);
+    else
+      snprintf(info.text + n, sizeof info.text - (size_t)n, "another thread waited in a call on it");
+    break_off(comm, &info);
+    return;
+  }
 }
 
 /* As Finalize, but what still runs after HFR_CLOSE_LIMIT is given up. */
@@ -277,77 +308,92 @@ static hfreduceResult_t leave(hfreduceComm_t comm, int64_t patience_ns) {
 }
 
 hfreduceResult_t hfreduceCommLeave(hfreduceComm_t comm) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommLeave"));
-  return comm->pid == getpid() ? leave(comm, comm->engine.patience_ns) : hfreduceSuccess;
+  hfreduceResult_t r = hfreduceSuccess;
+  HFR_TRY(hfr_comm_enter(comm, __func__, HFR_BRIEF));
+  if (comm->pid == getpid()) {
+    break_waits(comm);
+    r = leave(comm, comm->engine.patience_ns);
+  }
+  hfr_comm_leave(comm, HFR_BRIEF);
+  return r;
+}
+
+void hfr_comm_tear_down(struct hfreduceComm *comm) {
+  hfreduceErrorInfo_t before = *hfr_last_error(); /* of the call that was the last to leave */
+  leave(comm, 0);
+  hfr_comm_dispose(comm);
+  *hfr_last_error() = before;
 }
 
 hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommDestroy"));
-  if (comm->pid != getpid()) return hfreduceSuccess; /* the parent's; a forked child only forgets it */
-  leave(comm, 0);
-  hfr_comm_dispose(comm);
+  HFR_TRY(hfr_comm_enter(comm, __func__, HFR_BRIEF));
+  if (comm->pid != getpid()) { /* the parent's; a forked child only forgets it */
+    hfr_comm_leave(comm, HFR_BRIEF);
+    return hfreduceSuccess;
+  }
+  if (!hfr_handle_shut(comm)) {
+    hfr_comm_leave(comm, HFR_BRIEF);
+    return hfr_fail(hfreduceInvalidArgument, "%s: comm is being destroyed by another thread", __func__);
+  }
+  break_waits(comm);
+  if (hfr_handle_await(comm, (int64_t)(HFR_CLOSE_LIMIT * 1e9)))
+    hfr_comm_tear_down(comm);
+  else
+    hfr_handle_orphan(comm);
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommAbort"));
-  if (comm->pid != getpid())
-    return hfr_fail(hfreduceInvalidUsage, "hfreduceCommAbort: the communicator belongs to process %d, this is its fork",
-                    (int)comm->pid);
-  hfreduceErrorInfo_t info;
-  hfr_error_clear(&info);
-  info.code = hfreduceAborted;
-  info.rank = comm->rank;
-  info.peer = comm->rank;
-  snprintf(info.op, sizeof info.op, "abort");
-  snprintf(info.text, sizeof info.text, "the communicator was aborted by rank %d on %s", comm->rank, comm->hosts[comm->rank]);
-  hfr_engine_fail(&comm->engine, &info);
-  struct hfreduceComm *half = hfr_pairs_half(comm);
-  if (atomic_load(&comm->engine.active)) hfr_drive_async(&comm->engine);
-  if (half && atomic_load(&half->engine.active)) hfr_drive_async(&half->engine);
-  return hfreduceSuccess;
+  hfreduceResult_t r = hfreduceSuccess;
+  HFR_TRY(hfr_comm_enter(comm, "hfreduceCommAbort", HFR_BRIEF));
+  if (comm->pid == getpid()) {
+    hfreduceErrorInfo_t info = abortion(comm, "abort");
+    snprintf(info.text, sizeof info.text, "the communicator was aborted by rank %d on %s", comm->rank, comm->hosts[comm->rank]);
+    break_off(comm, &info);
+  } else {
+    r = hfr_fail(hfreduceInvalidUsage, "hfreduceCommAbort: the communicator belongs to process %d, this is its fork",
+                 (int)comm->pid);
+  }
+  hfr_comm_leave(comm, HFR_BRIEF);
+  return r;
 }
 
 /* ---------------------------------------------------------------- asking */
 
+/* For calls that only look: `expr` reads or writes what `pointer` points to. */
+#define ASK(what, pointer, expr)                                                \
+  do {                                                                          \
+    hfreduceResult_t r_ = hfreduceSuccess;                                      \
+    HFR_TRY(hfr_comm_enter(comm, __func__, HFR_BRIEF));                         \
+    if (!(pointer))                                                             \
+      r_ = hfr_fail(hfreduceInvalidArgument, "%s: %s is NULL", __func__, what); \
+    else                                                                        \
+      r_ = (expr);                                                              \
+    hfr_comm_leave(comm, HFR_BRIEF);                                            \
+    return r_;                                                                  \
+  } while (0)
+#define TELL(pointer, value) ASK(#pointer, pointer, (*(pointer) = (value), hfreduceSuccess))
+
 hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t *error) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommGetAsyncError"));
-  if (!error) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetAsyncError: error is NULL");
-  *error = (hfreduceResult_t)atomic_load_explicit(&comm->engine.error, memory_order_acquire);
-  return hfreduceSuccess;
+  TELL(error, (hfreduceResult_t)atomic_load_explicit(&comm->engine.error, memory_order_acquire));
 }
 
-hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommPending"));
-  if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommPending: count is NULL");
-  *count = pending_calls(comm);
-  return hfreduceSuccess;
-}
+hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count) { TELL(count, pending_calls(comm)); }
 
 hfreduceResult_t hfreduceCommCount(hfreduceComm_t comm, int *count) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommCount"));
-  if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommCount: count is NULL");
-  *count = comm->nranks;
-  return hfreduceSuccess;
+  int n = hfr_handle_nranks(comm);
+  if (n && count) {
+    *count = n;
+    return hfreduceSuccess;
+  }
+  TELL(count, comm->nranks);
 }
 
-hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommUserRank"));
-  if (!rank) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommUserRank: rank is NULL");
-  *rank = comm->rank;
-  return hfreduceSuccess;
-}
+hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank) { TELL(rank, comm->rank); }
 
-hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommCuDevice"));
-  if (!device) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommCuDevice: device is NULL");
-  *device = hfr_staging_device(comm->staging);
-  return hfreduceSuccess;
-}
+hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device) { TELL(device, hfr_staging_device(comm->staging)); }
 
-hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommGetInfo"));
-  if (!info) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetInfo: info is NULL");
+static hfreduceResult_t get_info(hfreduceComm_t comm, hfreduceCommInfo_t *info) {
   const struct hfr_layout *l = &comm->layout;
   *info = (hfreduceCommInfo_t){.rank = l->rank,
                                .nranks = l->nranks,
@@ -362,44 +408,57 @@ hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *in
   return hfreduceSuccess;
 }
 
+hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info) { ASK("info", info, get_info(comm, info)); }
+
 static hfreduceResult_t check_mine(hfreduceComm_t c, const char *function) {
-  HFR_TRY(hfr_comm_check(c, function));
   if (!c->forked) return hfreduceSuccess;
   return hfr_fail(hfreduceInvalidUsage, "%s: the communicator belongs to process %d, this is its fork", function, (int)c->pid);
 }
 
-hfreduceResult_t hfreduceCommConnectionCount(hfreduceComm_t comm, int *count) {
-  HFR_TRY(check_mine(comm, "hfreduceCommConnectionCount"));
-  if (!count) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommConnectionCount: count is NULL");
+static hfreduceResult_t connection_count(hfreduceComm_t comm, const char *function, int *count) {
+  HFR_TRY(check_mine(comm, function));
   *count = hfr_engine_connections(&comm->engine);
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfreduceConnection_t *connection) {
-  HFR_TRY(check_mine(comm, "hfreduceCommGetConnection"));
-  if (!connection) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetConnection: connection is NULL");
+hfreduceResult_t hfreduceCommConnectionCount(hfreduceComm_t comm, int *count) {
+  ASK("count", count, connection_count(comm, __func__, count));
+}
+
+static hfreduceResult_t get_connection(hfreduceComm_t comm, const char *function, int index, hfreduceConnection_t *connection) {
+  HFR_TRY(check_mine(comm, function));
   int count = hfr_engine_connections(&comm->engine);
   if (index < 0 || index >= count)
-    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetConnection: index is %d; there are %d connections", index, count);
+    return hfr_fail(hfreduceInvalidArgument, "%s: index is %d; there are %d connections", function, index, count);
   hfr_engine_connection(&comm->engine, index, connection);
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommSetTimeout"));
-  if (!(seconds > 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetTimeout: %g s; it must be positive", seconds);
+hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfreduceConnection_t *connection) {
+  ASK("connection", connection, get_connection(comm, __func__, index, connection));
+}
+
+static hfreduceResult_t set_timeout(hfreduceComm_t comm, const char *function, double seconds) {
+  struct hfreduceComm *half = hfr_pairs_half(comm);
+  if (!(seconds > 0)) return hfr_fail(hfreduceInvalidArgument, "%s: %g s; it must be positive", function, seconds);
   comm->timeout = seconds;
   comm->join_timeout = join_timeout(seconds);
   comm->engine.timeout_ns = (int64_t)(seconds * 1e9);
-  if (hfr_pairs_half(comm)) hfreduceCommSetTimeout(hfr_pairs_half(comm), seconds);
+  return half ? set_timeout(half, function, seconds) : hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds) {
+  ASK("comm", comm, set_timeout(comm, __func__, seconds));
+}
+
+static hfreduceResult_t set_patience(hfreduceComm_t comm, const char *function, double seconds) {
+  if (!(seconds >= 0)) return hfr_fail(hfreduceInvalidArgument, "%s: %g s; it must be 0 or more", function, seconds);
+  comm->engine.patience_ns = (int64_t)(seconds * 1e9);
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfreduceCommSetPatience(hfreduceComm_t comm, double seconds) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommSetPatience"));
-  if (!(seconds >= 0)) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSetPatience: %g s; it must be 0 or more", seconds);
-  comm->engine.patience_ns = (int64_t)(seconds * 1e9);
-  return hfreduceSuccess;
+  ASK("comm", comm, set_patience(comm, __func__, seconds));
 }
 
 /* ---------------------------------------------------------------- splitting */
@@ -413,9 +472,18 @@ static int by_key(const void *a, const void *b) {
   return x->key != y->key ? (x->key < y->key ? -1 : 1) : x->rank - y->rank;
 }
 
+hfreduceConfig_t hfr_comm_heir(struct hfreduceComm *comm, const hfreduceConfig_t *config) {
+  hfreduceConfig_t heir;
+  hfreduceConfigInit(&heir);
+  heir.timeout = comm->timeout;
+  heir.device = comm->device;
+  if (config) heir = *config;
+  if (!heir.cancel) heir.cancel = (const int *)&comm->handle.leaving;
+  return heir;
+}
+
 static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, const hfreduceConfig_t *config,
                               struct hfreduceComm *whole) {
-  HFR_TRY(hfr_comm_check(comm, "hfreduceCommSplit"));
   if (!newcomm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: newcomm is NULL");
   *newcomm = NULL;
   if (color < -1)
@@ -428,13 +496,10 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
     free(ids);
     return hfr_fail(hfreduceSystemError, "out of memory for a split of %d ranks", n);
   }
-  /* Who goes where, then the new ids from each group's first rank: both over the communicator itself, and without the
-   * patience of the caller's operations: nothing may still run on these buffers when they are freed. */
-  int64_t patience = comm->engine.patience_ns, timeout = comm->engine.timeout_ns;
+  /* Who goes where, then the new ids from each group's first rank: both over the communicator itself. */
+  int64_t limit_ns = (int64_t)(join_timeout(config && config->timeout > 0 ? config->timeout : comm->timeout) * 1e9);
   atomic_store_explicit(&comm->engine.purpose, "split", memory_order_relaxed);
-  comm->engine.patience_ns = 0;
-  comm->engine.timeout_ns = (int64_t)(join_timeout(config && config->timeout > 0 ? config->timeout : comm->timeout) * 1e9);
-  hfreduceResult_t r = hfreduceAllGather(&me, all, sizeof me, hfreduceUint8, comm, NULL);
+  hfreduceResult_t r = hfr_gather_now(comm, &me, all, sizeof me, limit_ns);
   for (int i = 0; !r && i < n; i++)
     if (all[i].color == color && color >= 0) all[members++] = all[i];
   qsort(all, (size_t)members, sizeof *all, by_key);
@@ -442,16 +507,11 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
     if (all[i].rank == comm->rank) mine = i;
   int first = members ? all[0].rank : -1;
   if (!r && first == comm->rank) r = new_id(&id, comm->uid.local);
-  if (!r) r = hfreduceAllGather(&id, ids, sizeof id, hfreduceUint8, comm, NULL);
-  comm->engine.patience_ns = patience;
-  comm->engine.timeout_ns = timeout;
+  if (!r) r = hfr_gather_now(comm, &id, ids, sizeof id, limit_ns);
   atomic_store_explicit(&comm->engine.purpose, NULL, memory_order_relaxed);
   if (!r && members) {
-    hfreduceConfig_t inherited;
-    hfreduceConfigInit(&inherited);
-    inherited.timeout = comm->timeout;
-    inherited.device = comm->device;
-    r = init_rank(newcomm, members, &ids[first], mine, config ? config : &inherited, whole);
+    hfreduceConfig_t settings = hfr_comm_heir(comm, config);
+    r = init_rank(newcomm, members, &ids[first], mine, &settings, whole);
   }
   free(all);
   free(ids);
@@ -459,9 +519,10 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
 }
 
 hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config) {
-  int depth = hfr_group_out(); /* the ranks exchange their colours now, whatever else waits for the end of a group */
-  hfreduceResult_t r = split(comm, color, key, newcomm, config, NULL);
-  hfr_group_return(depth);
+  HFR_TRY(hfr_comm_begin(comm, "hfreduceCommSplit"));
+  hfreduceResult_t r = check_mine(comm, "hfreduceCommSplit");
+  if (!r) r = split(comm, color, key, newcomm, config, NULL); /* now, whatever waits for the end of a group of this thread */
+  hfr_comm_end(comm);
   return r;
 }
 

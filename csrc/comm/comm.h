@@ -5,6 +5,7 @@
 #include "../coll/coll.h"
 #include "../engine/engine.h"
 #include "conn.h"
+#include "handle.h"
 
 /* The inside of a hfreduceUniqueId. */
 struct hfr_uid {
@@ -41,7 +42,7 @@ struct hfr_record {
 struct hfr_staging;
 struct hfr_pairs;
 struct hfreduceComm {
-  uint32_t magic;
+  struct hfr_handle handle;
   pid_t pid;
   int forked; /* set in a forked child: the communicator is the parent's. A flag, because getpid() is a system call */
   char name[32];
@@ -95,7 +96,6 @@ struct hfreduceComm {
   int nops;
   pthread_mutex_t ops_lock;
 };
-#define HFR_COMM_MAGIC 0x6d6d6f63u
 
 /* The process' side (runtime.h): */
 /* --- listen.c --- */
@@ -139,8 +139,9 @@ static inline int64_t hfr_close_limit_ns(const struct hfreduceComm *comm) {
   return (int64_t)((comm->timeout < HFR_CLOSE_LIMIT ? comm->timeout : HFR_CLOSE_LIMIT) * 1e9);
 }
 void hfr_uid_pack(const struct hfr_uid *uid, hfreduceUniqueId *id);
-/* What every call on a communicator begins with: `comm` is one. */
-hfreduceResult_t hfr_comm_check(hfreduceComm_t comm, const char *function);
+/* How to make a communicator on behalf of a call on `comm`: by the call's config, unless it is NULL. Closing `comm` calls it off.
+ */
+hfreduceConfig_t hfr_comm_heir(struct hfreduceComm *comm, const hfreduceConfig_t *config);
 
 /* --- shrink.c --- */
 void hfr_shrunk_free(struct hfreduceComm *comm);
@@ -170,9 +171,14 @@ hfreduceResult_t hfr_bootstrap(struct hfreduceComm *comm, int64_t deadline_ns);
 size_t hfr_bootstrap_describe(char *text, size_t size);
 
 /* --- group.c --- */
-/* Until the return of what `out` gives, calls of this thread run at once, though it has a group open. */
-int hfr_group_out(void);
-void hfr_group_return(int depth);
+/* What every public call begins and ends with that may be part of a group of its thread, and be told by the group's end if it is
+   wrong: it enters `comm`, and leaves if it came in; leave returns `result`. coll: whether it is a collective. */
+hfreduceResult_t hfr_call_enter(hfreduceComm_t comm, const char *function, int coll);
+hfreduceResult_t hfr_call_leave(hfreduceComm_t comm, int coll, hfreduceResult_t result);
 /* Take a checked call: into the thread's open group, or launch it and wait; or put it into its stream's order. */
 hfreduceResult_t hfr_issue(struct hfreduceComm *comm, const struct hfr_call *call, hfreduceStream_t stream);
+/* Calls on host memory that the library makes for itself: they run now, though the thread may have a group open, and to their
+   end. The caller is inside, or the communicator is nobody's yet. limit_ns: the deadline; 0: the communicator's. */
+hfreduceResult_t hfr_gather_now(struct hfreduceComm *comm, const void *mine, void *all, size_t bytes, int64_t limit_ns);
+hfreduceResult_t hfr_min_now(struct hfreduceComm *comm, uint64_t *value);
 #endif

@@ -12,6 +12,9 @@ enum part { ALL_OF_IT, AGREE, EXCHANGE_OUT, EXCHANGE_BACK, HALF };
 
 struct grouped {
   struct hfreduceComm *comm;
+  uint32_t age;           /* the communicator's, when the call was put into a group */
+  int first, coll, enter; /* find_comms() */
+  int64_t limit_ns;       /* its deadline; 0: the communicator's */
   struct hfr_call call;
   struct hfr_ordered ordered; /* by a stream */
   enum part part;
@@ -106,6 +109,7 @@ static hfreduceResult_t launch_host(struct grouped *g, int n, struct hfreduceWor
   for (int i = 0; !result && i < n; i++, tail = *tail ? &(*tail)->next : tail) {
     result = plan_request(g[i].comm, &g[i].call, NULL, tail);
     if (!result) (*tail)->next = NULL, (*tail)->work = w;
+    if (!result && g[i].limit_ns) (*tail)->timeout_ns = g[i].limit_ns;
   }
   if (result) { /* nothing has started: all or none */
     for (struct hfr_request *next; first; first = next, g++) {
@@ -300,7 +304,8 @@ static hfreduceResult_t run_blocking(struct grouped *g, int n) {
 /* What a blocking call of this thread lost patience with, until it is taken. */
 static _Thread_local struct hfreduceWork *pending;
 
-static hfreduceResult_t leave_pending(struct hfreduceWork *w) {
+static hfreduceResult_t leave_pending(struct hfreduceComm *c, const struct hfr_call *call, struct hfreduceWork *w) {
+  if (call->coll != HFR_P2P) hfr_comm_goes_on(c, w);
   if (pending) hfr_work_put(pending);
   pending = w;
   return hfreduceInProgress;
@@ -312,7 +317,7 @@ static hfreduceResult_t run_patiently(struct hfreduceComm *c, const struct hfr_c
   if (!c->engine.patience_ns) return run_blocking(&one, 1);
   HFR_TRY(launch(&one, 1, 0, &w));
   if (hfr_drive_until(&c->engine, w, hfr_now_ns() + c->engine.patience_ns)) return conclude(w);
-  return leave_pending(w);
+  return leave_pending(c, call, w);
 }
 
 /* What the short way began goes on as a request. The short way drives the engine: no more after it. */
@@ -341,7 +346,7 @@ static hfreduceResult_t issue_at_once(struct hfreduceComm *c, const struct hfr_c
   if (how == HFR_ONESHOT_NO) return run_patiently(c, call);
   struct hfreduceWork *w;
   HFR_TRY(adopt(c, call, how == HFR_ONESHOT_COPIED, &w));
-  if (c->engine.patience_ns) return leave_pending(w);
+  if (c->engine.patience_ns) return leave_pending(c, call, w);
   hfr_drive_until(&c->engine, w, -1);
   return conclude(w);
 }
@@ -355,7 +360,8 @@ static hfreduceResult_t remember(const struct grouped *call) {
     group.list = grown;
     group.cap = cap;
   }
-  group.list[group.n++] = *call;
+  group.list[group.n] = *call;
+  group.list[group.n++].age = atomic_load_explicit(&call->comm->handle.age, memory_order_relaxed);
   return hfreduceSuccess;
 }
 
@@ -372,9 +378,31 @@ hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call, 
   if (!group.depth) return issue_at_once(c, call);
   return remember(&(struct grouped){.comm = c, .call = *call});
 }
+
+hfreduceResult_t hfr_gather_now(struct hfreduceComm *c, const void *mine, void *all, size_t bytes, int64_t limit_ns) {
+  struct grouped one = {
+      .comm = c,
+      .limit_ns = limit_ns,
+      .call = {.coll = HFR_ALL_GATHER, .send = mine, .recv = all, .count = bytes, .dtype = hfreduceUint8, .root = -1}};
+  return run_blocking(&one, 1);
+}
+
+hfreduceResult_t hfr_min_now(struct hfreduceComm *c, uint64_t *value) {
+  struct grouped one = {.comm = c,
+                        .call = {.coll = HFR_ALL_REDUCE,
+                                 .send = value,
+                                 .recv = value,
+                                 .count = 1,
+                                 .dtype = hfreduceUint64,
+                                 .op = hfreduceMin,
+                                 .root = -1}};
+  return run_blocking(&one, 1);
+}
+
+/* ---------------------------------------------------------------- groups */
+
 /* A call in an open group was wrong: the group's End will say so. */
-hfreduceResult_t hfr_group_latch(hfreduceResult_t result);
-hfreduceResult_t hfr_group_latch(hfreduceResult_t result) {
+static hfreduceResult_t latch(hfreduceResult_t result) {
   if (result && group.depth && !group.error) {
     group.error = result;
     group.info = *hfr_last_error();
@@ -382,13 +410,61 @@ hfreduceResult_t hfr_group_latch(hfreduceResult_t result) {
   return result;
 }
 
-int hfr_group_out(void) {
-  int depth = group.depth;
-  group.depth = 0;
-  return depth;
+/* A call of a group only leaves a note: it is the end of the group that launches. */
+hfreduceResult_t hfr_call_enter(hfreduceComm_t c, const char *function, int coll) {
+  if (group.depth) return latch(hfr_comm_enter(c, function, HFR_BRIEF));
+  return coll ? hfr_comm_begin(c, function) : hfr_comm_enter(c, function, HFR_WAITS);
 }
 
-void hfr_group_return(int depth) { group.depth = depth; }
+hfreduceResult_t hfr_call_leave(hfreduceComm_t c, int coll, hfreduceResult_t result) {
+  if (group.depth)
+    hfr_comm_leave(c, HFR_BRIEF);
+  else if (coll)
+    hfr_comm_end(c);
+  else
+    hfr_comm_leave(c, HFR_WAITS);
+  return result ? latch(result) : result;
+}
+
+static void leave_all(struct grouped *list, int n, const struct grouped *but) {
+  for (struct grouped *g = list; g < list + n && g != but; g++) {
+    if (!g->enter) continue;
+    if (g->coll)
+      hfr_comm_end(g->comm);
+    else
+      hfr_comm_leave(g->comm, HFR_WAITS);
+  }
+}
+
+/* Note at the first call on each communicator whether there is a collective among those on it. */
+static void find_comms(struct grouped *list, int n) {
+  for (int i = 0; i < n; i++) {
+    int first = i && list[i - 1].comm == list[i].comm ? list[i - 1].first : 0;
+    while (list[first].comm != list[i].comm) first++;
+    list[i].first = first;
+    list[i].enter = first == i;
+    list[i].coll = 0;
+    list[first].coll |= list[i].call.coll != HFR_P2P;
+  }
+}
+
+/* The end of a group enters all its communicators, each once, or none. */
+static hfreduceResult_t enter_all(const char *function, struct grouped *list, int n) {
+  find_comms(list, n);
+  for (struct grouped *g = list; g < list + n; g++) {
+    if (!g->enter) continue;
+    hfreduceResult_t r = g->coll ? hfr_comm_begin(g->comm, function) : hfr_comm_enter(g->comm, function, HFR_WAITS);
+    if (!r && !hfr_handle_is(g->comm, g->age)) {
+      r = hfr_fail(hfreduceInvalidUsage, "%s: a communicator was destroyed while the group was open that has calls on it",
+                   function);
+      leave_all(list, n, g + 1);
+    } else if (r) {
+      leave_all(list, n, g);
+    }
+    HFR_TRY(r);
+  }
+  return hfreduceSuccess;
+}
 
 hfreduceResult_t hfreduceGroupStart(void) {
   group.depth++;
@@ -421,7 +497,14 @@ hfreduceResult_t hfreduceGroupEnd(void) {
   struct grouped *list = NULL;
   hfreduceResult_t r;
   if (!close_level(&list, &n, &r)) return r;
-  if (!r && n) r = run_blocking(list, n);
+  if (!r && n)
+    r = enter_all("hfreduceGroupEnd", list, n);
+  else
+    n = 0;
+  if (!r && n) {
+    r = run_blocking(list, n);
+    leave_all(list, n, NULL);
+  }
   free(list);
   return r;
 }
@@ -429,7 +512,7 @@ hfreduceResult_t hfreduceGroupEnd(void) {
 hfreduceResult_t hfreduceGroupCancel(hfreduceResult_t result) {
   if (!group.depth) return hfr_fail(hfreduceInvalidUsage, "hfreduceGroupCancel outside a group of this thread");
   if (!result) return hfr_fail(hfreduceInvalidArgument, "hfreduceGroupCancel: result is hfreduceSuccess; give an error");
-  hfr_group_latch(result);
+  latch(result);
   return hfreduceSuccess;
 }
 
@@ -453,8 +536,15 @@ hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
   if (!close_level(&list, &n, &r))
     return hfr_fail(hfreduceInvalidUsage,
                     "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
-  if (!r) r = launch(list, n, 1, work);
-  if (!r) leave_to_thread(list, n);
+  if (!r)
+    r = enter_all("hfreduceGroupEndAsync", list, n);
+  else
+    n = 0;
+  if (!r) {
+    r = launch(list, n, 1, work);
+    if (!r) leave_to_thread(list, n);
+    leave_all(list, n, NULL);
+  }
   free(list);
   return r;
 }

@@ -61,9 +61,8 @@ static hfreduceResult_t make_side(struct hfreduceComm *c, struct hfr_pairs *p, s
 
 /* 1 when all ranks say so; < 0: the communicator failed. */
 static int all_say(struct hfreduceComm *c, int yes) {
-  int32_t mine = yes, all = 0;
-  if (hfreduceAllReduce(&mine, &all, 1, hfreduceInt32, hfreduceMin, c, NULL)) return -1;
-  return all;
+  uint64_t all = (uint64_t)yes;
+  return hfr_min_now(c, &all) ? -1 : (int)all;
 }
 
 static void say_why(const struct hfreduceComm *c) {
@@ -79,7 +78,7 @@ static int meet(struct hfreduceComm *c, struct hfr_pairs *p) {
   }
   int made = !make_side(c, p, &mine.memory);
   if (!made) say_why(c), mine.segment = 0;
-  int ok = !hfreduceAllGather(&mine, all, sizeof mine, hfreduceUint8, c, NULL);
+  int ok = !hfr_gather_now(c, &mine, all, sizeof mine, 0);
   for (int r = 0; ok && r < c->nranks; r++) made &= all[r].segment == p->segment;
   if (made && hfr_pair_meet(p->pair, &all[c->partner].memory)) say_why(c), made = 0;
   free(all);
@@ -91,7 +90,7 @@ static int meet(struct hfreduceComm *c, struct hfr_pairs *p) {
 static hfreduceResult_t number_ranks(struct hfreduceComm *c, struct hfr_pairs *p) {
   p->ranks = calloc((size_t)p->half->nranks, sizeof *p->ranks);
   if (!p->ranks) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", p->half->nranks);
-  return hfreduceAllGather(&c->rank, p->ranks, 1, hfreduceInt32, p->half, NULL);
+  return hfr_gather_now(p->half, &c->rank, p->ranks, sizeof c->rank, 0);
 }
 
 static void drop(struct hfreduceComm *c, struct hfr_pairs *p) {
@@ -109,7 +108,7 @@ static hfreduceResult_t make(struct hfreduceComm *c, struct hfr_pairs *p, int *a
   HFR_TRY(hfr_comm_split_half(c, !p->lower, &p->half));
   HFR_TRY(number_ranks(c, p));
   uint64_t segment = hfr_staging_slot(p->half);
-  HFR_TRY(hfreduceAllReduce(&segment, &segment, 1, hfreduceUint64, hfreduceMin, c, NULL));
+  HFR_TRY(hfr_min_now(c, &segment));
   p->segment = (size_t)segment;
   *agreed = meet(c, p);
   return *agreed < 0 ? (hfreduceResult_t)hfr_last_error()->code : hfreduceSuccess;

@@ -35,6 +35,7 @@ static void child_after_fork(void) {
   for (struct hfr_watch *w = hfr_rt.watches; w; w = w->next) close(w->fd);
   for (struct hfreduceComm *c = hfr_rt.comms; c; c = c->next) {
     c->forked = 1;
+    hfr_handle_after_fork(c);
     for (int i = 0; i < c->ncontrol; i++)
       if (c->control[i].fd >= 0) close(c->control[i].fd), c->control[i].fd = -1;
     if (!c->engine_up) continue;

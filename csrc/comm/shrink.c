@@ -63,9 +63,11 @@ static hfreduceResult_t name_of_the_rest(struct hfreduceComm *c, const int *now,
   while (now[first] < 0) first++;
   hfr_mac(c->uid.secret, now, (size_t)c->nranks * sizeof *now, tag);
   memcpy(&uid->members, tag, sizeof uid->members);
+  pthread_mutex_lock(&c->ops_lock);
   struct hfr_shrunk *set = find_set(c, uid->members);
+  uint64_t count = set ? set->count++ : 0;
+  pthread_mutex_unlock(&c->ops_lock);
   if (!set) return hfr_fail(hfreduceSystemError, "out of memory for a list of %d ranks", c->nranks);
-  uint64_t count = set->count++;
   derive(c, "meeting", first, count, tag);
   memcpy(&uid->root_id, tag, sizeof uid->root_id);
   derive(c, "secret", first, count, uid->secret);
@@ -77,7 +79,6 @@ static hfreduceResult_t name_of_the_rest(struct hfreduceComm *c, const int *now,
 
 static hfreduceResult_t check_arguments(hfreduceComm_t c, const int *exclude, int nexclude, hfreduceComm_t *newcomm, int flags) {
   static const char f[] = "hfreduceCommShrink";
-  HFR_TRY(hfr_comm_check(c, f));
   if (!newcomm) return hfr_fail(hfreduceInvalidArgument, "%s: newcomm is NULL", f);
   *newcomm = NULL;
   if (c->forked)
@@ -97,8 +98,8 @@ static hfreduceResult_t check_arguments(hfreduceComm_t c, const int *exclude, in
   return hfreduceSuccess;
 }
 
-hfreduceResult_t hfreduceCommShrink(hfreduceComm_t comm, const int *exclude, int nexclude, hfreduceComm_t *newcomm,
-                                    hfreduceConfig_t *config, int flags) {
+static hfreduceResult_t shrink(hfreduceComm_t comm, const int *exclude, int nexclude, hfreduceComm_t *newcomm,
+                               hfreduceConfig_t *config, int flags) {
   HFR_TRY(check_arguments(comm, exclude, nexclude, newcomm, flags));
   int *now = malloc((size_t)comm->nranks * sizeof *now);
   if (!now) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", comm->nranks);
@@ -109,11 +110,17 @@ hfreduceResult_t hfreduceCommShrink(hfreduceComm_t comm, const int *exclude, int
   free(now);
   HFR_TRY(r);
   hfreduceUniqueId id;
-  hfreduceConfig_t inherited;
-  hfreduceConfigInit(&inherited);
-  inherited.timeout = comm->timeout;
-  inherited.device = comm->device;
+  hfreduceConfig_t settings = hfr_comm_heir(comm, config);
   hfr_uid_pack(&uid, &id);
   if (rank == 0) HFR_TRY(hfr_runtime_open_root(&uid));
-  return hfreduceCommInitRankConfig(newcomm, n, id, rank, config ? config : &inherited);
+  return hfreduceCommInitRankConfig(newcomm, n, id, rank, &settings);
+}
+
+/* Not a collective over `comm`: it may be called beside one that hangs. */
+hfreduceResult_t hfreduceCommShrink(hfreduceComm_t comm, const int *exclude, int nexclude, hfreduceComm_t *newcomm,
+                                    hfreduceConfig_t *config, int flags) {
+  HFR_TRY(hfr_comm_enter(comm, "hfreduceCommShrink", HFR_WAITS));
+  hfreduceResult_t r = shrink(comm, exclude, nexclude, newcomm, config, flags);
+  hfr_comm_leave(comm, HFR_WAITS);
+  return r;
 }

@@ -2,9 +2,12 @@
  * hfreduce: collective communication on the CPU, for training.
  *
  * The names, enum values and rules are NCCL's with the prefix changed, so that code moves over by renaming. What differs is
- * said at each function. Every function may be called from any thread; one communicator is used by one thread at a time,
- * except that hfreduceCommAbort, hfreduceCommGetAsyncError, hfreduceCommPending, the functions that ask for connections and the
- * work functions may be called beside it.
+ * said at each function. Every function may be called from any thread. Collectives on one communicator must not overlap: of two
+ * that do the later is refused with hfreduceInvalidUsage, and the other one goes on. A collective is in progress until it
+ * returns; an asynchronous one is called by the function that launches it (hfreduceGroupEndAsync), and waiting for its work is no
+ * call on the communicator. So one thread may launch and another wait. Sends and receives may be called beside, and so may
+ * everything else, hfreduceCommAbort and hfreduceCommDestroy too: the calls of other threads then end with hfreduceAborted, those
+ * that come later with hfreduceInvalidArgument.
  *
  * Every function that waits ends by a deadline with a result or with an error whose text (hfreduceGetLastError) names rank, host,
  * operation, sequence number and phase. Operations have HFREDUCE_TIMEOUT seconds (1800), init, split and shrink have
@@ -212,7 +215,8 @@ hfreduceResult_t hfreduceCommFinalize(hfreduceComm_t comm);
    still runs is given up, with a warning. hfreduceInProgress when the patience is over; call again. Own addition. */
 hfreduceResult_t hfreduceCommLeave(hfreduceComm_t comm);
 /* Wait for what was issued, as Leave but for all of the 30 s; leave, free. Never fails on a broken communicator. Not collective,
-   but peers that still wait for this rank get an error. */
+   but peers that still wait for this rank get an error. A call of another thread that waits for other ranks (a blocking call, a
+   split) is broken off by hfreduceAborted, here and on all ranks. */
 hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm);
 /* End every wait on comm, here and on all ranks, with hfreduceAborted. The handle stays valid until hfreduceCommDestroy. */
 hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm);
@@ -232,7 +236,8 @@ hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfred
 hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds);
 /* A blocking call outside a group that has not ended after so many seconds (0, the default: wait on) returns hfreduceInProgress;
    the operation goes on, and its buffers must live until then. So a caller can look at its signals now and then. It may return
-   so earlier when another thread issues a call on the same communicator. */
+   so earlier when another thread issues a call on the same communicator. Until the operation has ended, collectives of other
+   threads overlap with it. */
 hfreduceResult_t hfreduceCommSetPatience(hfreduceComm_t comm, double seconds);
 /* The work of this thread's blocking call that returned hfreduceInProgress. Once. */
 hfreduceResult_t hfreduceTakeWork(hfreduceWork_t *work);
