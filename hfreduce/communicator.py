@@ -101,7 +101,7 @@ def _destroy(handle: Any, running: deque[Work], pid: int) -> None:
     """Leave and free. Runs at close, when a communicator is dropped, or at exit; a forked child leaves its parent's alone."""
     if os.getpid() != pid:
         return
-    if running and getattr(sys, "last_value", None) is not None and not all(work.done() for work in running):
+    if running and getattr(sys, "last_value", None) is not None and not all(work.done() for work in tuple(running)):
         lib.hfreduceCommAbort(handle)  # the program died of an exception: what still runs would wait for peers until the deadline
     try:
         leave(handle)
@@ -150,8 +150,11 @@ class Communicator:
     communicator), MismatchError, DeadlineError, PeerLostError, AbortedError, CorruptDataError. After one of the last five
     the communicator is broken: close it.
 
-    Names and rules are NCCL's. One thread at a time uses a communicator; only `abort`, `async_error` and `connections` may be called
-    beside.
+    Names and rules are NCCL's. Collectives on one communicator must not overlap: when two threads call at once, the later call is
+    refused with InvalidUsageError, and the other goes on. A collective lasts until it returns; with async_op=True it only launches,
+    and waiting for its Work is no call on the communicator: one thread may launch and another wait. Sends, receives and everything
+    else may be called beside it. `close` ends the calls in which other threads wait with AbortedError, here and on all ranks, and
+    what they call later with InvalidUsageError.
     """
 
     __slots__ = (
@@ -159,7 +162,6 @@ class Communicator:
         "_finalizer",
         "_handle",
         "_host",
-        "_launched",
         "_local_nranks",
         "_local_rank",
         "_node",
@@ -209,7 +211,6 @@ class Communicator:
         self._host, self._transports = text(info.host), text(info.transports)
         self._timeout = timeout
         self._running: deque[Work] = deque()
-        self._launched = ffi.new("hfreduceWork_t *")  # where C puts the handle of what was launched
         self._handle = handle
         check(lib.hfreduceCommSetPatience(handle, PATIENCE), handle)
         self._finalizer = weakref.finalize(self, _destroy, handle, self._running, os.getpid())
@@ -261,7 +262,11 @@ class Communicator:
 
         A look, not a synchronization: of a running operation it shows what has gone so far. May be called from any thread.
         """
-        return connections(self._open())
+        try:
+            return connections(self._open())
+        except InvalidArgumentError:
+            self._open()  # it was closed meanwhile
+            raise
 
     @property
     def timeout(self) -> float:
@@ -333,9 +338,10 @@ class Communicator:
             and not _open_groups
         ):
             call = _ALL_REDUCE.get(op, -1) if type(op) is str else -1
-            code = _fast_launch(call, id(x), 0 if out is None else id(out), 0, self._handle, self._launched)
-            if code == 0:
-                return Work(self._launched[0], (x, out), x if out is None else out, self._running)
+            work = _fast_launch(call, id(x), 0 if out is None else id(out), 0, self._handle)
+            if work:
+                return Work(work, (x, out), x if out is None else out, self._running)
+            code = lib.hfr_ndarray_why()
             if code > 0 and code != _INVALID_ARGUMENT:
                 raise self._failure(code)
         source, target, result = self._in_place_or_out(x, out, stream)
@@ -689,7 +695,9 @@ class Communicator:
         config, keep = _config(seconds, name)
         handle = ffi.new("hfreduceComm_t *")
         mine = self._open()
-        check(lib.hfreduceCommSplit(mine, color, _integer(key, "key"), handle, config), mine)
+        code = lib.hfreduceCommSplit(mine, color, _integer(key, "key"), handle, config)
+        if code:
+            raise self._failure(code)
         del keep
         if handle[0] == _NULL:
             return None
@@ -727,14 +735,17 @@ class Communicator:
         """The error that broke this communicator, or None. May be called from any thread."""
         handle = self._open()
         error = ffi.new("hfreduceResult_t *")
-        check(lib.hfreduceCommGetAsyncError(handle, error), handle)
+        code = lib.hfreduceCommGetAsyncError(handle, error)
+        if code:
+            raise self._failure(code)
         return last_error(int(error[0]), handle) if error[0] else None
 
     def abort(self) -> None:
         """End every wait on this communicator, here and on all ranks, with AbortedError. May be called from any thread."""
         handle = self._handle
-        if handle != _NULL:
-            check(lib.hfreduceCommAbort(handle), handle)
+        code = _INVALID_ARGUMENT if handle == _NULL else lib.hfreduceCommAbort(handle)
+        if code and code != _INVALID_ARGUMENT:  # closed: nothing waits
+            raise self._failure(code)
 
     def close(self) -> None:
         """Wait for what was issued, 30 s at most, leave, and free. Never fails on a broken communicator; closing twice is legal.
@@ -750,7 +761,7 @@ class Communicator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not all(work.done() for work in self._running):
+        if error is not None and not all(work.done() for work in tuple(self._running)):
             self.abort()  # what still runs will never be waited for
         self.close()
 
@@ -820,7 +831,7 @@ class Communicator:
 
     def _failure(self, code: int, stream: Any = None) -> HfreduceError:
         """The exception for a call that returned `code`, on `stream` where there was one."""
-        if self._handle == _NULL:
+        if self._handle == _NULL and code == _INVALID_ARGUMENT:  # for C it is no communicator any more
             return InvalidUsageError("the communicator is closed")
         error = last_error(code, self._handle)
         if stream is not None and code == _INVALID_ARGUMENT:  # who gave an array on a device need not know of a stream

@@ -14,9 +14,15 @@ _SLICE = 0.25
 
 
 def reap(running: deque[Work]) -> None:
-    """Let go of what has ended; operations of a communicator end in the order of issue."""
-    while running and running[0].done():
-        running.popleft()
+    """Let go of what has ended; operations of a communicator end in the order of issue. Several threads may do so at once."""
+    while running:
+        try:
+            work = running.popleft()
+        except IndexError:
+            return
+        if not work.done():
+            running.appendleft(work)
+            return
 
 
 class Sender:

@@ -546,26 +546,27 @@ def test_fast_path_takes_what_it_understands(name: str) -> None:
 
     assert _known_layout(), "NumPy's arrays lie otherwise than csrc/python/ndarray.h says: small calls are slow"
     with hfreduce.Communicator(0, 1) as comm:
-        handle, dtype, work = comm._handle, np.dtype(name), errors.ffi.new("hfreduceWork_t *")
+        handle, dtype = comm._handle, np.dtype(name)
         plain = (dtype.isnative and dtype.kind in "iuf" and dtype.itemsize != 2) or dtype == np.float16
         for x in (np.ones(7, dtype), np.ones((2, 3, 4), dtype), np.ones((), dtype), np.ones((0, 4), dtype)):
             for call in range(6):  # in place, and from one array to another
                 other = np.zeros_like(x)
                 for out in (id(other), *([0] if call < 3 else [])):
                     assert (errors.lib.hfr_ndarray_call(call, id(x), out, 0, handle) == 0) == plain
-                    assert (errors.lib.hfr_ndarray_launch(call, id(x), out, 0, handle, work) == 0) == plain
+                    work = errors.lib.hfr_ndarray_launch(call, id(x), out, 0, handle)
+                    assert bool(work) == plain
+                    assert (errors.lib.hfr_ndarray_why() == 0) == plain
                     if plain:
-                        assert errors.lib.hfreduceWorkWait(work[0], 10.0) == 0
-                        errors.lib.hfreduceWorkDestroy(work[0])
-                        work[0] = errors.ffi.NULL
+                        assert errors.lib.hfreduceWorkWait(work, 10.0) == 0
+                        errors.lib.hfreduceWorkDestroy(work)
                 assert (other == x).all() == (plain or x.size == 0)
                 larger = np.ones(x.size + 1, dtype)
                 assert errors.lib.hfr_ndarray_call(call, id(x), id(larger), 0, handle) == -1
                 assert call < 3 or errors.lib.hfr_ndarray_call(call, id(x), 0, 0, handle) == -1
         for x in (np.ones((4, 5), dtype).T, np.ones(8, dtype)[::2], np.frombuffer(b"12345678" * 2, dtype)):
             assert errors.lib.hfr_ndarray_call(0, id(x), 0, 0, handle) == -1
-            assert errors.lib.hfr_ndarray_launch(0, id(x), 0, 0, handle, work) == -1
-            assert work[0] == errors.ffi.NULL
+            assert not errors.lib.hfr_ndarray_launch(0, id(x), 0, 0, handle)
+            assert errors.lib.hfr_ndarray_why() == -1
             assert errors.lib.hfr_ndarray_call(3, id(np.ones(x.size, dtype)), id(x), 0, handle) == -1
         assert errors.lib.hfreduceGroupEnd() != 0, "a call that was refused has left a group open"
 

@@ -26,8 +26,9 @@ enum {
  * 0. call: which, plus 256 times the op. Few arguments, because each is converted. -1: they are not such arrays, or do not
  * fit; nothing was done. */
 int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm);
-/* Launch the same. -1: nothing was launched. */
-int hfr_ndarray_launch(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm, hfreduceWork_t *work);
+/* Launch the same. NULL: nothing was launched, and hfr_ndarray_why() says why to the thread: -1 as above, or the result. */
+hfreduceWork_t hfr_ndarray_launch(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm);
+int hfr_ndarray_why(void);
 /* ---- [cffi end] ---- */
 
 struct hfr_ndarray {
@@ -75,7 +76,7 @@ int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduc
   if (type < 0 || (b && hfr_ndarray_look(b, HFR_NDARRAY_WRITE, &other) != type)) return -1;
   hfreduceDataType_t t = (hfreduceDataType_t)type;
   hfreduceRedOp_t op = (hfreduceRedOp_t)(call >> 8);
-  if (b && (hfreduceCommCount(comm, &n) || n < 1)) return -1;
+  if (b && hfreduceCommCount(comm, &n)) return -1;
   if (!b) other = count;
   void *to = b ? b->data : a->data;
   switch (call & 255) {
@@ -94,12 +95,17 @@ int hfr_ndarray_call(int call, uintptr_t array, uintptr_t out, int root, hfreduc
   }
 }
 
-int hfr_ndarray_launch(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm, hfreduceWork_t *work) {
+static _Thread_local int hfr_ndarray_code;
+
+int hfr_ndarray_why(void) { return hfr_ndarray_code; }
+
+hfreduceWork_t hfr_ndarray_launch(int call, uintptr_t array, uintptr_t out, int root, hfreduceComm_t comm) {
+  hfreduceWork_t work = NULL;
   hfreduceGroupStart();
-  if (hfr_ndarray_call(call, array, out, root, comm) < 0) {
+  if ((hfr_ndarray_code = hfr_ndarray_call(call, array, out, root, comm)) < 0)
     hfreduceGroupEnd(); /* of nothing */
-    return -1;
-  }
-  return (int)hfreduceGroupEndAsync(work); /* also says what was wrong with the call */
+  else
+    hfr_ndarray_code = (int)hfreduceGroupEndAsync(&work); /* also says what was wrong with the call */
+  return work;
 }
 #endif
