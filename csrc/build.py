@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shlex
@@ -45,8 +46,23 @@ def sources() -> list[Path]:
     return sorted(p for p in HERE.glob("*/*.c") if p.parent.name != "nccl") + sorted(HERE.glob("*.c"))
 
 
+def hashed() -> list[Path]:
+    """Everything that the library is made of."""
+    return sorted(p for p in HERE.rglob("*") if p.suffix in (".c", ".h", ".inc", ".cu"))
+
+
+def source_hash() -> str:
+    """Eight hex digits that tell builds apart: ranks compare them when they join."""
+    total = hashlib.sha256()
+    for path in hashed():
+        total.update(f"{path.relative_to(HERE).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return total.hexdigest()[:8]
+
+
 def flags_for(source: Path, machine: str) -> list[str]:
     """Flags that one file needs beside the common ones: SIMD instances are named simd/*_<level>.c, the kernels' text is included."""
+    if source.name == "version.c":
+        return [f"-DHFR_BUILD=0x{source_hash()}u"]
     if source.stem == "cuda_kernels":  # it holds the text of kernels, which the assembler reads
         return [f"-Wa,-I,{HERE / 'device'}"]
     if machine not in ("x86_64", "AMD64"):
@@ -78,7 +94,8 @@ def compile_objects(
         relative = source.relative_to(HERE) if source.is_relative_to(HERE) else Path(source.name)
         obj = out / ("_".join(relative.with_suffix(".o").parts))
         objects.append(obj)
-        if obj.exists() and obj.stat().st_mtime > max(source.stat().st_mtime, newest_header):
+        newest = max((p.stat().st_mtime for p in hashed()), default=0.0) if source.name == "version.c" else source.stat().st_mtime
+        if obj.exists() and obj.stat().st_mtime > max(newest, newest_header):
             continue
         command = shlex.split(cc) + CFLAGS + flags_for(source, machine) + SANITIZERS[sanitize] + (["-Werror"] if werror else [])
         jobs.append(command + ["-I", str(HERE)] + (extra or []) + ["-c", str(source), "-o", str(obj)])

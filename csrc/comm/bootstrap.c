@@ -70,56 +70,115 @@ static hfreduceResult_t authenticate(struct hfreduceComm *c, struct hfr_auth *au
   }
 }
 
+/* What a rank has learned of the other side by trying. */
+struct dialled {
+  const char *whom;
+  char address[HFR_ADDR_TEXT];
+  char refusal[200];  /* kept: when time is up, the one that refused may have gone itself */
+  int error;          /* errno of the last try; 0: it got as far as the handshake */
+  int64_t refused_ns; /* since when it has heard nothing but that it does not belong there; 0: the last try ended otherwise */
+  const char *advice; /* what to do about that */
+};
+
+/* Both sides know the secret, so it is true. */
+static hfreduceResult_t fail_protocol(const struct hfreduceComm *c, const struct dialled *d, const struct hfr_auth *auth) {
+  char mine[HFR_VERSION_TEXT], theirs[HFR_VERSION_TEXT], host[64];
+  hfr_host_name(host);
+  return hfr_fail(hfreduceInvalidUsage, "rank %d on %s runs %s, %s at %s runs %s; install the same version on all hosts", c->rank,
+                  host, hfr_version_text(&hfr_version, mine), d->whom, d->address, hfr_version_text(&auth->peer, theirs));
+}
+
+static hfreduceResult_t fail_refused(const struct hfreduceComm *c, const struct dialled *d) {
+  return hfr_fail(hfreduceInvalidUsage, "rank %d was refused by %s at %s for %.3g s: %s; %s", c->rank, d->whom, d->address,
+                  (double)(hfr_now_ns() - d->refused_ns) * 1e-9, d->refusal, d->advice);
+}
+
+/*
+ * A handshake failed. An earlier program may still hold the port, or rank 0 has not opened this communicator yet: the rank goes
+ * on trying. That it has another secret, or an older protocol, is not proven, so it is warned of at once and believed only after
+ * REFUSED_NS of nothing else. In progress: try again.
+ */
+#define REFUSED_NS 30000000000ll
+static hfreduceResult_t refused(const struct hfreduceComm *c, struct dialled *d, const struct hfr_auth *auth, hfreduceResult_t r,
+                                int64_t deadline_ns) {
+  if (auth->verdict == HFR_AUTH_PROTOCOL) return fail_protocol(c, d, auth);
+  /* A connection that breaks, or falls silent, tells less than what was said before. */
+  int tells = r != hfreduceSystemError && r != hfreduceTimeout;
+  if (tells || !*d->refusal) snprintf(d->refusal, sizeof d->refusal, "%.190s", hfr_last_error()->text);
+  if (auth->verdict != HFR_AUTH_SECRET && auth->verdict != HFR_AUTH_OLD) {
+    if (tells) d->refused_ns = 0;
+    return hfreduceInProgress;
+  }
+  d->advice =
+      auth->verdict == HFR_AUTH_SECRET ? "give all ranks the same HFREDUCE_SECRET" : "install the same hfreduce on all hosts";
+  int64_t now = hfr_now_ns();
+  if (!d->refused_ns) {
+    d->refused_ns = now;
+    HFR_WARN("rank %d: %s at %s refuses it: %s; %s. It goes on trying for %.3g s, in case an earlier job still holds the port",
+             c->rank, d->whom, d->address, d->refusal, d->advice,
+             (double)(deadline_ns - now < REFUSED_NS ? deadline_ns - now : REFUSED_NS) * 1e-9);
+  }
+  return now - d->refused_ns < REFUSED_NS ? hfreduceInProgress : fail_refused(c, d);
+}
+
+/* One try: connected and authenticated, or in progress: try again. */
+static hfreduceResult_t dial_once(struct hfreduceComm *c, const struct hfr_addr *addr, enum hfr_auth_kind kind, int target,
+                                  int64_t deadline_ns, struct dialled *d, int *out) {
+  int fd = -1;
+  d->error = ECONNREFUSED;
+  if (hfr_socket_connect(addr, &fd)) {
+    d->refused_ns = 0;
+    return hfreduceInProgress;
+  }
+  struct pollfd p = {fd, POLLOUT, 0};
+  int64_t again = hfr_now_ns() + 2000000000; /* a lost SYN is better sent anew */
+  if (again > deadline_ns) again = deadline_ns;
+  while (!cancelled(c) && wait_fd(c, fd, POLLOUT, again) && !poll(&p, 1, 0)) {
+  }
+  d->error = poll(&p, 1, 0) > 0 ? hfr_socket_error(fd) : ETIMEDOUT;
+  if (d->error) {
+    if (d->error == ECONNREFUSED) d->refused_ns = 0; /* whoever refused it has gone */
+    close(fd);
+    return hfreduceInProgress;
+  }
+  struct hfr_auth auth;
+  hfr_socket_tune(fd);
+  hfr_auth_client(&auth, fd, kind, kind == HFR_AUTH_ROOT ? hfr_uid_root(&c->uid) : c->uid.comm_id, c->uid.secret, c->rank, target,
+                  0, 0);
+  auth.hello.name = kind == HFR_AUTH_ROOT ? c->uid.name : 0;
+  int64_t limit = hfr_now_ns() + 5000000000;
+  hfreduceResult_t r = authenticate(c, &auth, limit < deadline_ns ? limit : deadline_ns, d->whom);
+  if (!r) {
+    *out = fd;
+    return r;
+  }
+  close(fd);
+  return refused(c, d, &auth, r, deadline_ns);
+}
+
 /* Connect and authenticate, trying again while nobody listens: the other side may start later. */
 static hfreduceResult_t dial(struct hfreduceComm *c, const struct hfr_addr *addr, enum hfr_auth_kind kind, int target,
                              int64_t deadline_ns, const char *whom, int *out) {
-  char text[HFR_ADDR_TEXT];
+  struct dialled d = {.whom = whom};
   struct wait_text time;
-  char refusal[200] = ""; /* kept: when time is up, who refused us may have gone itself */
-  int pause = 5, error;
-  hfr_addr_text(addr, text);
-  for (;;) {
-    int fd = -1;
-    error = 0;
-    if (hfr_socket_connect(addr, &fd)) {
-      error = ECONNREFUSED;
-    } else {
-      struct pollfd p = {fd, POLLOUT, 0};
-      int64_t again = hfr_now_ns() + 2000000000; /* a lost SYN is better sent anew */
-      if (again > deadline_ns) again = deadline_ns;
-      while (!cancelled(c) && wait_fd(c, fd, POLLOUT, again) && !poll(&p, 1, 0)) {
-      }
-      error = poll(&p, 1, 0) > 0 ? hfr_socket_error(fd) : ETIMEDOUT;
-      if (!error) {
-        struct hfr_auth auth;
-        hfr_socket_tune(fd);
-        hfr_auth_client(&auth, fd, kind, kind == HFR_AUTH_ROOT ? hfr_uid_root(&c->uid) : c->uid.comm_id, c->uid.secret, c->rank,
-                        target, 0, 0);
-        int64_t limit = hfr_now_ns() + 5000000000;
-        hfreduceResult_t r = authenticate(c, &auth, limit < deadline_ns ? limit : deadline_ns, whom);
-        if (!r) {
-          *out = fd;
-          return r;
-        }
-        /* Who refuses us may be an earlier program on that port, or rank 0 that has not opened this communicator yet: go on
-         * trying. */
-        if (!*refusal || r != hfreduceSystemError) /* a connection that breaks tells less than what was said before */
-          snprintf(refusal, sizeof refusal, "%.150s", hfr_last_error()->text);
-      }
-      close(fd);
-    }
+  hfr_addr_text(addr, d.address);
+  for (int pause = 5;;) {
+    hfreduceResult_t r = dial_once(c, addr, kind, target, deadline_ns, &d, out);
+    if (r != hfreduceInProgress) return r;
     if (cancelled(c)) return fail_cancelled(c);
     if (hfr_now_ns() > deadline_ns) break;
     if (should_speak(c, &time))
-      HFR_WARN("rank %d waits for %s at %s (%s): %s", c->rank, c->uid.by_address && target < 0 ? "rank 0" : whom, text, time.text,
-               *refusal ? refusal : strerror(error));
-    nap_ms(pause);
+      HFR_WARN("rank %d waits for %s at %s (%s): %s", c->rank, c->uid.by_address && target < 0 ? "rank 0" : whom, d.address,
+               time.text, *d.refusal ? d.refusal : strerror(d.error));
+    /* A rank that was told that it does not belong there need not knock often. */
+    for (int naps = d.refused_ns ? 10 : 1; naps > 0 && !cancelled(c) && hfr_now_ns() < deadline_ns; naps--) nap_ms(pause);
     if (pause < 100) pause *= 2;
   }
+  if (d.refused_ns) return fail_refused(c, &d);
   return hfr_fail(hfreduceTimeout,
                   "rank %d could not reach %s at %s within %.3g s: %s; check that it runs, that the address is right and that no "
                   "firewall is between",
-                  c->rank, whom, text, c->join_timeout, *refusal ? refusal : strerror(error));
+                  c->rank, whom, d.address, c->join_timeout, *d.refusal ? d.refusal : strerror(d.error));
 }
 
 /* Even, for two trees. Unless told otherwise so many that a rank's slots are twice its cache: those who read them have then let
@@ -349,11 +408,11 @@ static void arena_name(const struct hfreduceComm *c, char name[64]) {
   for (int i = 0; i < 16; i++) n += snprintf(name + n, 64 - (size_t)n, "%02x", tag[i]);
 }
 
-static int arena_secret(void *arg, const struct hfr_auth_hello *hello, uint8_t secret[16]) {
+static enum hfr_auth_verdict arena_secret(void *arg, const struct hfr_auth_hello *hello, uint8_t secret[16]) {
   struct hfreduceComm *c = arg;
-  if (hello->kind != HFR_AUTH_ARENA || hello->comm_id != c->uid.comm_id) return -1;
+  if (hello->kind != HFR_AUTH_ARENA || hello->comm_id != c->uid.comm_id) return HFR_AUTH_UNKNOWN;
   memcpy(secret, c->uid.secret, 16);
-  return 0;
+  return HFR_AUTH_WELCOME;
 }
 
 struct visitor {

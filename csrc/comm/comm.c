@@ -63,6 +63,8 @@ static hfreduceResult_t derive(struct hfr_uid *uid, const char *secret, uint64_t
   const uint64_t name[2] = {tag, uid->root.port};
   hfr_mac(uid->secret, name, sizeof name, out);
   memcpy(&uid->comm_id, out, 8);
+  hfr_mac(key, name, sizeof name, out);
+  memcpy(&uid->name, out, 8);
   return hfreduceSuccess;
 }
 

@@ -19,6 +19,7 @@ struct hfr_uid {
   /* of a shrunken communicator, else 0: the name of its rendezvous, if not comm_id; and of whom it consists, on which all must
    * agree */
   uint64_t root_id, members;
+  uint64_t name; /* by address: of the rendezvous, whatever the secret; tells another secret from another communicator */
 };
 #define HFR_UID_MAGIC 0x44557266u
 

@@ -3,8 +3,10 @@
 
 #include "../base/log.h"
 #include "../base/param.h"
+#include "../topo/host.h"
 #include "../topo/nic.h"
 
+#include <arpa/inet.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,12 +19,15 @@
 
 /* ---------------------------------------------------------------- strangers */
 
-static int find_secret(void *arg, const struct hfr_auth_hello *hello, uint8_t secret[16]) {
+static enum hfr_auth_verdict find_secret(void *arg, const struct hfr_auth_hello *hello, uint8_t secret[16]) {
   (void)arg;
-  if (hello->kind == HFR_AUTH_ROOT) return hfr_root_secret(hello->comm_id, secret);
-  for (struct hfreduceComm *c = hfr_rt.comms; c; c = c->next)
-    if (c->uid.comm_id == hello->comm_id && c->rank == hello->target) return memcpy(secret, c->uid.secret, 16), 0;
-  return -1;
+  if (hello->kind == HFR_AUTH_ROOT) return hfr_root_secret(hello->comm_id, hello->name, secret);
+  for (struct hfreduceComm *c = hfr_rt.comms; c; c = c->next) {
+    if (c->uid.comm_id != hello->comm_id || c->rank != hello->target) continue;
+    memcpy(secret, c->uid.secret, 16);
+    return HFR_AUTH_WELCOME;
+  }
+  return HFR_AUTH_UNKNOWN;
 }
 
 /* Give an authenticated connection to whom it is for. 0 taken, -1 not wanted. */
@@ -47,27 +52,67 @@ static int deliver(struct hfr_watch *w) {
   return -1;
 }
 
-static void refuse(struct hfr_watch *w, const char *why) {
-  struct sockaddr_storage peer;
+/* The address that a connection comes from. */
+static const char *caller(const struct hfr_watch *w, char text[INET6_ADDRSTRLEN]) {
+  union {
+    struct sockaddr any;
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+  } peer;
   socklen_t len = sizeof peer;
-  char who[64] = "?";
-  if (!getpeername(w->fd, (struct sockaddr *)&peer, &len) && peer.ss_family == AF_INET) {
-    const uint8_t *ip = (const uint8_t *)&((struct sockaddr_in *)&peer)->sin_addr;
-    snprintf(who, sizeof who, "%u.%u.%u.%u", ip[0], ip[1], ip[2], ip[3]);
-  }
+  const char *host = NULL;
+  if (!getpeername(w->fd, &peer.any, &len))
+    host = peer.any.sa_family == AF_INET ? inet_ntop(AF_INET, &peer.v4.sin_addr, text, INET6_ADDRSTRLEN)
+                                         : inet_ntop(AF_INET6, &peer.v6.sin6_addr, text, INET6_ADDRSTRLEN);
+  return host ? host : strcpy(text, "?");
+}
+
+static void refuse(struct hfr_watch *w, const char *why) {
+  char from[INET6_ADDRSTRLEN];
   hfr_rt.refused++;
-  HFR_INFO("refused a connection from %s (%ld so far): %s", who, hfr_rt.refused, why);
+  HFR_INFO("refused a connection from %s (%ld so far): %s", caller(w, from), hfr_rt.refused, why);
   close(w->fd);
+}
+
+/* The handshake has failed: let the rendezvous that it was meant for know, so that those who wait there can say so. */
+static void tell_root(const struct hfr_watch *w) {
+  const struct hfr_auth *a = &w->auth;
+  char from[INET6_ADDRSTRLEN], mine[HFR_VERSION_TEXT], theirs[HFR_VERSION_TEXT], host[64], text[400];
+  caller(w, from);
+  if (a->verdict == HFR_AUTH_OLD) hfr_root_refused(0, 0, from, "an older protocol of hfreduce");
+  if (a->hello.kind != HFR_AUTH_ROOT) return;
+  if (a->verdict == HFR_AUTH_SECRET) hfr_root_refused(a->hello.comm_id, a->hello.name, from, "wrong secret");
+  if (a->verdict != HFR_AUTH_PROTOCOL) return;
+  hfr_host_name(host);
+  snprintf(text, sizeof text, "rank %d at %s runs %s, the root on %s %s; install the same version on all hosts", a->hello.rank,
+           from, hfr_version_text(&a->peer, theirs), host, hfr_version_text(&hfr_version, mine));
+  hfr_root_mismatch(a->hello.comm_id, text);
+}
+
+/* Builds of one protocol can talk, and are rarely meant to differ. Once a process and other build, not for every connection. */
+static void compare_builds(const struct hfr_watch *w) {
+  static uint32_t told;
+  const struct hfr_auth *a = &w->auth;
+  char from[INET6_ADDRSTRLEN], mine[HFR_VERSION_TEXT], theirs[HFR_VERSION_TEXT];
+  if (a->hello.kind != HFR_AUTH_ROOT || a->peer.build == hfr_version.build || a->peer.build == told) return;
+  told = a->peer.build;
+  HFR_WARN("rank %d at %s runs %s, the root %s: the protocols agree and it joins, but install the same version on all hosts",
+           a->hello.rank, caller(w, from), hfr_version_text(&a->peer, theirs), hfr_version_text(&hfr_version, mine));
 }
 
 /* 1: the handshake is over. */
 static int step(struct hfr_watch *w) {
   int r = hfr_auth_step(&w->auth);
   if (r == 0) return 0;
-  if (r < 0)
-    refuse(w, hfr_last_error()->text);
-  else if (deliver(w))
-    refuse(w, "nobody waits for it");
+  if (r < 0) {
+    char why[400];
+    snprintf(why, sizeof why, "%.399s", hfr_last_error()->text);
+    tell_root(w);
+    refuse(w, why);
+    return 1;
+  }
+  compare_builds(w);
+  if (deliver(w)) refuse(w, "nobody waits for it");
   return 1;
 }
 

@@ -1,6 +1,7 @@
 /* Where ranks meet: a root collects one record of each and hands everybody the table, or says why not. */
 #include "runtime.h"
 
+#include "../base/log.h"
 #include "../base/thread.h"
 
 #include <poll.h>
@@ -9,6 +10,7 @@
 #include <string.h>
 
 #define TOMBSTONE_NS 30000000000ll
+#define REFUSALS_NS 10000000000ll /* from one warning of a refusal to the next */
 
 /* A rendezvous: collects one record a rank, then hands everybody the table. */
 struct hfr_root {
@@ -23,6 +25,10 @@ struct hfr_root {
   int64_t failed_ns;
   int64_t told_ns;           /* when the waiting were last told who is missing */
   struct hfr_record *record; /* by rank; .nranks == 0: not here yet */
+  uint64_t name;             /* of the unique id; 0: none */
+  int refused;               /* connections that were meant for it, as it seems, and were refused: the last one, in words */
+  char refusal[160];
+  int64_t warned_ns;
 };
 
 static void drop_root(struct hfr_root *root) {
@@ -134,6 +140,11 @@ static void tell_missing(struct hfr_root *root, int64_t now) {
   size_t n = (size_t)snprintf(text, sizeof text, "%d of %d ranks have joined, missing", root->got, root->nranks);
   for (int r = 0, named = 0; r < root->nranks && named < 12 && n < sizeof text; r++)
     if (!root->record[r].nranks) n += (size_t)snprintf(text + n, sizeof text - n, "%s rank %d", named++ ? "," : "", r);
+  if (root->refused && n < sizeof text)
+    n += (size_t)snprintf(text + n, sizeof text - n, "; %d connection%s refused: %s", root->refused,
+                          root->refused > 1 ? "s were" : " was", root->refusal);
+  if (n > sizeof text - 3) n = sizeof text - 3; /* cut off, with room for the mark */
+  text[n] = 0;
   const struct hfr_watch *first = NULL;
   for (const struct hfr_watch *w = hfr_rt.watches; w; w = w->next)
     if (w->kind == HFR_WATCH_JOINER && w->root == root && w->rank >= 0 && (!first || w->rank < first->rank)) first = w;
@@ -195,11 +206,34 @@ static struct hfr_root *find_root(uint64_t comm_id) {
   return r;
 }
 
-int hfr_root_secret(uint64_t comm_id, uint8_t secret[16]) {
+enum hfr_auth_verdict hfr_root_secret(uint64_t comm_id, uint64_t name, uint8_t secret[16]) {
   const struct hfr_root *r = find_root(comm_id);
-  if (!r) return -1;
-  memcpy(secret, r->secret, 16);
-  return 0;
+  if (r) {
+    memcpy(secret, r->secret, 16);
+    return HFR_AUTH_WELCOME;
+  }
+  for (r = hfr_rt.roots; r; r = r->next)
+    if (name && r->name == name) return HFR_AUTH_SECRET;
+  return HFR_AUTH_UNKNOWN;
+}
+
+void hfr_root_refused(uint64_t comm_id, uint64_t name, const char *from, const char *why) {
+  int64_t now = hfr_now_ns();
+  for (struct hfr_root *r = hfr_rt.roots; r; r = r->next) {
+    if (r->failed.code || (name && r->name != name && r->comm_id != comm_id)) continue;
+    r->refused++;
+    snprintf(r->refusal, sizeof r->refusal, "%s from %s", why, from);
+    if (r->warned_ns && now - r->warned_ns < REFUSALS_NS) continue;
+    r->warned_ns = now;
+    HFR_WARN("refused a connection while ranks are joining: %s from %s (%d so far)", why, from, r->refused);
+  }
+}
+
+void hfr_root_mismatch(uint64_t comm_id, const char *text) {
+  struct hfr_root *r = find_root(comm_id);
+  if (!r || r->failed.code) return;
+  HFR_WARN("%s", text);
+  fail_root(r, -1, text);
 }
 
 int hfr_root_welcome(uint64_t comm_id, int fd) {
@@ -216,6 +250,7 @@ hfreduceResult_t hfr_runtime_open_root(const struct hfr_uid *uid) {
   if (!r) return hfr_fail(hfreduceSystemError, "out of memory");
   r->comm_id = hfr_uid_root(uid);
   memcpy(r->secret, uid->secret, 16);
+  r->name = uid->name;
   pthread_mutex_lock(&hfr_rt.lock);
   for (struct hfr_root *old = hfr_rt.roots, *next; old; old = next) { /* a failed one of this name has served its turn */
     next = old->next;

@@ -62,8 +62,14 @@ void hfr_listen_release(const struct hfr_addr *addr);
 int hfr_listen_pending(struct hfr_watch *pending, int ready, int64_t now_ns);
 
 /* --- rendezvous.c --- */
-/* The secret of the root that has this id. 0, or -1: there is none. */
-int hfr_root_secret(uint64_t comm_id, uint8_t secret[16]);
+/* The secret of the root that has this id, and HFR_AUTH_WELCOME; or HFR_AUTH_SECRET: there is one of this name with another
+ * secret; or HFR_AUTH_UNKNOWN. */
+enum hfr_auth_verdict hfr_root_secret(uint64_t comm_id, uint64_t name, uint8_t secret[16]);
+/* A connection for a root was refused: warn, now and then, and let the root's errors tell of it. Without a name it may be for
+ * any. Nothing of it is proven, so no root fails. */
+void hfr_root_refused(uint64_t comm_id, uint64_t name, const char *from, const char *why);
+/* Somebody who proved to know the root's secret speaks another protocol: nobody can join, and all hear why. */
+void hfr_root_mismatch(uint64_t comm_id, const char *text);
 /* Somebody who proved to know it wants to join: watch him. 0, or -1: there is no such root. */
 int hfr_root_welcome(uint64_t comm_id, int fd);
 /* A joiner's connection is ready. */
