@@ -1,6 +1,6 @@
 """Device memory of the caller's arrays, and the stream on which a call on it runs.
 
-Arrays are known by __cuda_array_interface__ or DLPack, torch tensors by their own methods. Nothing here imports an array library
+Arrays are known by __cuda_array_interface__ or DLPack (dlpack.py), torch tensors by their own methods. Nothing here imports an array library
 or calls CUDA: whether there is a driver, and whether an address is what the array says, the core finds out.
 """
 
@@ -126,16 +126,34 @@ def from_torch(tensor: Any, name: str) -> DeviceMemory:
     return DeviceMemory(int(tensor.data_ptr()), int(tensor.numel()), dtype, stream, tensor)
 
 
-def _check_mutable(x: Any, name: str, writable: bool, read_only: bool) -> None:
-    """JAX's arrays never change, whatever their interface says: their memory may be another array's too."""
+def is_jax(x: Any) -> bool:
+    """Whether JAX made x."""
+    return type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
+
+
+def check_mutable(x: Any, name: str, *, writable: bool, read_only: bool) -> None:
+    """Raise if the result is to be written to memory that must not change. JAX's arrays never do, whatever their interface says."""
     if not writable:
         return
-    if type(x).__module__.partition(".")[0] in ("jax", "jaxlib"):
+    if is_jax(x):
         raise InvalidArgumentError(
-            f"{name}: it is a JAX array, which is immutable, and the result is written there; pass an out= of another kind (CuPy, PyTorch)"
+            f"{name}: it is a JAX array, which is immutable, and the result is written there; pass an out= of another kind (NumPy on "
+            f"the host, CuPy or PyTorch on a device)"
         )
     if read_only:
         raise InvalidArgumentError(f"{name}: it is read-only, and the result is written there; pass out=, or a copy")
+
+
+def interface_of(x: Any, name: str) -> Mapping[str, Any]:
+    """What x's __cuda_array_interface__ says. InvalidArgumentError if it names other memory each time it is read."""
+    said: Mapping[str, Any] = x.__cuda_array_interface__
+    again = x.__cuda_array_interface__
+    if isinstance(said, Mapping) and isinstance(again, Mapping) and said.get("data") != again.get("data"):
+        raise InvalidArgumentError(
+            f"{name}: {type(x).__name__} makes a new copy of its memory each time its __cuda_array_interface__ is read; pass an array "
+            f"whose memory is its own"
+        )
+    return said
 
 
 def from_interface(x: Any, name: str, *, writable: bool) -> DeviceMemory:
@@ -144,7 +162,7 @@ def from_interface(x: Any, name: str, *, writable: bool) -> DeviceMemory:
     InvalidArgumentError if it is masked, not C-contiguous, of an unsupported dtype, read-only (`writable`), or says of itself what
     the protocol does not allow.
     """
-    said = x.__cuda_array_interface__
+    said = interface_of(x, name)
     try:
         shape = tuple(operator.index(extent) for extent in said["shape"])
         address, read_only = said["data"]
@@ -161,7 +179,7 @@ def from_interface(x: Any, name: str, *, writable: bool) -> DeviceMemory:
         raise InvalidArgumentError(
             f"{name}: a device array of shape {shape} with strides {tuple(strides)} is not C-contiguous; make a contiguous copy of it"
         )
-    _check_mutable(x, name, writable, bool(read_only))
+    check_mutable(x, name, writable=writable, read_only=bool(read_only))
     elements = math.prod(shape)
     if elements and not address:
         raise InvalidArgumentError(f"{name}: its __cuda_array_interface__ gives address 0 for {elements} elements")
@@ -205,102 +223,3 @@ def _interface_stream(x: Any, said: Mapping[str, Any], name: str) -> int:
             f"{name}: its __cuda_array_interface__ gives stream {stream!r}; the protocol has None, 1, 2 or a handle"
         )
     return operator.index(stream)
-
-
-# --- DLPack ---
-
-CPU, CUDA, CUDA_HOST, ROCM_HOST, CUDA_MANAGED = 1, 2, 3, 11, 13
-
-
-class _Tensor(ctypes.Structure):
-    """DLTensor: what a capsule of either kind carries."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _VersionedHead(ctypes.Structure):
-    """DLManagedTensorVersioned up to its DLTensor."""
-
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-    )
-
-
-_READ_ONLY = 1
-_PLAIN, _VERSIONED = b"dltensor", b"dltensor_versioned"
-# (DLDataTypeCode, bits) -> name
-_DLPACK_TYPES = {
-    **{(0, bits): f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{(1, bits): f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{(2, bits): f"float{bits}" for bits in (16, 32, 64)},
-    (4, 16): "bfloat16",
-    (5, 64): "complex64",
-    (5, 128): "complex128",
-    (6, 8): "bool",
-    (10, 8): "float8_e4m3fn",
-    (12, 8): "float8_e5m2",
-}
-
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
-_capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, (ctypes.py_object, ctypes.c_char_p)
-
-
-def from_dlpack(x: Any, name: str, stream: Any, *, writable: bool) -> DeviceMemory:
-    """An array on device kDLCUDA or kDLCUDAManaged, which is argument `name` in messages.
-
-    stream: the caller's, or None. The array is asked to be ready on it, or on the library's current, or the legacy default one:
-    that is the handshake of the protocol.
-    """
-    handle = (library_stream(x) or LEGACY_STREAM) if stream is None else stream_handle(stream)
-    try:
-        try:
-            capsule = x.__dlpack__(stream=handle, max_version=(1, 0))
-        except TypeError:  # from before version 1
-            capsule = x.__dlpack__(stream=handle)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{name}: {type(x).__name__} does not give its memory through DLPack: {error}") from None
-    tensor, read_only = _opened(capsule, name)
-    _check_mutable(x, name, writable, read_only)
-    if tensor.device_type not in (CUDA, CUDA_MANAGED):
-        raise InvalidArgumentError(f"{name}: its DLPack capsule is of device type {tensor.device_type}, not of a CUDA device")
-    kind = _DLPACK_TYPES.get((tensor.code, tensor.bits))
-    if kind is None or tensor.lanes != 1:
-        raise InvalidArgumentError(
-            f"{name}: DLPack type code {tensor.code} of {tensor.bits} bits and {tensor.lanes} lanes is not supported; convert it first"
-        )
-    dtype = dtype_code(kind, name)
-    shape = tuple(tensor.shape[: tensor.ndim])
-    if tensor.strides and not is_contiguous(shape, tuple(tensor.strides[: tensor.ndim]), 1):  # counted in elements
-        raise InvalidArgumentError(f"{name}: a device array of shape {shape} is not C-contiguous; make a contiguous copy of it")
-    # The capsule is kept and not taken over: when it goes, it gives the memory back itself.
-    return DeviceMemory((tensor.data or 0) + tensor.byte_offset, math.prod(shape), dtype, handle, (x, capsule))
-
-
-def _opened(capsule: Any, name: str) -> tuple[_Tensor, bool]:
-    """The DLTensor in a capsule, and whether it is marked read-only."""
-    if _capsule_is(capsule, _VERSIONED):
-        place = _capsule_pointer(capsule, _VERSIONED)
-        head = _VersionedHead.from_address(place)
-        if head.major != 1:
-            raise InvalidArgumentError(f"{name}: its DLPack capsule is of version {head.major}.{head.minor}; 1.x was asked for")
-        return _Tensor.from_address(place + ctypes.sizeof(_VersionedHead)), bool(head.flags & _READ_ONLY)
-    if _capsule_is(capsule, _PLAIN):
-        return _Tensor.from_address(_capsule_pointer(capsule, _PLAIN)), False
-    raise InvalidArgumentError(f"{name}: its __dlpack__ gives {capsule!r}, which is no DLPack capsule")

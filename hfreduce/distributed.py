@@ -101,8 +101,8 @@ def _mpi() -> Any:
 class _Flat:
     """A device array of either order as its elements in the order of memory, complex ones as their parts."""
 
-    def __init__(self, array: Any) -> None:
-        said = array.__cuda_array_interface__
+    def __init__(self, array: Any, name: str) -> None:
+        said = device.interface_of(array, name)
         shape, strides, typestr = tuple(said["shape"]), said.get("strides"), said["typestr"]
         itemsize = int(typestr[2:])
         if strides is not None and device.is_contiguous(shape[::-1], tuple(strides)[::-1], itemsize):
@@ -121,10 +121,16 @@ class _Flat:
 def _plain(array: Any, name: str) -> Any:
     """The array as `resolve` takes it: flat where it is not in C order, real where it is complex. It shares the memory."""
     if type(array).__module__.partition(".")[0] == "torch":
-        return sys.modules["torch"].view_as_real(array) if array.is_complex() else array
+        if not array.is_complex():
+            return array
+        if array.is_conj():
+            raise InvalidArgumentError(
+                f"{name}: the tensor's conjugate bit is set; use {name}.resolve_conj(), and read the result from that"
+            )
+        return sys.modules["torch"].view_as_real(array)
     if getattr(array, "__cuda_array_interface__", None) is not None:
         try:
-            return _Flat(array)
+            return _Flat(array, name)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             return array  # resolve says what is wrong with it
     if not isinstance(array, np.ndarray):

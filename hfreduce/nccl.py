@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from hfreduce._ffi import ffi, lib
 from hfreduce.errors import HfreduceError, last_error, text
 from hfreduce.unique_id import UniqueId
@@ -283,7 +285,12 @@ def _destroy(handle: Any, pid: int) -> None:
         leave(handle)
 
 
-def _address(pointer: int) -> Any:
+def _address(pointer: Any) -> Any:
+    if type(pointer) is not int and (isinstance(pointer, np.ndarray) or not hasattr(type(pointer), "__index__")):
+        raise TypeError(
+            f"an address is an integer (x.ctypes.data of a NumPy array, x.data_ptr() of a torch tensor, x.data.ptr of a CuPy array), "
+            f"not a {type(pointer).__name__}"
+        )
     return ffi.cast("void *", operator.index(pointer))
 
 

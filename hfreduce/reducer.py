@@ -10,6 +10,7 @@ import numpy as np
 
 from hfreduce._ffi import ffi
 from hfreduce.bucketing import BUCKET_BYTES, WIRE, Bucket, Segment, Step, launch, place, plan, require_same
+from hfreduce.buffer import host_array
 from hfreduce.communicator import Communicator
 from hfreduce.errors import InvalidArgumentError
 from hfreduce.memory import zeros
@@ -118,7 +119,8 @@ class GradientReducer(Step):
         self.views = dict(zip(names, self._arrays)) if isinstance(like, Mapping) else list(self._arrays)
 
     def ready(self, key: Key, grad: Any = None) -> None:
-        """The gradient of this name (or index) is there: in views[key], or in the array `grad`, which receives the result too.
+        """The gradient of this name (or index) is there: in views[key], or in the array `grad`, which receives the result too
+        unless it is read-only (as JAX's arrays are). A number, a list or a copy is no such array: InvalidArgumentError.
 
         Starts the all_reduce of every bucket that is complete now. Once a step for each gradient; inside `no_sync` any number
         of times: there `grad` is added to what was given since the last synchronize, and without `grad` the trainer adds to
@@ -139,15 +141,21 @@ class GradientReducer(Step):
             self._mark(index)
 
     def _put(self, index: int, grad: Any) -> None:
-        view, array = self._arrays[index], np.asarray(grad)
+        view, array = self._arrays[index], host_array(grad, "grad")
         if array.shape != view.shape:
             raise InvalidArgumentError(f"grad: has shape {array.shape}; gradient {self._names[index]} has {view.shape}")
+        receives = self._syncing and array.flags.writeable
+        if receives and _overlaps(array):
+            raise InvalidArgumentError(
+                f"grad: elements of this array of shape {array.shape} with strides {array.strides} share their memory, and the result is "
+                f"written there too; pass a copy"
+            )
         if self._filled[index]:
             np.add(view, array, out=view, casting="same_kind")
         else:
             np.copyto(view, array, casting="same_kind")
         if self._syncing:
-            self._targets[index] = array if array.flags.writeable else None
+            self._targets[index] = array if receives else None
 
     def synchronize(self) -> Any:
         """End the step: start what has not started, wait, write the results back. Returns `views`. Collective.
@@ -203,6 +211,16 @@ def _shape_and_dtype(each: Any, dtype: Any, name: Any) -> tuple[tuple[int, ...],
     if DTYPE_NAMES[code] not in FLOATS:
         raise InvalidArgumentError(f"gradient {name!r}: dtype {DTYPE_NAMES[code]} is not one of {', '.join(sorted(FLOATS))}")
     return shape, code
+
+
+def _overlaps(array: Array) -> bool:
+    """Whether elements may share memory, as those of broadcast arrays and sliding windows do."""
+    end = array.itemsize
+    for stride, extent in sorted((abs(stride), extent) for stride, extent in zip(array.strides, array.shape) if extent != 1):
+        if stride < end:
+            return array.size > 0
+        end = stride * (extent - 1) + end
+    return False
 
 
 def _segment(memory: Array, code: int, op: int) -> Segment:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import hfreduce
-from hfreduce import HfreduceError, InvalidArgumentError, device
+from hfreduce import HfreduceError, InvalidArgumentError, device, dlpack
 from hfreduce._ffi import ffi, lib
 from hfreduce.buffer import resolve
 from hfreduce.communicator import Communicator
@@ -51,7 +51,7 @@ class Pack:
     """An array known by DLPack alone. The capsule is NumPy's, with the device written over."""
 
     def __init__(
-        self, x: np.ndarray[Any, Any], kind: int = device.CUDA, *, versioned: bool = True, read_only: bool = False
+        self, x: np.ndarray[Any, Any], kind: int = dlpack.CUDA, *, versioned: bool = True, read_only: bool = False
     ) -> None:
         self.x, self.kind, self.versioned, self.read_only = x, kind, versioned, read_only
         self.asked: list[dict[str, Any]] = []
@@ -64,11 +64,11 @@ class Pack:
         if not self.versioned and "max_version" in options:
             raise TypeError("unexpected keyword argument 'max_version'")
         capsule = self.x.__dlpack__(max_version=(1, 0)) if self.versioned else self.x.__dlpack__()
-        tensor, _ = device._opened(capsule, "x")
+        tensor, _ = dlpack._opened(capsule, "x")
         tensor.device_type = self.kind
         if self.versioned:
-            place = device._capsule_pointer(capsule, b"dltensor_versioned")
-            device._VersionedHead.from_address(place).flags = int(self.read_only)
+            place = dlpack._capsule_pointer(capsule, b"dltensor_versioned")
+            dlpack._VersionedHead.from_address(place).flags = int(self.read_only)
         return capsule
 
 
@@ -162,7 +162,7 @@ def test_jax_arrays_are_not_written() -> None:
 
 
 @pytest.mark.parametrize("versioned", [False, True])
-@pytest.mark.parametrize("kind", [device.CUDA, device.CUDA_MANAGED])
+@pytest.mark.parametrize("kind", [dlpack.CUDA, dlpack.CUDA_MANAGED])
 def test_dlpack(kind: int, versioned: bool) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     pack = Pack(x, kind, versioned=versioned)
@@ -183,7 +183,7 @@ def test_dlpack_narrow_dtypes(monkeypatch: pytest.MonkeyPatch, code: int, bits: 
     class Narrow(Pack):
         def __dlpack__(self, **options: Any) -> Any:
             capsule = super().__dlpack__(**options)
-            tensor, _ = device._opened(capsule, "x")
+            tensor, _ = dlpack._opened(capsule, "x")
             tensor.code, tensor.bits = code, bits
             return capsule
 
@@ -194,12 +194,12 @@ def test_dlpack_offset_and_strides() -> None:
     class Offset(Pack):
         def __dlpack__(self, **options: Any) -> Any:
             capsule = super().__dlpack__(**options)
-            device._opened(capsule, "x")[0].byte_offset = 64
+            dlpack._opened(capsule, "x")[0].byte_offset = 64
             return capsule
 
     x = np.zeros(32, np.float32)
     assert number(resolve(Offset(x), "x", writable=True).pointer) == address(x) + 64
-    with pytest.raises(InvalidArgumentError, match=r"shape \(4, 8\) is not C-contiguous"):
+    with pytest.raises(InvalidArgumentError, match=r"shape \(4, 8\) with strides .* is not C-contiguous"):
         resolve(Pack(x.reshape(8, 4).T), "x", writable=True)
 
 
@@ -254,7 +254,7 @@ def test_dlpack_refused() -> None:
     class Later(Pack):
         def __dlpack__(self, **options: Any) -> Any:
             capsule = super().__dlpack__(**options)
-            device._VersionedHead.from_address(device._capsule_pointer(capsule, b"dltensor_versioned")).major = 2
+            dlpack._VersionedHead.from_address(dlpack._capsule_pointer(capsule, b"dltensor_versioned")).major = 2
             return capsule
 
     with pytest.raises(InvalidArgumentError, match=r"x: its DLPack capsule is of version 2\."):
@@ -445,6 +445,11 @@ class Tensor:
     def is_contiguous(self) -> bool:
         return bool(self.x.flags.c_contiguous)
 
+    def is_neg(self) -> bool:
+        return False
+
+    is_nested = False
+
     def stride(self) -> tuple[int, ...]:
         return self.x.strides
 
@@ -460,11 +465,16 @@ def test_torch_tensors_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(place)
         return types.SimpleNamespace(cuda_stream=0x8000)
 
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(current_stream=current_stream)))
+    written: list[Any] = []
+    torch = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(current_stream=current_stream),
+        autograd=types.SimpleNamespace(graph=types.SimpleNamespace(increment_version=written.append)),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
     x = Tensor(np.zeros((2, 3), ml_dtypes.bfloat16))
     found = resolve(x, "x", writable=True)
     assert (number(found.pointer), found.elements, found.dtype, found.stream) == (address(x.x), 6, 9, 0x8000)
-    assert asked == [x.device] and found.keep is x
+    assert asked == [x.device] and found.keep is x and written == [x]
     with pytest.raises(InvalidArgumentError, match=r"not contiguous; use x.contiguous\(\)"):
         resolve(Tensor(np.zeros((2, 3)).T), "x", writable=True)
     with pytest.raises(InvalidArgumentError, match=r"x: the tensor is on device .*xpu.*; memory of the host and of CUDA devices"):

@@ -337,7 +337,7 @@ def give_up_a_group(comm: Any, kind: str) -> None:
     x = np.full(2, 99.0)
     if comm.rank == 0:
         if kind == "nested":
-            with pytest.raises(InvalidUsageError, match="nothing of this group was launched.*KeyError"), comm.group() as outer:
+            with pytest.raises(InvalidUsageError, match=r"nothing of this group was launched.*KeyError"), comm.group() as outer:
                 comm.send(x, 1)
                 with pytest.raises(KeyError), comm.group():
                     comm.send(x, 1)
@@ -393,7 +393,7 @@ def test_communicators_are_not_values(comm: Any, way: str) -> None:
 
         (other,) = nccl.NcclCommunicator.initAll(1)
         for make in (pickle.dumps, copy.copy):
-            with pytest.raises(nccl.NcclError, match="neither pickled nor copied.*get_unique_id"):
+            with pytest.raises(nccl.NcclError, match=r"neither pickled nor copied.*get_unique_id"):
                 make(other)
         other.destroy()
         return

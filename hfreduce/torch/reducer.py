@@ -12,6 +12,7 @@ import torch
 
 from hfreduce._ffi import ffi, lib
 from hfreduce.bucketing import BUCKET_BYTES, WIRE, Bucket, Segment, Step, launch, place, plan, require_same
+from hfreduce.buffer import tensor_address
 from hfreduce.communicator import Communicator
 from hfreduce.errors import InvalidArgumentError, InvalidUsageError
 from hfreduce.memory import zeros
@@ -59,7 +60,13 @@ _is_sole_holder = _count_holders()
 
 def _usable(grad: Any, dtype: Any, stride: tuple[int, ...]) -> bool:
     """Whether a gradient can be reduced where it lies."""
-    return grad.layout is _STRIDED and grad.dtype is dtype and grad.stride() == stride and _is_sole_holder(grad)
+    return (
+        grad.layout is _STRIDED
+        and grad.dtype is dtype
+        and grad.stride() == stride
+        and not (grad.is_neg() or grad.is_conj())
+        and _is_sole_holder(grad)
+    )
 
 
 class _Bucket(Bucket):
@@ -460,6 +467,7 @@ def _unique(params: Any) -> list[tuple[str, Any]]:
             raise InvalidArgumentError(f"params: {name} is not a leaf: its gradient is not kept")
         if not param.is_cpu and not param.is_cuda:
             raise InvalidArgumentError(f"params: {name} is on device {param.device}; only CPU and CUDA tensors are reduced")
+        tensor_address(param, f"params: {name}")  # says whose memory is not its own
         if param.layout is not torch.strided or param.dtype not in _KINDS:
             dtype_code(param.dtype, f"params: {name}")  # says what is supported
             raise InvalidArgumentError(
