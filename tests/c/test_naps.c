@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -411,6 +412,102 @@ static int forking(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* What comes to the progress thread between its last look and its sleep: a call on an engine that sleeps beside it, one on the
+ * engine with which it goes to sleep, and one that a caller leaves who drove another engine until then. */
+enum { ARMED = 1, INSIDE };
+static _Atomic int window;
+static _Atomic(struct hfr_engine *) until_left; /* the window closes once nobody drives this engine */
+
+static void hold_window(void) {
+  int armed = ARMED;
+  if (!atomic_compare_exchange_strong(&window, &armed, INSIDE)) return;
+  while (atomic_load(&window) == INSIDE) usleep(200);
+  struct hfr_engine *e = atomic_exchange(&until_left, NULL);
+  UNTIL(!e || !atomic_load(&e->driver));
+}
+
+static void open_window(void) {
+  atomic_store(&window, ARMED);
+  UNTIL(atomic_load(&window) == INSIDE || (hfr_drive_kick(), 0)); /* the thread goes to sleep again and again */
+}
+
+enum { NEW_ENGINE, SAME_ENGINE, LEFT_ENGINE, WINDOWS };
+
+static int in_window(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t quiet, busy;
+  hfreduceWork_t waits, work;
+  (void)arg;
+  if (!rank) hfr_before_rest = hold_window;
+  OK(hfreduceCommInitRank(&quiet, n, *id, rank));
+  OK(hfreduceCommSplit(quiet, 0, rank, &busy, NULL));
+  for (int i = 0; i < 3 * WINDOWS; i++) {
+    int what = i % WINDOWS, step = 1 + 3 * i;
+    hfreduceComm_t comm = what == SAME_ENGINE ? quiet : busy;
+    float x = 1, y = (float)(rank + 1), z = 1;
+    if (!rank) {
+      struct waiter w = {.comm = busy, .what = SUM, .blocking = 1, .count = 1, .x = &z};
+      OK(launch(quiet, RECV, &x, 1, 1, &waits)); /* the thread sleeps with this one */
+      if (what == LEFT_ENGINE) {
+        WANT(begin_waiter(&w) == 0);
+        UNTIL(atomic_load(&busy->engine.driver) && atomic_load(&busy->arena.ctrl[busy->arena.local].sleeping));
+        OK(launch(busy, RECV, &y, 1, 1, &work));
+        UNTIL(!atomic_load(&busy->engine.inbox_full) && atomic_load(&busy->arena.ctrl[busy->arena.local].sleeping));
+        open_window();
+        atomic_store(&until_left, &busy->engine);
+        reach(0, step); /* the others join the sum, and the thread that drives leaves */
+      } else {
+        open_window();
+        OK(launch(comm, RECV, &y, 1, 1, &work));
+      }
+      atomic_store(&window, 0);
+      if (what == LEFT_ENGINE) WANT(end_waiter(&w) == 0);
+      UNTIL(!atomic_load(&comm->engine.inbox_full)); /* the thread has taken up the call, before a message can wake it */
+      reach(0, step + 1);
+      if (what != SAME_ENGINE) OK(poll_work(work));
+      reach(0, step + 2);
+      OK(poll_work(waits));
+      if (what == SAME_ENGINE) OK(poll_work(work));
+      WANT(y == 2);
+    } else {
+      UNTIL(what != LEFT_ENGINE || reached(0, step));
+      if (what == LEFT_ENGINE) OK(call(busy, SUM, &z, 1, 0));
+      UNTIL(reached(0, step + 1));
+      if (rank == 1 && what != SAME_ENGINE) OK(call(busy, SEND, &y, 1, 0));
+      UNTIL(reached(0, step + 2));
+      if (rank == 1) OK(call(quiet, SEND, &x, 1, 0));
+      if (rank == 1 && what == SAME_ENGINE) OK(call(quiet, SEND, &y, 1, 0));
+    }
+  }
+  OK(hfreduceBarrier(quiet, NULL));
+  hfr_before_rest = NULL;
+  OK(hfreduceCommDestroy(busy));
+  OK(hfreduceCommDestroy(quiet));
+  return 0;
+}
+
+/* Whoever publishes rings each local rank that sleeps, also where there are more ranks than the bits of a mask. No sleep is
+ * needed to see it: a bell that is rung moves, and its socket gets a message. */
+static void all_bells(void) {
+  enum { LOCAL = 70 };
+  static struct hfr_arena a[LOCAL];
+  CHECK(!hfr_arena_create(&a[0], LOCAL, 4096, 2, 0));
+  for (int r = 1; r < LOCAL; r++) CHECK(!hfr_arena_attach(&a[r], dup(a[0].fd), LOCAL, 4096, 2, 0));
+  for (int r = 0; r < LOCAL; r++) CHECK(!hfr_arena_join(&a[r], r));
+  for (int sleeper = 0; sleeper < LOCAL; sleeper++)
+    for (int publisher = 0; publisher < LOCAL; publisher++) {
+      if (publisher == sleeper) continue;
+      char message[4];
+      enum hfr_sleep how = publisher % 2 ? HFR_SLEEP_FUTEX : HFR_SLEEP_POLL;
+      uint32_t bell = hfr_arena_sleep_begin(&a[sleeper], how);
+      hfr_arena_notify(&a[publisher]);
+      int rung = atomic_load(&a[sleeper].ctrl[sleeper].bell) != bell;
+      if (how == HFR_SLEEP_POLL) rung &= recv(a[sleeper].bell_fd, message, sizeof message, MSG_DONTWAIT) == 1;
+      CHECK(rung, "local rank %d sleeps, and is not woken by %d", sleeper, publisher);
+      hfr_arena_sleep_end(&a[sleeper]);
+    }
+  for (int r = 0; r < LOCAL; r++) hfr_arena_close(&a[r]);
+}
+
 /* A wait with a limit ends by it, also when whoever waits drives and sleeps; and so does patience. */
 static int timed(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm;
@@ -451,8 +548,15 @@ int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
-  } test[] = {{"second_thread", second_thread},         {"unattended", unattended}, {"asleep", asleep},   {"parked", parked},
-              {"two_communicators", two_communicators}, {"leaving", leaving},       {"forking", forking}, {"timed", timed}};
+  } test[] = {{"second_thread", second_thread},
+              {"unattended", unattended},
+              {"asleep", asleep},
+              {"parked", parked},
+              {"two_communicators", two_communicators},
+              {"in_window", in_window},
+              {"leaving", leaving},
+              {"forking", forking},
+              {"timed", timed}};
   static char *preset[] = {"2", "3", "1,1", "2,1"};
   size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   char **layouts = argc > 1 ? argv + 1 : preset;
@@ -464,7 +568,9 @@ int main(int argc, char **argv) {
       CHECK(run_processes(layouts[i], test[t].function, NULL, 40) == 0, "%s, nodes %s", test[t].name, layouts[i]);
     }
   if (argc > 1) return check_done();
-  for (size_t t = 0; t < tests; t++) { /* last: a process with threads does not fork well */
+  all_bells();
+  for (size_t t = 0; t < tests; t++) {           /* last: a process with threads does not fork well */
+    if (test[t].function == in_window) continue; /* ranks that share a progress thread would wait for each other in the window */
     memset(shared, 0, sizeof *shared);
     CHECK(run_threads(2, test[t].function, NULL, 40) == 0, "%s, 2 threads", test[t].name);
   }
