@@ -208,11 +208,51 @@ static int lookers(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* The caller's arrays of an uneven all_to_all are its own again once it is launched. */
+static int arrays(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { RANKS = 4, MOST = 3 * 40000 + RANKS }; /* floats of a block: several messages */
+  hfreduceComm_t comm;
+  hfreduceWork_t work;
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  float *x = calloc(RANKS * MOST, sizeof *x), *y = calloc(RANKS * MOST, sizeof *y);
+  for (int round = 0; round < 8; round++) {
+    size_t array[4][RANKS], size = round % 2 ? 40000 : 1; /* sendcounts, senddispls, recvcounts, recvdispls */
+    for (int p = 0; p < n; p++) {
+      array[0][p] = (size_t)(1 + (rank + 2 * p) % 3) * size;
+      array[2][p] = (size_t)(1 + (p + 2 * rank) % 3) * size;
+      array[1][p] = (size_t)(n - 1 - p) * MOST;
+      array[3][p] = (size_t)(p + 1) % (size_t)n * MOST;
+      for (size_t i = 0; i < array[0][p]; i++) x[array[1][p] + i] = (float)(1 + 100 * round + 10 * rank + p);
+    }
+    memset(y, 0, RANKS * MOST * sizeof *y);
+    if (rank == round / 2 % n) pause_ms(20); /* the others' launches lie there for a while */
+    OK(hfreduceGroupStart());
+    OK(hfreduceAlltoAllv(x, array[0], array[1], y, array[2], array[3], hfreduceFloat32, comm, NULL));
+    OK(hfreduceGroupEndAsync(&work));
+    for (int i = 0; i < 4; i++)
+      for (int p = 0; p < n; p++) array[i][p] = i % 2 ? 5 : 0;
+    OK(hfreduceWorkWait(work, -1));
+    OK(hfreduceWorkDestroy(work));
+    for (int p = 0; p < n; p++) {
+      const float *block = y + (size_t)(p + 1) % (size_t)n * MOST;
+      size_t count = (size_t)(1 + (p + 2 * rank) % 3) * size;
+      WANT(all_ones(block, count, (float)(1 + 100 * round + 10 * p + rank)));
+      WANT(all_ones(block + count, MOST - count, 0));
+    }
+  }
+  OK(hfreduceBarrier(comm, NULL));
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  free(y);
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
-  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}, {"lookers", lookers}};
+  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}, {"lookers", lookers}, {"arrays", arrays}};
   static char *preset[] = {"1", "2", "3", "1,1", "2,1"};
   size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   char **layouts = argc > 1 ? argv + 1 : preset;
