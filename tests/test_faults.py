@@ -293,6 +293,12 @@ def absent(comm: Communicator, victim: int, count: int, way: str) -> tuple[float
     try:
         if way == "async":
             comm.all_reduce(x, async_op=True).wait()
+        elif way == "polled":  # nobody drives it but the progress thread, which sleeps with it
+            work = comm.all_reduce(x, async_op=True)
+            while not work.done() and time.monotonic() - start < 10:
+                time.sleep(0.01)
+            if (error := work.exception()) is not None:
+                raise error
         elif way == "barrier":
             comm.barrier()
         else:
@@ -303,7 +309,7 @@ def absent(comm: Communicator, victim: int, count: int, way: str) -> tuple[float
 
 
 @pytest.mark.limit(40)
-@pytest.mark.parametrize("way", ["blocking", "async", "barrier"])
+@pytest.mark.parametrize("way", ["blocking", "async", "polled", "barrier"])
 @pytest.mark.parametrize("count", [4, 100_000])
 @pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 1, 2), (0, 0, 1, 1)], ids=["node", "tcp", "mixed"])
 def test_deadline(run_ranks: Any, nodes: tuple[int, ...], count: int, way: str) -> None:
