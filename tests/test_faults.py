@@ -773,6 +773,39 @@ def test_fork(run_ranks: Any, nodes: tuple[int, ...]) -> None:
     assert run_ranks(fork_and_use, 2, env=Hosts(nodes)) == ["fine", "fine"]
 
 
+def fork_and_count(rank: int, nranks: int) -> list[str]:
+    """What a forked child still holds of the descriptors that the library opened in its parent."""
+
+    def descriptors() -> dict[str, str]:
+        return {
+            fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")
+        }
+
+    before = descriptors()
+    with joined(rank, nranks, 1) as comm, comm.duplicate() as twice:
+        for one in (comm, twice):
+            one.all_reduce(np.ones(100_000), async_op=True).wait()
+            _ring(one, np.ones(1000))
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            left = {fd: link for fd, link in descriptors().items() if before.get(fd) != link}
+            os.write(writer, "\n".join(f"{fd} is {left[fd]}" for fd in left if int(fd) not in (reader, writer)).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            held = pipe.read().splitlines()
+        os.waitpid(child, 0)
+        comm.barrier()
+    return held
+
+
+@pytest.mark.limit(40)
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 1)], ids=["node", "tcp"])
+def test_forked_child_holds_no_descriptors(run_ranks: Any, nodes: tuple[int, ...]) -> None:
+    assert run_ranks(fork_and_count, 2, 2, env=Hosts(nodes), comm=False) == [[], []]
+
+
 def die_with_a_child(rank: int, nranks: int, victim: int, note: str) -> tuple[float, HfreduceError]:
     comm = joined(rank, nranks, 1)
     x = np.ones(100_000, np.float32)
