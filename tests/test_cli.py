@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -95,6 +97,138 @@ def test_run_labels_output(tmp_path: Path) -> None:
     done = cli("run", "-n", "2", "-l", path)
     assert sorted(done.stdout.splitlines()) == ["[0] one", "[0] two", "[1] one", "[1] two"]
     assert sorted(done.stderr.splitlines()) == ["[0] three", "[1] three"]
+
+
+PIECES = """
+import random
+dice, lines = random.Random(rank), []
+for i in range(60):
+    filler = bytes(dice.choices([9, 13, 65, 0, 255, 128], k=dice.choice([0, 1, 70, 5000, 5000, 300_000 if i % 20 == 7 else 3])))
+    lines.append(b"%d %d %s\\n" % (rank, i, filler))
+for i, line in enumerate(lines):
+    while line:
+        n = dice.randrange(1, 1 + max(2, len(line) // 2))
+        n = min(n, os.write(1 + i % 2, line[:n]))
+        line = line[n:]
+os.write(1, b"the end of %d" % rank)
+"""
+
+
+@pytest.mark.parametrize("label", [False, True])
+def test_run_forwards_whole_lines(tmp_path: Path, label: bool) -> None:
+    """Ranks that write at the same time and in pieces, also binary data: both streams have each line whole, in each rank's order."""
+    path = program(tmp_path, PIECES)
+    patient = (
+        "import sys; from hfreduce.cli import forward, main; forward.QUIET = forward.LATEST = 1e4; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", patient, "run", "-n", "4", *(["-l"] if label else []), path]
+    done = subprocess.run(command, capture_output=True, timeout=100, check=True)
+    for number, text in ((1, done.stdout), (2, done.stderr)):
+        lines = text.split(b"\n")
+        for rank in range(4):
+            dice, expected = random.Random(rank), []
+            for i in range(60):
+                size = dice.choice([0, 1, 70, 5000, 5000, 300_000 if i % 20 == 7 else 3])
+                expected.append(b"%d %d %s" % (rank, i, bytes(dice.choices([9, 13, 65, 0, 255, 128], k=size))))
+            expected = expected[number - 1 :: 2] + ([b"the end of %d" % rank] if number == 1 else [])
+            mine = b"[%d] " % rank if label else b""
+            got = [line for line in lines if line.startswith((mine + b"%d " % rank, mine + b"the end of %d" % rank))]
+            assert got == [mine + line for line in expected], f"rank {rank}, stream {number}"
+        assert len([line for line in lines if line]) == 4 * (31 if number == 1 else 30)
+
+
+def test_run_adds_no_line_end(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*HFREDUCE, "run", program(tmp_path, "os.write(1, b'x\\r\\nno end') if rank else None")],
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == b"x\r\nno end"
+
+
+@pytest.mark.limit(30)
+def test_run_shows_lines_that_have_not_ended(tmp_path: Path) -> None:
+    """Progress bars and prompts are seen while they stand there; another rank's line does not go on behind them."""
+    path = program(
+        tmp_path,
+        f"""
+def wait_for(name):
+    while not os.path.exists({str(tmp_path)!r} + name):
+        time.sleep(0.01)
+if rank == 0:
+    os.write(1, b'\\r10%')
+    wait_for('/seen')
+    os.write(1, b'\\r20%')
+    wait_for('/both')
+    os.write(1, b'\\r30%\\n')
+else:
+    wait_for('/again')
+    os.write(1, b'a line\\n')
+""",
+    )
+    with subprocess.Popen([*HFREDUCE, "run", path], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        try:
+            for expected, name in (b"\r10%", "seen"), (b"\r20%", "again"), (b"\na line\n", "both"):
+                assert launcher.stdout.read(len(expected)) == expected
+                (tmp_path / name).touch()
+            assert launcher.stdout.read() == b"\r30%\n"
+            assert launcher.wait(20) == 0
+        finally:
+            launcher.kill()
+
+
+@pytest.mark.limit(60)
+@pytest.mark.parametrize("grandchild", ["sleep 300", "yes"])
+def test_run_does_not_wait_for_grandchildren(tmp_path: Path, grandchild: str) -> None:
+    path = program(
+        tmp_path,
+        "import subprocess\nif rank == 0:\n"
+        f"    child = subprocess.Popen({grandchild.split()!r}, start_new_session=True)\n"
+        "    os.write(2, b'%d\\n' % child.pid)\ntime.sleep(0.3)\nos.write(1, b'said last by %d\\n' % rank)",
+    )
+    with subprocess.Popen([*HFREDUCE, "run", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
+        out, err = launcher.communicate(timeout=40)
+    pid = int(err)
+    try:
+        assert launcher.returncode == 0
+        assert sorted(line for line in out.splitlines() if line.startswith(b"said")) == [b"said last by 0", b"said last by 1"]
+        if grandchild == "yes":
+            wait_for(lambda: gone(pid))  # nobody reads what it writes
+    finally:
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.limit(60)
+def test_run_ends_when_nobody_reads(tmp_path: Path) -> None:
+    path = program(tmp_path, "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\nwhile True:\n    os.write(1, b'again\\n' * 1000)")
+    with subprocess.Popen([*HFREDUCE, "run", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == b"again\n"
+        launcher.stdout.close()
+        try:
+            assert launcher.wait(40) == 128 + signal.SIGPIPE
+        finally:
+            launcher.kill()
+
+
+@pytest.mark.limit(60)
+@pytest.mark.parametrize("nranks", [1, 3])
+def test_run_on_a_terminal(tmp_path: Path, nranks: int) -> None:
+    """Ranks under a launcher on a terminal write to one, too: programs show their lines as they write them."""
+    path = program(tmp_path, "print(f'{rank} {sys.stdout.isatty()} {sys.stderr.isatty()}', flush=True)")
+    ours, theirs = os.openpty()
+    with subprocess.Popen([*HFREDUCE, "run", "-n", str(nranks), path], stdout=theirs, stderr=subprocess.DEVNULL) as launcher:
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):  # EIO once the other side is closed
+            while data := os.read(ours, 4096):
+                text += data
+        assert launcher.wait(20) == 0
+    os.close(ours)
+    assert sorted(text.splitlines()) == [b"%d True False" % rank for rank in range(nranks)], text
 
 
 def test_run_passes_input_to_rank_0(tmp_path: Path) -> None:

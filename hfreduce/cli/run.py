@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import secrets
@@ -15,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
+
+from hfreduce.cli.forward import Forwarder, Sink
 
 # After a rank has failed the others get so long to notice and say so; after SIGTERM, so long to end.
 GRACE = 3.0
@@ -61,7 +64,8 @@ def run_ranks(
 
     SIGINT, SIGTERM and SIGHUP are passed on to them; they die with this process. When one fails the others are ended after
     a short grace. Returns 0, the status of the first that failed (128 + signal if by one), or 124 after `timeout` seconds.
-    Standard input goes to rank 0 if it is no terminal. Call it from the main thread.
+    Standard input goes to rank 0 if it is no terminal. What the ranks write is passed on by whole lines, each before it by its
+    rank with `label`; a single rank without labels writes by itself. Call it from the main thread.
     """
     with socket.socket() as reserved:  # bound, not listening: nobody else is given the port, and rank 0 can listen on it
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -96,7 +100,10 @@ class _Ranks:
         self.timeout = timeout
         self.children: list[subprocess.Popen[bytes]] = []
         self.selector = selectors.DefaultSelector()
-        self.partial: dict[BinaryIO, bytes] = {}
+        self.forwarder = Forwarder(self.selector)
+        self.out, self.err = (
+            Sink(os.open(os.devnull, os.O_WRONLY) if f is None else f.fileno()) for f in (sys.stdout, sys.stderr)
+        )
         self.status = 0  # of the first that failed
         self.terminate_at: float | None = None
         self.kill_at: float | None = None
@@ -112,7 +119,7 @@ class _Ranks:
             self._start()
             while self._alive():
                 self._wait(reader)
-            self._flush()
+            self.forwarder.finish()
         finally:
             self._signal_all(signal.SIGKILL)
             for child in self.children:
@@ -120,6 +127,7 @@ class _Ranks:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(old_wakeup)
+            self.forwarder.close()
             self.selector.close()
             os.close(reader)
             os.close(writer)
@@ -127,21 +135,32 @@ class _Ranks:
 
     def _start(self) -> None:
         prepare = _die_with_parent()
-        pipe = subprocess.PIPE if self.label else None
+        for file in (sys.stdout, sys.stderr):
+            if file is not None:
+                file.flush()
         for rank in range(self.nranks):
-            child = subprocess.Popen(
-                self.command,
-                env={**self.env, "HFREDUCE_RANK": str(rank)},
-                stdin=None if rank == 0 and sys.stdin is not None and not sys.stdin.isatty() else subprocess.DEVNULL,
-                stdout=pipe,
-                stderr=pipe,
-                preexec_fn=prepare,
-            )
+            # One rank has nobody to mix with: it writes by itself, also to a terminal.
+            label = b"[%d] " % rank if self.label else b""
+            alone = self.nranks == 1 and not self.label
+            ends = [] if alone else [self.forwarder.open(sink, label) for sink in (self.out, self.err)]
+            try:
+                child = subprocess.Popen(
+                    self.command,
+                    env={**self.env, "HFREDUCE_RANK": str(rank)},
+                    stdin=None if rank == 0 and sys.stdin is not None and not sys.stdin.isatty() else subprocess.DEVNULL,
+                    stdout=ends[0] if ends else None,
+                    stderr=ends[1] if ends else None,
+                    preexec_fn=prepare,
+                )
+            finally:
+                for end in ends:
+                    os.close(end)
             self.children.append(child)
-            for stream, sink in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
-                if stream is not None:
-                    os.set_blocking(stream.fileno(), False)
-                    self.selector.register(stream, selectors.EVENT_READ, (rank, sink))
+
+    def _say(self, text: str) -> None:
+        """A line of the launcher's own, beside those of the ranks."""
+        with contextlib.suppress(OSError):
+            self.err.write(None, f"hfreduce run: {text}\n".encode(errors="replace"))
 
     def _alive(self) -> bool:
         """Reap what has ended; when a rank has failed, see to the end of the others."""
@@ -152,17 +171,14 @@ class _Ranks:
                 alive = True
             elif code and not self.status:
                 self.status = code if code > 0 else 128 - code
+                self.forwarder.drain()  # its own last words come first
                 if not self.signalled and any(other.poll() is None for other in self.children):
                     how = f"exited with status {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-                    print(
-                        f"hfreduce run: rank {rank} (pid {child.pid}) {how}; the others get {GRACE:g} s to end",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    self._say(f"rank {rank} (pid {child.pid}) {how}; the others get {GRACE:g} s to end")
                 self.terminate_at = time.monotonic() + GRACE
         now = time.monotonic()
         if self.end is not None and now >= self.end and alive and not self.status:
-            print(f"hfreduce run: not done after {self.timeout} s; the ranks are ended", file=sys.stderr, flush=True)
+            self._say(f"not done after {self.timeout} s; the ranks are ended")
             self.status, self.terminate_at = 124, now
         if self.terminate_at is not None and now >= self.terminate_at:
             self._signal_all(signal.SIGTERM)
@@ -173,41 +189,16 @@ class _Ranks:
         return alive
 
     def _wait(self, reader: int) -> None:
-        due = [t for t in (self.end if not self.status else None, self.terminate_at, self.kill_at) if t is not None]
-        left = max(0.0, min(due) - time.monotonic()) if due else None
-        for key, _ in self.selector.select(left):
-            if key.fileobj == reader:
-                try:
-                    os.read(reader, 4096)
-                except BlockingIOError:
-                    pass
-            else:
-                self._copy(key)
-
-    def _copy(self, key: selectors.SelectorKey) -> None:
-        """Pass on whole lines, each with its rank before it."""
-        stream: Any = key.fileobj
-        data = os.read(stream.fileno(), 65536)
-        lines = (self.partial.pop(stream, b"") + data).split(b"\n")
-        rest = lines.pop()
-        if not data:
-            self.selector.unregister(stream)
-            lines += [rest] if rest else []
-        elif rest:
-            self.partial[stream] = rest
-        rank, sink = key.data
-        for line in lines:
-            sink.buffer.write(b"[%d] %s\n" % (rank, line))
-        sink.flush()
-
-    def _flush(self) -> None:
-        """What the ranks wrote last. Does not wait for grandchildren that hold the pipes open."""
-        while any(key.data for key in self.selector.get_map().values()):
-            ready = [key for key, _ in self.selector.select(0.05) if key.data]
-            if not ready:
-                break
-            for key in ready:
-                self._copy(key)
+        dues = (self.end if not self.status else None, self.terminate_at, self.kill_at, self.forwarder.due())
+        due = min((t for t in dues if t is not None), default=None)
+        for key, _ in self.selector.select(None if due is None else max(0.0, due - time.monotonic())):
+            if key.fd != reader:
+                if key.fd in self.forwarder.streams:  # not closed by what was done for another
+                    self.forwarder.copy(key.fd)
+                continue
+            with contextlib.suppress(BlockingIOError):
+                os.read(reader, 4096)
+        self.forwarder.flush()
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.signalled += 1
