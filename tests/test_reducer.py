@@ -134,7 +134,7 @@ def _shapes_only(comm: hfreduce.Communicator) -> None:
     assert [view.shape for view in reducer.views] == [(3, 4), (5,), ()]
     assert all(view.dtype == np.float64 and not view.any() for view in reducer.views)
     reducer.ready(2, np.array(float(comm.rank)))
-    reducer.ready(0, [[comm.rank * 1.0] * 4] * 3)
+    reducer.ready(0, np.full((3, 4), float(comm.rank)))
     views = reducer.synchronize()
     assert (views[0] == 0.5).all() and views[2] == 0.5 and not views[1].any()
 
