@@ -5,7 +5,8 @@ The first launcher whose variables are there counts:
 1. HFREDUCE_RANK, HFREDUCE_NRANKS, HFREDUCE_ADDR (host:port of rank 0), HFREDUCE_SECRET (hex; without it only a loopback
    address is accepted). `hfreduce run` sets them, or you do.
 2. torchrun: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. The unique id travels through the process group's store if
-   torch.distributed is initialised, else through the agent's TCPStore. Without either (variables set by hand, or no torch)
+   torch.distributed is initialised, else through the agent's TCPStore; whoever can reach that can read the id and join, unless
+   HFREDUCE_SECRET is set on all ranks, which encrypts it. Without either (variables set by hand, or no torch)
    rank 0 listens on MASTER_ADDR at MASTER_PORT + 1, and HFREDUCE_SECRET is needed unless that is loopback.
 3. Open MPI: OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE.
 4. MPICH and its kin (Hydra): PMI_RANK, PMI_SIZE. As with Open MPI: if the program has initialised mpi4py, the id is
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from hfreduce import sealing
 from hfreduce.communicator import Communicator, _seconds
 from hfreduce.errors import DeadlineError, InvalidArgumentError, InvalidUsageError
 from hfreduce.params import default_timeout, join_timeout
@@ -177,8 +179,11 @@ def _init_torchrun(launch: Launch, tag: int, timeout: float) -> Communicator:
         return _join(launch, UniqueId.from_address(address, os.environ.get("HFREDUCE_SECRET", ""), tag), timeout)
     key = f"hfreduce/{launch.job}/{tag}"
     if launch.rank == 0:
-        store.set(key, _make_id(launch).hex())
-    return _join(launch, UniqueId(bytes.fromhex(store.get(key).decode())), timeout)
+        unique_id = _make_id(launch)
+        store.set(key, sealing.to_text(unique_id, sealing.job_key()))
+    else:
+        unique_id = sealing.from_text(store.get(key).decode(), sealing.job_key())
+    return _join(launch, unique_id, timeout)
 
 
 def _torch_store(timeout: float) -> Any:

@@ -167,6 +167,18 @@ def test_digits(hosts: Any, per_host: int, tmp_path: Path) -> None:
     assert "bit-identical on all ranks" in text and "equal within rounding" in text
 
 
+def test_torch_listens_on_the_chosen_interface_alone(hosts: Any, tmp_path: Path) -> None:
+    """The store that hfreduce.torch.init_process_group makes, too; the hosts have two interfaces and a loopback each."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    script = ROOT / "tests" / "pytorch" / "scripts" / "listening.py"
+    env = {"HFREDUCE_SOCKET_IFNAME": "=eth0", "OMP_NUM_THREADS": "1"}
+    with Job(hosts, 1, [sys.executable, str(script), "own"], tmp_path, env) as job:
+        job.succeed()
+        for rank in range(HOSTS):
+            assert f"{rank} {hosts.address(rank)}" in job.text(rank).splitlines(), job.text(rank)
+
+
 def test_ipv6(hosts: Any, tmp_path: Path) -> None:
     if not os.path.exists("/proc/net/if_inet6"):
         pytest.skip("no IPv6 in this kernel")

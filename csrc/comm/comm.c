@@ -395,6 +395,19 @@ hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank) { TELL(ran
 
 hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device) { TELL(device, hfr_staging_device(comm->staging)); }
 
+static hfreduceResult_t get_address(hfreduceComm_t comm, char *text, size_t size) {
+  char address[HFR_ADDR_TEXT];
+  hfr_addr_text(&comm->addrs[comm->rank], address);
+  if (strlen(address) >= size)
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommGetAddress: %zu bytes are too few for %s", size, address);
+  memcpy(text, address, strlen(address) + 1);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfreduceCommGetAddress(hfreduceComm_t comm, char *text, size_t size) {
+  ASK("text", text, get_address(comm, text, size));
+}
+
 static hfreduceResult_t get_info(hfreduceComm_t comm, hfreduceCommInfo_t *info) {
   const struct hfr_layout *l = &comm->layout;
   *info = (hfreduceCommInfo_t){.rank = l->rank,

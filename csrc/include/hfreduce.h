@@ -224,6 +224,9 @@ hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm);
 hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t *error);
 hfreduceResult_t hfreduceCommCount(hfreduceComm_t comm, int *count);
 hfreduceResult_t hfreduceCommUserRank(hfreduceComm_t comm, int *rank);
+/* Where this process listens for the communicator's ranks: "host:port", "[v6]:port", on the interface that was chosen, or on
+   loopback. text has room for size bytes (80 are enough), the end included. */
+hfreduceResult_t hfreduceCommGetAddress(hfreduceComm_t comm, char *text, size_t size);
 /* The device that the communicator is bound to by its first call with device memory or a stream; -1: none. */
 hfreduceResult_t hfreduceCommCuDevice(hfreduceComm_t comm, int *device);
 hfreduceResult_t hfreduceCommGetInfo(hfreduceComm_t comm, hfreduceCommInfo_t *info);

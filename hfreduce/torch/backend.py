@@ -25,8 +25,9 @@ def register() -> None:
 def _create(options: Any, backend_options: Any) -> Any:
     """What torch calls for a new group: its store, rank, size and timeout are in `options`."""
     import torch
+    import torch.distributed as dist
 
-    from hfreduce.torch.process_group import create_process_group
+    from hfreduce.torch.process_group import join
     from hfreduce.torch.versions import warn_if_newer
 
     warn_if_newer(torch.__version__)
@@ -34,13 +35,14 @@ def _create(options: Any, backend_options: Any) -> Any:
     chosen = getattr(backend_options, "_timeout", None)
     if isinstance(chosen, timedelta):
         timeout = chosen
-    return create_process_group(
+    return join(
         options.store,
         options.group_rank,
         options.group_size,
-        timeout,
+        timeout.total_seconds(),
         name=options.group_id,
         global_ranks=list(options.global_ranks_in_group),
+        first=not dist.is_initialized(),
     )
 
 
@@ -49,7 +51,6 @@ def communicator(group: Any = None) -> Any:
 
     Without an initialised process group: hfreduce.init(). TypeError if the group is of another backend.
     """
-    import torch
     import torch.distributed as dist
 
     if group is None and not dist.is_initialized():
@@ -57,10 +58,20 @@ def communicator(group: Any = None) -> Any:
 
         return init()
     group = dist.group.WORLD if group is None else group
-    for found in (group, _backend_of(group, torch.device("cpu"))):
-        if hasattr(found, "communicator"):
-            return found.communicator
-    raise TypeError(f'the group\'s backend is {dist.get_backend(group)!r}, not "{NAME}"')
+    found = found_in(group, "communicator")
+    if found is None:
+        raise TypeError(f'the group\'s backend is {dist.get_backend(group)!r}, not "{NAME}"')
+    return found.communicator
+
+
+def found_in(group: Any, attribute: str) -> Any:
+    """The group, or its backend of some device, if it is ours: if it has that attribute. None if none has."""
+    import torch
+
+    for found in (group, _backend_of(group, torch.device("cpu")), _backend_of(group, torch.device("cuda"))):
+        if hasattr(found, attribute):
+            return found
+    return None
 
 
 def _backend_of(group: Any, device: Any) -> Any:

@@ -16,18 +16,20 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hfreduce import sealing
 from hfreduce.communicator import Communicator
 from hfreduce.errors import (
     HfreduceError,
     InvalidUsageError,
 )
+from hfreduce.torch import job
 from hfreduce.torch.errors import as_torch
 from hfreduce.torch.messages import Messages
 from hfreduce.torch.moves import Moves
 from hfreduce.torch.reductions import Reductions
 from hfreduce.torch.tracing import untraced
 from hfreduce.torch.work import CoalescedWork
-from hfreduce.unique_id import UniqueId, get_unique_id
+from hfreduce.unique_id import get_unique_id
 
 
 @untraced
@@ -151,24 +153,61 @@ def create_process_group(
     on, as torch.distributed.ProcessGroup has them, each returning a Work; with abort, shutdown, rank, size, and `communicator`.
     Where this torch lets Python subclass its ProcessGroup only, the object is one. It is not registered with torch.distributed.
 
+    The ids by which ranks join travel through the store: encrypted where HFREDUCE_SECRET is set, on all ranks alike, else in the clear.
+
     Collective: returns when all ranks have come, or raises DeadlineError, which names those that are missing. Raises
     InvalidArgumentError for a rank or size out of range. Each error is also a torch.distributed.DistBackendError.
     """
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    return join(
+        store,
+        rank,
+        size,
+        timeout.total_seconds() if isinstance(timeout, timedelta) else timeout,
+        name=name,
+        global_ranks=global_ranks,
+        first=False,
+        members=False,
+    )
+
+
+def join(
+    store: Any,
+    rank: int,
+    size: int,
+    seconds: float | None,
+    *,
+    name: str,
+    global_ranks: Sequence[int],
+    first: bool,
+    members: bool = True,
+) -> Any:
+    """Make a group of a store's ranks. first: it is the default group. members: its ranks are of the default group, or that itself."""
     try:
         if size == 1:
             comm = Communicator(rank, 1, timeout=seconds, name=name or None)
+            shared = None
         else:
-            key = "hfreduce/unique_id"
+            shared = job.of_default_group() if members else None
+            key = shared.key if shared is not None else sealing.job_key()
+            where = "hfreduce/unique_id"
             if rank == 0:
-                store.set(key, get_unique_id().hex())
-            unique_id = UniqueId(bytes.fromhex(store.get(key).decode()))
+                known = shared is not None and shared.is_local(global_ranks)
+                local = known or (first and job.starts_local(rank, size))
+                unique_id = get_unique_id(local=local)
+                store.set(where, sealing.to_text(unique_id, key))
+            else:
+                unique_id = sealing.from_text(store.get(where).decode(), key)
             comm = Communicator(rank, size, unique_id, timeout=seconds, name=name or None)
             # torchrun's store outlives a restart: ranks of the next attempt must find neither this id nor what we say later.
             if rank == 0:
                 with contextlib.suppress(RuntimeError, NotImplementedError):
-                    store.delete_key(key)
+                    store.delete_key(where)
             store = dist.PrefixStore(hashlib.sha256(unique_id).hexdigest()[:16], store)
+        if first and shared is None:
+            shared = job.agree(comm)
     except HfreduceError as error:
         raise as_torch(error) from None
-    return make(comm, store, timedelta(seconds=comm.timeout), name, global_ranks)
+    group = make(comm, store, timedelta(seconds=comm.timeout), name, global_ranks)
+    if first:
+        group.job = shared
+    return group
