@@ -143,7 +143,9 @@ else:
 class Rank:
     """A rank in a process of its own that joins within so many seconds."""
 
-    def __init__(self, rank: int, address: str, folder: Path, timeout: float = 60, secret: str = SECRET, **more: str):
+    def __init__(
+        self, rank: int, address: str, folder: Path, timeout: float = 60, secret: str = SECRET, code: str = JOIN, **more: str
+    ):
         self.log = folder / f"rank{rank}-{time.monotonic_ns()}"
         env = environment(
             HFREDUCE_RANK=str(rank),
@@ -155,7 +157,7 @@ class Rank:
         )
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", JOIN, str(timeout)], env=env, stdout=subprocess.PIPE, stderr=log, text=True
+                [sys.executable, "-c", code, str(timeout)], env=env, stdout=subprocess.PIPE, stderr=log, text=True
             )
 
     def __enter__(self) -> Rank:
@@ -392,6 +394,50 @@ def test_a_refusal_is_told_though_silence_came_after_it() -> None:
     with stranger(serve) as address, pytest.raises(hfreduce.DeadlineError, match="does not know this communicator"):
         Communicator(1, 2, hfreduce.UniqueId.from_address(address, SECRET), timeout=3)
     assert len(visits) > 1
+
+
+# --- loopback without a secret: this user only ---
+
+NOBODY = 65534
+#: As JOIN, as another user once the library is loaded (whose files that user may not read).
+JOIN_AS = (
+    f"import os, hfreduce\nhfreduce.init, hfreduce.HfreduceError\nos.setresgid({NOBODY}, {NOBODY}, {NOBODY})\nos.setresuid({NOBODY}, {NOBODY}, {NOBODY})\n"
+    + JOIN
+)
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_ranks_of_one_user_meet_without_a_secret(host: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            pytest.skip(f"no {host} here")
+        port = probe.getsockname()[1]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    # Two homes and two nodes: nothing but the user is common, and data goes over TCP.
+    with (
+        Rank(0, address, tmp_path, secret="", HOME="/nowhere", HFREDUCE_HOSTID="a") as one,
+        Rank(1, address, tmp_path, secret="", HFREDUCE_HOSTID="b") as two,
+    ):
+        assert one.end()[2:] == two.end()[2:] == ("joined", "2"), one.log.read_text() + two.log.read_text()
+
+
+@as_root
+def test_another_user_is_not_believed_as_root_without_a_secret(tmp_path: Path) -> None:
+    with (
+        reserved_address() as address,
+        Rank(0, address, tmp_path, secret="", code=JOIN_AS) as false,
+        Rank(1, address, tmp_path, secret="") as rank,
+    ):
+        rank.wait_for("what listens there is a process of another user")
+        assert false.process.poll() is None, false.log.read_text()
+        false.process.kill()
+        false.process.wait()
+        with Rank(0, address, tmp_path, secret="") as root:
+            assert root.end()[2:] == ("joined", "2"), root.log.read_text()
+            assert rank.end()[2:] == ("joined", "2"), rank.log.read_text()
 
 
 # --- late ---

@@ -2,6 +2,7 @@
 #include "auth.h"
 
 #include "mac.h"
+#include "owner.h"
 #include "thread.h"
 
 #include <errno.h>
@@ -30,6 +31,11 @@ enum { SEND_GREETING, RECV_HEAD, RECV_HELLO, SEND_ANSWER, DONE, /* client: */ RE
 
 _Static_assert(sizeof(struct hfr_auth_hello) == 80 && sizeof(struct greeting) == 24 && sizeof(struct answer) == 32,
                "the wire format has no padding");
+
+int hfr_auth_is_public(const uint8_t secret[16]) {
+  static const uint8_t none[16];
+  return !memcmp(secret, none, sizeof none);
+}
 
 static void expect(struct hfr_auth *a, int state, size_t bytes) {
   a->state = state;
@@ -131,6 +137,9 @@ static int refuse_protocol(struct hfr_auth *a) {
 
 /* ---------------------------------------------------------------- server */
 
+/* The other side is one that may know the secret at all. */
+static int may_talk(const struct hfr_auth *a) { return !hfr_auth_is_public(a->secret) || hfr_owner_is_me(a->fd); }
+
 static int got_head(struct hfr_auth *a) {
   uint32_t magic, protocol;
   memcpy(&magic, a->buf, 4);
@@ -151,6 +160,7 @@ static void got_hello(struct hfr_auth *a) {
     hello_mac(a, hfr_version.protocol, mac);
     if (!hfr_mac_equal(mac, a->hello.mac)) a->verdict = HFR_AUTH_SECRET;
   }
+  if (a->verdict == HFR_AUTH_WELCOME && !may_talk(a)) a->verdict = HFR_AUTH_USER;
   answer.verdict = a->verdict;
   if (a->verdict == HFR_AUTH_WELCOME) answer_mac(a, &hfr_version, answer.mac);
   expect(a, SEND_ANSWER, sizeof answer);
@@ -159,6 +169,7 @@ static void got_hello(struct hfr_auth *a) {
 
 static int answered(struct hfr_auth *a) {
   if (a->verdict == HFR_AUTH_SECRET) return refuse(a, HFR_AUTH_SECRET, "wrong secret");
+  if (a->verdict == HFR_AUTH_USER) return refuse(a, HFR_AUTH_USER, "a process of another user");
   if (a->verdict != HFR_AUTH_WELCOME) return refuse(a, a->verdict, "unknown communicator");
   a->state = DONE;
   a->peer = (struct hfr_version){a->hello.protocol, a->hello.release, a->hello.build};
@@ -172,6 +183,9 @@ static int got_greeting(struct hfr_auth *a) {
   memcpy(&g, a->buf, sizeof g);
   if (g.magic != MAGIC_SERVER) return refuse(a, HFR_AUTH_BROKEN, "what listens there is not hfreduce; check address and port");
   if (g.protocol < OLDEST_PROTOCOL) return refuse_old(a, g.protocol);
+  if (!may_talk(a))
+    return refuse(a, HFR_AUTH_USER,
+                  "what listens there is a process of another user, and there is no secret to tell it from ours");
   a->peer.protocol = g.protocol;
   memcpy(a->nonce_s, g.nonce, 16);
   hello_mac(a, g.protocol, a->hello.mac);
@@ -186,6 +200,8 @@ static int got_answer(struct hfr_auth *a) {
   memcpy(&answer, a->buf, sizeof answer);
   if (answer.magic != MAGIC_ANSWER) return refuse(a, HFR_AUTH_BROKEN, "the other side does not answer as hfreduce does");
   if (answer.verdict == HFR_AUTH_SECRET) return refuse(a, HFR_AUTH_SECRET, "the other side has another secret");
+  if (answer.verdict == HFR_AUTH_USER)
+    return refuse(a, HFR_AUTH_USER, "the other side belongs to another user, or cannot tell, and there is no secret");
   if (answer.verdict != HFR_AUTH_WELCOME)
     return refuse(a, HFR_AUTH_UNKNOWN,
                   "the other side does not know this communicator (has it made it yet? is its secret the same?)");

@@ -26,6 +26,7 @@ enum hfr_auth_verdict {
   HFR_AUTH_UNKNOWN,  /* no such communicator here: not yet, no more, or never */
   HFR_AUTH_SECRET,   /* the one that calls has another secret */
   HFR_AUTH_PROTOCOL, /* both know the secret, and speak different protocols: proven */
+  HFR_AUTH_USER,     /* there is no secret, and the other side belongs to another user */
   HFR_AUTH_OLD,      /* the other side says that it speaks a protocol from before this form of the handshake */
   HFR_AUTH_BROKEN    /* a connection that broke, or a stranger */
 };
@@ -59,6 +60,11 @@ struct hfr_auth {
   void *arg;
 };
 
+/*
+ * The secret that is none: all zeros. Ranks on loopback may go without HFREDUCE_SECRET, and then only processes of this user are
+ * let in, and believed: the kernel tells of both ends of a connection inside the machine whose they are.
+ */
+int hfr_auth_is_public(const uint8_t secret[16]);
 /* Start on a connected (or, for the client, connecting and now writable) socket. The auth does not own the descriptor. The client
  * may set hello.name before its first step. */
 void hfr_auth_client(struct hfr_auth *auth, int fd, enum hfr_auth_kind kind, uint64_t comm_id, const uint8_t secret[16], int rank,

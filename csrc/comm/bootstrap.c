@@ -105,12 +105,15 @@ static hfreduceResult_t refused(const struct hfreduceComm *c, struct dialled *d,
   /* A connection that breaks, or falls silent, tells less than what was said before. */
   int tells = r != hfreduceSystemError && r != hfreduceTimeout;
   if (tells || !*d->refusal) snprintf(d->refusal, sizeof d->refusal, "%.190s", hfr_last_error()->text);
-  if (auth->verdict != HFR_AUTH_SECRET && auth->verdict != HFR_AUTH_OLD) {
+  const char *advice = auth->verdict == HFR_AUTH_SECRET ? "give all ranks the same HFREDUCE_SECRET"
+                       : auth->verdict == HFR_AUTH_USER ? "run all ranks as one user, or give them the same HFREDUCE_SECRET"
+                       : auth->verdict == HFR_AUTH_OLD  ? "install the same hfreduce on all hosts"
+                                                        : NULL;
+  if (!advice) {
     if (tells) d->refused_ns = 0;
     return hfreduceInProgress;
   }
-  d->advice =
-      auth->verdict == HFR_AUTH_SECRET ? "give all ranks the same HFREDUCE_SECRET" : "install the same hfreduce on all hosts";
+  d->advice = advice;
   int64_t now = hfr_now_ns();
   if (!d->refused_ns) {
     d->refused_ns = now;

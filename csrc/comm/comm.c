@@ -57,7 +57,7 @@ static hfreduceResult_t derive(struct hfr_uid *uid, const char *secret, uint64_t
   if (n && n < 32)
     return hfr_fail(hfreduceInvalidArgument, "the secret has %zu hex digits; give 32 or more (for example: openssl rand -hex 16)",
                     n);
-  hfr_mac(key, bytes, n / 2, uid->secret);
+  if (n) hfr_mac(key, bytes, n / 2, uid->secret); /* else it stays the secret that is none */
   /* The port, too: jobs on one machine may have the same secret, or none, and must not meet. Not the host's address, which ranks
    * may see differently. */
   const uint64_t name[2] = {tag, uid->root.port};

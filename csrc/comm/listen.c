@@ -82,6 +82,7 @@ static void tell_root(const struct hfr_watch *w) {
   if (a->verdict == HFR_AUTH_OLD) hfr_root_refused(0, 0, from, "an older protocol of hfreduce");
   if (a->hello.kind != HFR_AUTH_ROOT) return;
   if (a->verdict == HFR_AUTH_SECRET) hfr_root_refused(a->hello.comm_id, a->hello.name, from, "wrong secret");
+  if (a->verdict == HFR_AUTH_USER) hfr_root_refused(a->hello.comm_id, a->hello.name, from, "a process of another user");
   if (a->verdict != HFR_AUTH_PROTOCOL) return;
   hfr_host_name(host);
   snprintf(text, sizeof text, "rank %d at %s runs %s, the root on %s %s; install the same version on all hosts", a->hello.rank,

@@ -7,6 +7,7 @@
  */
 #include "comm.h"
 
+#include "../base/auth.h"
 #include "../base/mac.h"
 
 #include <stdlib.h>
@@ -70,7 +71,7 @@ static hfreduceResult_t name_of_the_rest(struct hfreduceComm *c, const int *now,
   if (!set) return hfr_fail(hfreduceSystemError, "out of memory for a list of %d ranks", c->nranks);
   derive(c, "meeting", first, count, tag);
   memcpy(&uid->root_id, tag, sizeof uid->root_id);
-  derive(c, "secret", first, count, uid->secret);
+  if (!hfr_auth_is_public(c->uid.secret)) derive(c, "secret", first, count, uid->secret); /* else it stays none */
   derive(c, "comm", uid->members, count, tag);
   memcpy(&uid->comm_id, tag, sizeof uid->comm_id);
   uid->root = c->addrs[first];
