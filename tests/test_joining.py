@@ -440,6 +440,27 @@ def test_another_user_is_not_believed_as_root_without_a_secret(tmp_path: Path) -
             assert rank.end()[2:] == ("joined", "2"), rank.log.read_text()
 
 
+# --- descriptors ---
+
+LIMITED = """
+import os, resource, sys
+import hfreduce
+most = int(sys.argv[1])
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard if len(sys.argv) > 2 else most))
+"""
+
+
+@pytest.mark.parametrize(("raise_it", "more"), [(True, {}), (False, {"HFREDUCE_RAISE_NOFILE": "0"})])
+def test_the_soft_limit_of_descriptors_is_raised(raise_it: bool, more: dict[str, str]) -> None:
+    code = LIMITED.replace("sys.argv[1]", "'100'").replace("len(sys.argv) > 2", "True")
+    code += "hfreduce.get_unique_id(local=True)\nprint(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    done = python(code, **more)
+    assert done.returncode == 0, done.stderr
+    soft, hard = map(int, done.stdout.split())
+    assert soft == (hard if raise_it else 100), done.stdout
+
+
 # --- late ---
 
 

@@ -59,6 +59,8 @@
     "between 3 nodes or more of one rank each the ring from 8 chunks a node on, else direct (rank 0's holds)")                   \
   X(SPIN, "HFREDUCE_SPIN", INT, "-1", -1, 1000000000, "polls before a wait yields and sleeps (-1: by ranks and cores)")          \
   X(SIMD, "HFREDUCE_SIMD", TEXT, "", 0, 0, "scalar, avx2, avx512 or neon: the level to use at most (empty: the best there is)")  \
+  X(RAISE_NOFILE, "HFREDUCE_RAISE_NOFILE", INT, "1", 0, 1,                                                                       \
+    "1: the process may open as many descriptors as the hard limit says; 0: as the soft one does")                               \
   X(DEBUG, "HFREDUCE_DEBUG", TEXT, "WARN", 0, 0, "log level: NONE, WARN, INFO, TRACE")                                           \
   X(DEBUG_FILE, "HFREDUCE_DEBUG_FILE", TEXT, "", 0, 0, "file for log lines; %h is the host, %p the process id")
 

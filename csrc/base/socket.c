@@ -172,7 +172,8 @@ static hfreduceResult_t open_tcp(const struct hfr_addr *addr, union any_address 
   *bytes = to_system(addr, system);
   if (!*bytes) return hfr_fail(hfreduceInternalError, "no address to open a socket for (family %d)", addr->family);
   *fd = socket(system->any.sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  if (*fd < 0) return hfr_fail(hfreduceSystemError, "cannot create a TCP socket for IPv%d: %s", addr->family, strerror(errno));
+  if (*fd < 0)
+    return hfr_fail(hfreduceSystemError, "cannot create a TCP socket for IPv%d: %s", addr->family, hfr_errno_text(errno));
   set_buffers(*fd);
   return hfreduceSuccess;
 }
@@ -240,7 +241,7 @@ static hfreduceResult_t open_unix(const char *name, struct sockaddr_un *system, 
   memcpy(system->sun_path + 1, name, length);
   *bytes = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + length);
   *fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-  if (*fd < 0) return hfr_fail(hfreduceSystemError, "cannot create a Unix socket: %s", strerror(errno));
+  if (*fd < 0) return hfr_fail(hfreduceSystemError, "cannot create a Unix socket: %s", hfr_errno_text(errno));
   return hfreduceSuccess;
 }
 

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "log.h"
 
@@ -16,6 +17,18 @@ void hfr_error_clear(hfreduceErrorInfo_t *info) {
   memset(info, 0, sizeof *info);
   info->rank = info->peer = -1;
   info->seq = -1;
+}
+
+const char *hfr_errno_text(int error) {
+  static _Thread_local char text[160];
+  struct rlimit limit;
+  if (error == EMFILE && !getrlimit(RLIMIT_NOFILE, &limit)) {
+    snprintf(text, sizeof text, "this process may open %llu descriptors (ulimit -n) and all are in use; raise the limit",
+             (unsigned long long)limit.rlim_cur);
+    return text;
+  }
+  if (error == ENFILE) return "the system has no descriptors left (sysctl fs.file-max)";
+  return strerror(error);
 }
 
 hfreduceResult_t hfr_fail(hfreduceResult_t code, const char *format, ...) {

@@ -11,6 +11,9 @@ hfreduceResult_t hfr_fail(hfreduceResult_t code, const char *format, ...) __attr
    the caller through it. */
 hfreduceErrorInfo_t *hfr_last_error(void);
 
+/* strerror(error); of descriptors that have run out with the limit and what to do. Valid until the thread's next call. */
+const char *hfr_errno_text(int error);
+
 /* Reset an info: code 0, numbers -1, strings empty. */
 void hfr_error_clear(hfreduceErrorInfo_t *info);
 

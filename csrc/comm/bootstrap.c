@@ -131,7 +131,7 @@ static hfreduceResult_t dial_once(struct hfreduceComm *c, const struct hfr_addr 
   d->error = ECONNREFUSED;
   if (hfr_socket_connect(addr, &fd)) {
     d->refused_ns = 0;
-    return hfreduceInProgress;
+    return errno == EMFILE || errno == ENFILE ? hfreduceSystemError : hfreduceInProgress; /* that does not pass by itself */
   }
   struct pollfd p = {fd, POLLOUT, 0};
   int64_t again = hfr_now_ns() + 2000000000; /* a lost SYN is better sent anew */
@@ -480,6 +480,8 @@ static hfreduceResult_t fetch(struct hfreduceComm *c, const char *name, int64_t 
       close(sock);
       const struct hfr_geometry *g = &c->engine.geometry;
       if (!r) return hfr_arena_attach(&c->arena, fd, c->layout.nlocal, g->chunk, g->slots, c->lend);
+    } else if (errno == EMFILE || errno == ENFILE) {
+      return hfreduceSystemError;
     }
     if (cancelled(c)) return fail_cancelled(c);
     if (should_speak(c, &time))
@@ -589,7 +591,7 @@ static hfreduceResult_t check_heartbeat(void) {
                   HEARTBEAT_LEAST);
 }
 
-hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
+static hfreduceResult_t bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   struct hfr_addr mine;
   HFR_TRY(check_heartbeat());
   HFR_TRY(hfr_transport_offer(hfr_param_text(HFR_PARAM_TRANSPORT), &c->offer));
@@ -617,4 +619,15 @@ hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   HFR_INFO("communicator %s: rank %d of %d, local %d of %d, node %d of %d", c->name, c->rank, c->nranks, c->layout.local,
            c->layout.nlocal, c->layout.node, c->layout.nnodes);
   return hfreduceSuccess;
+}
+
+/* What the system refuses it refuses to this rank: services below do not know its number. */
+hfreduceResult_t hfr_bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
+  hfreduceResult_t r = bootstrap(c, deadline_ns);
+  char host[64], text[sizeof hfr_last_error()->text];
+  if (r != hfreduceSystemError || !strncmp(hfr_last_error()->text, "rank ", 5)) return r;
+  memcpy(text, hfr_last_error()->text, sizeof text);
+  hfr_host_name(host);
+  snprintf(hfr_last_error()->text, sizeof text, "rank %d on %s: %.600s", c->rank, host, text);
+  return r;
 }

@@ -3,10 +3,12 @@
 
 #include "../base/log.h"
 #include "../base/param.h"
+#include "../base/thread.h"
 #include "../topo/host.h"
 #include "../topo/nic.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -136,10 +138,22 @@ static void expire_oldest(void) {
   if (oldest) oldest->since_ns = 0;
 }
 
+/* Those who knock are not let in until descriptors are free again. */
+static void warn_of_descriptors(void) {
+  static int64_t warned_ns;
+  int64_t now = hfr_now_ns();
+  if (warned_ns && now - warned_ns < 10000000000ll) return;
+  warned_ns = now;
+  HFR_WARN("cannot accept connections: %s", hfr_errno_text(errno));
+}
+
 void hfr_listen_accept(struct hfr_watch *w) {
   for (;;) {
     int fd = accept4(w->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (fd < 0) return;
+    if (fd < 0) {
+      if (errno == EMFILE || errno == ENFILE) warn_of_descriptors();
+      return;
+    }
     struct hfr_watch *p = hfr_watch_add(HFR_WATCH_PENDING, fd);
     if (!p) {
       close(fd);

@@ -1,11 +1,15 @@
 /* The process' side of all communicators: who is registered, and what comes at the process' start, at a fork and at its end. */
 #include "runtime.h"
 
+#include "../base/log.h"
+#include "../base/param.h"
+
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -51,14 +55,27 @@ static void child_after_fork(void) {
   hfr_drive_after_fork();
 }
 
+/* Connections need descriptors, about one a rank in rank 0, and the usual limit of 1024 is for programs that use select(). NCCL
+ * raises it, too. */
+static void raise_descriptors(void) {
+  struct rlimit limit;
+  if (!hfr_param_int(HFR_PARAM_RAISE_NOFILE) || getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur >= limit.rlim_max) return;
+  rlim_t before = limit.rlim_cur;
+  limit.rlim_cur = limit.rlim_max;
+  if (!setrlimit(RLIMIT_NOFILE, &limit))
+    HFR_INFO("this process may open %llu descriptors now, %llu before", (unsigned long long)limit.rlim_max,
+             (unsigned long long)before);
+}
+
 hfreduceResult_t hfr_runtime_start(void) {
   static int registered;
   pthread_attr_t attr;
   pthread_t thread;
   sigset_t all, old;
   if (hfr_rt.started) return hfreduceSuccess;
+  raise_descriptors();
   hfr_rt.kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (hfr_rt.kick_fd < 0) return hfr_fail(hfreduceSystemError, "eventfd failed: %s", strerror(errno));
+  if (hfr_rt.kick_fd < 0) return hfr_fail(hfreduceSystemError, "eventfd failed: %s", hfr_errno_text(errno));
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &old); /* signals belong to the program's threads */
   pthread_attr_init(&attr);

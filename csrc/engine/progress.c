@@ -368,7 +368,7 @@ static void ensure_thread(void) {
   int error = pool.kick_fd < 0 ? errno : pthread_create(&thread, &attr, progress_main, NULL);
   pthread_attr_destroy(&attr);
   if (error)
-    HFR_WARN("cannot start the progress thread: %s", strerror(error));
+    HFR_WARN("cannot start the progress thread: %s", hfr_errno_text(error));
   else
     pool.started = 1;
 }

@@ -54,7 +54,7 @@ hfreduceResult_t hfr_arena_create(struct hfr_arena *a, int nlocal, size_t chunk,
   *a = (struct hfr_arena){.fd = -1, .bell_fd = -1};
   set_geometry(a, nlocal, chunk, slots, lend);
   a->fd = memfd_create("hfreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  if (a->fd < 0) return hfr_fail(hfreduceSystemError, "memfd_create failed: %s", strerror(errno));
+  if (a->fd < 0) return hfr_fail(hfreduceSystemError, "memfd_create failed: %s", hfr_errno_text(errno));
   if (ftruncate(a->fd, (off_t)a->bytes) || fcntl(a->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
     return hfr_fail(hfreduceSystemError, "cannot size and seal %zu bytes of shared memory: %s", a->bytes, strerror(errno));
   HFR_TRY(map_arena(a));
@@ -92,7 +92,7 @@ hfreduceResult_t hfr_arena_join(struct hfr_arena *a, int local) {
   memcpy(addr.sun_path + 1, c->bell_name, (size_t)n);
   if (a->bell_fd < 0 ||
       bind(a->bell_fd, (struct sockaddr *)&addr, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)n)))
-    return hfr_fail(hfreduceSystemError, "cannot open the wake-up socket: %s", strerror(errno));
+    return hfr_fail(hfreduceSystemError, "cannot open the wake-up socket: %s", hfr_errno_text(errno));
   return hfreduceSuccess;
 }
 
