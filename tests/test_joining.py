@@ -445,6 +445,7 @@ def test_another_user_is_not_believed_as_root_without_a_secret(tmp_path: Path) -
 LIMITED = """
 import os, resource, sys
 import hfreduce
+hfreduce.Communicator, hfreduce.get_unique_id, hfreduce.HfreduceError  # are loaded now
 most = int(sys.argv[1])
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard if len(sys.argv) > 2 else most))
@@ -459,6 +460,41 @@ def test_the_soft_limit_of_descriptors_is_raised(raise_it: bool, more: dict[str,
     assert done.returncode == 0, done.stderr
     soft, hard = map(int, done.stdout.split())
     assert soft == (hard if raise_it else 100), done.stdout
+
+
+RUN_OUT = """
+left = int(sys.argv[1])
+held = []
+while True:
+    try:
+        held.append(os.dup(0))
+    except OSError:
+        break
+for _ in range(left):
+    os.close(held.pop())
+try:
+    comm = hfreduce.Communicator(0, 1, hfreduce.get_unique_id(local=True), timeout=3)
+    print("joined")
+except hfreduce.HfreduceError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.limit(240)
+def test_descriptors_that_run_out_are_named_wherever_that_is() -> None:
+    failures = 0
+    for left in range(30):
+        code = LIMITED.replace("sys.argv[1]", "'64'").replace("len(sys.argv) > 2", "False")
+        done = python(code + RUN_OUT.replace("sys.argv[1]", f"'{left}'"))
+        assert done.returncode == 0, f"{left} descriptors left: {done.stderr}"
+        if done.stdout.startswith("joined"):
+            break
+        failures += 1
+        said = done.stdout + done.stderr
+        assert "may open 64 descriptors (ulimit -n)" in said, f"{left} descriptors left: {said}"
+    else:
+        pytest.fail("30 descriptors are not enough for one rank")
+    assert failures >= 3, f"{failures} descriptors are enough for a rank"
 
 
 # --- late ---

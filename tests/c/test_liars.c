@@ -343,6 +343,41 @@ static void test_leader_that_stops(void) {
   close(listener);
 }
 
+/* ---------------------------------------------------------------- another user */
+
+/* Loopback without a secret: whoever reads the source can speak the handshake, but the kernel tells whose the connection is. The
+ * liar makes its socket as another user, and then believes any root. */
+static void test_another_user(void) {
+  struct hfr_addr root = {.family = 4, .ip = {127, 0, 0, 1}};
+  struct hfr_uid uid;
+  struct honest h = {.rank = 0, .timeout = 60}, other;
+  char text[HFR_ADDR_TEXT];
+  int fd;
+  if (geteuid()) return; /* only root can become another user */
+  if (!CHECK(!hfr_socket_listen(&root, 1, &fd), "%s", hfr_last_error()->text)) return;
+  close(fd);
+  CHECK(!hfreduceUniqueIdFromAddress(&h.id, hfr_addr_text(&root, text), NULL, 7), "%s", hfr_last_error()->text);
+  memcpy(&uid, h.id.internal, sizeof uid);
+  CHECK(hfr_auth_is_public(uid.secret));
+  CHECK(!pthread_create(&h.thread, NULL, honest_main, &h));
+  for (int i = 0; i < 1000 && (hfr_socket_connect(&root, &fd) || !ready(fd, POLLOUT, 20) || hfr_socket_error(fd)); i++)
+    usleep(20000);
+  close(fd);
+  CHECK(!seteuid(65534) && !hfr_socket_connect(&root, &fd) && !seteuid(0) && ready(fd, POLLOUT, 20), "%s",
+        hfr_last_error()->text);
+  struct hfr_auth auth;
+  hfr_auth_client(&auth, fd, HFR_AUTH_ROOT, uid.comm_id, uid.secret, 1, -1, 0, 0);
+  CHECK(hfr_auth_client_wait(&auth, hfr_now_ns() + 20000000000ll, "the root") && auth.verdict == HFR_AUTH_USER, "verdict %d: %s",
+        auth.verdict, hfr_last_error()->text);
+  close(fd);
+  other = h;
+  other.rank = 1;
+  CHECK(!pthread_create(&other.thread, NULL, honest_main, &other));
+  pthread_join(h.thread, NULL);
+  pthread_join(other.thread, NULL);
+  CHECK(!h.result && !other.result, "%d %s; %d %s", h.result, h.error.text, other.result, other.error.text);
+}
+
 int main(void) {
   alarm(200); /* a wait that does not end is a failure */
   setenv("HFREDUCE_DEBUG", "NONE", 1);
@@ -357,5 +392,6 @@ int main(void) {
   test_root_with_a_false_error(hfreduceInProgress);
   test_root_with_a_false_error(1000);
   test_leader_that_stops();
+  test_another_user();
   return check_done();
 }
