@@ -24,4 +24,6 @@ PARTS = [
     Part("costs", 30, "words, events, calls, naps", installed=False),
     Part("copies", 30, "copies of the driver alone, by size", installed=False),
     Part("info", 20, "the installed package"),
+    Part("ctests", 110, "the C tests of device memory"),
+    Part("collectives", 60, "every collective and datatype against NumPy"),
 ]

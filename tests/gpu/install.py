@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -162,7 +163,9 @@ def main() -> None:
 
     def c_programs() -> str:
         try:
-            return f"{len(programs(source, cc))} programs"
+            built = programs(source, cc)
+            (work / "programs.json").write_text(json.dumps({name: str(path) for name, path in built.items()}))
+            return f"{len(built)} programs"
         except SystemExit as failure:
             print(failure, flush=True)
             raise results.Wrong(first_line(str(failure))) from None
