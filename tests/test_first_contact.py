@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ROOT, environment, need_compiler
+from programs import BUILD_LIMIT, ROOT, environment, need_compiler
 
-#: Seconds that one run of the command may take here.
+#: Seconds that one run of the command may take here; building comes on top.
 LIMIT = 200
+pytestmark = pytest.mark.limit(LIMIT)
 COMMAND = ROOT / "tests" / "gpu" / "first_contact.py"
+INSTALLED_PARTS = ["info", "ctests", "collectives", "speed", "overlap", "pytorch", "arraylibs", "replay", "kernels", "sanitizer"]
 DRIVER_PARTS = ["machine", "registered", "pointers", "blocking", "aliasing", "costs", "copies"]
 
 
@@ -29,7 +31,7 @@ def contact(out: Path, *arguments: str, **more: str) -> subprocess.CompletedProc
     werror = {"HFREDUCE_WERROR": os.environ["HFREDUCE_WERROR"]} if "HFREDUCE_WERROR" in os.environ else {}
     env = environment(**{**werror, **more})
     env.pop("FAKE_CUDA", None)
-    return subprocess.run(command, capture_output=True, text=True, env=env | more, timeout=LIMIT)
+    return subprocess.run(command, capture_output=True, text=True, env=env | more, timeout=LIMIT + BUILD_LIMIT)
 
 
 def results_of(out: Path) -> dict[str, dict[str, Any]]:
@@ -37,6 +39,30 @@ def results_of(out: Path) -> dict[str, dict[str, Any]]:
     report = json.loads((out / "report.json").read_text())
     assert report["stand_in"] is True
     return {part["part"]: part for part in report["parts"]}
+
+
+@pytest.mark.limit(LIMIT + BUILD_LIMIT)
+def test_every_part(tmp_path: Path) -> None:
+    """The whole dry run: the package is installed into a private place, and every part's harness runs."""
+    out, work, more = tmp_path / "out", tmp_path / "work", {}
+    built = max((ROOT / "build" / "core").glob("*/obj"), key=lambda p: p.stat().st_mtime, default=None)
+    if built:  # what is built already need not be built again: times are kept
+        shutil.copytree(built, work / "source" / built.relative_to(ROOT))
+        more = {"HFREDUCE_WERROR": str(int(built.parent.name.endswith("-werror")))}
+    done = contact(out, "--stand-in", "--work", str(work), "--minutes", "9", **more)
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-8000:]
+    found = results_of(out)
+    assert list(found) == [*DRIVER_PARTS, "install", *INSTALLED_PARTS]
+    skipped = {"arraylibs", "sanitizer"}
+    assert {name for name, part in found.items() if part["result"] == "skipped"} == skipped
+    assert all(part["result"] == "ok" for name, part in found.items() if name not in skipped)
+    assert found["sanitizer"]["error"] == "needs a GPU: the stand-in has no device code"
+    cases = {case["case"]: case for part in found.values() for case in part["cases"]}
+    for name in ("a planted error is found", "a killed rank is reported", "a killed rank", "two threads", "many segments"):
+        assert cases[name]["result"] in ("ok", "skipped"), cases[name]
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert len(files) <= 8 and all(p.stat().st_size < 16 << 20 for p in files)
+    assert not list((ROOT / "tests" / "gpu").rglob("*.so"))
 
 
 def test_the_driver_alone(tmp_path: Path) -> None:

@@ -26,4 +26,11 @@ PARTS = [
     Part("info", 20, "the installed package"),
     Part("ctests", 110, "the C tests of device memory"),
     Part("collectives", 60, "every collective and datatype against NumPy"),
+    Part("speed", 70, "bandwidth and latency, beside the driver, Gloo and NCCL"),
+    Part("overlap", 40, "a matrix product beside an all_reduce"),
+    Part("pytorch", 90, "PyTorch on CUDA tensors, and its NCCL backend on this library"),
+    Part("arraylibs", 60, "CuPy, JAX, Numba"),
+    Part("replay", 30, "a captured all_reduce, replayed"),
+    Part("kernels", 60, "the kernels of NVLink pairs against the CPU's code"),
+    Part("sanitizer", 60, "compute-sanitizer"),
 ]

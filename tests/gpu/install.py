@@ -25,7 +25,15 @@ NEEDED = {
     "pycparser": ((2,), "pycparser"),
     "numpy": ((1, 22), "numpy"),
 }
-PROGRAMS = ["test_cuda", "test_cuda_graph", "test_cuda_faults", "test_cuda_pairs", "test_cuda_lend", "test_cuda_reduce"]
+PROGRAMS = [
+    "test_cuda",
+    "test_cuda_graph",
+    "test_cuda_faults",
+    "test_cuda_pairs",
+    "test_cuda_lend",
+    "test_cuda_reduce",
+    "test_cuda_kernels",
+]
 
 
 class Refused(Exception):
