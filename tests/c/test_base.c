@@ -13,10 +13,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <locale.h>
+#include <net/if.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -787,6 +790,25 @@ static void test_nic_choice(void) {
   hfr_param_reload();
 }
 
+/* In a network namespace of its own, as far as this user may make one. */
+static void test_nic_down(void) {
+  struct hfr_nic nics[4];
+  struct ifreq lo = {.ifr_name = "lo"};
+  struct sockaddr_in *addr = (struct sockaddr_in *)&lo.ifr_addr;
+  int fd;
+  long before = check_failed;
+  if (unshare(CLONE_NEWNET) || (fd = socket(AF_INET, SOCK_DGRAM, 0)) < 0) return;
+  *addr = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = htonl(0x0a090807)};
+  if (ioctl(fd, SIOCSIFADDR, &lo)) return;
+  lo.ifr_flags = 0;
+  CHECK(!ioctl(fd, SIOCSIFFLAGS, &lo));
+  CHECK(hfr_nic_list(nics, 4) == 0, "an interface that is down counts");
+  lo.ifr_flags = IFF_UP;
+  CHECK(!ioctl(fd, SIOCSIFFLAGS, &lo));
+  CHECK(hfr_nic_list(nics, 4) > 0, "one that is up does not");
+  if (check_failed > before) _exit(1);
+}
+
 /* Nothing of the caller's environment counts; warnings go to a file that the tests read. */
 static void isolate(void) {
   if (!mkdtemp(scratch)) exit(1);
@@ -824,6 +846,7 @@ static void run_all(void) {
   test_host();
   test_nic_rules();
   test_nic_choice();
+  CHECK(exit_status_of(test_nic_down) == 0);
 }
 
 int main(void) {
