@@ -18,6 +18,7 @@ import itertools
 import os
 import random
 import socket
+import time
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -645,6 +646,32 @@ def blocking_and_async(comm: Any) -> list[bytes]:
 def test_blocking_and_async_mix(run_ranks: Any, nodes: tuple[int, ...], chunk: int) -> None:
     results = run_ranks(blocking_and_async, len(nodes), env=Environment(Layout("mix", nodes, chunk=chunk)))
     assert all(result == results[0] for result in results)
+
+
+# --- barriers ---
+
+
+def late_in_turn(comm: Any) -> list[tuple[float, float]]:
+    """When this rank came to a barrier and when it left, for each rank that came late to one."""
+    times = []
+    for late in range(comm.nranks):
+        comm.barrier()
+        if comm.rank == late:
+            time.sleep(0.3)
+        came = time.monotonic()
+        comm.barrier()
+        times.append((came, time.monotonic()))
+    return times
+
+
+@pytest.mark.parametrize("nodes", [(0, 1, 2), (0, 0, 1, 1), (0, 0, 1, 1, 2, 2)], ids=str)
+def test_nobody_leaves_a_barrier_before_the_last_has_come(run_ranks: Any, nodes: tuple[int, ...]) -> None:
+    """Nor does a rank leave before one of another node that is no leader there. All ranks have this machine's clock."""
+    results = run_ranks(late_in_turn, len(nodes), env=Environment(Layout("barrier", nodes)))
+    for late, of_ranks in enumerate(zip(*results)):
+        last = max(came for came, _ in of_ranks)
+        early = [rank for rank, (_, left) in enumerate(of_ranks) if left < last]
+        assert not early, f"ranks {early} left before rank {late} had come"
 
 
 # --- past 4 GiB ---

@@ -77,7 +77,7 @@ static void *pop_all(void *arg) {
   struct popper *p = arg;
   uint64_t token;
   hfreduceResult_t r;
-  while ((r = hfreduceCompletionQueuePop(p->queue, 0.01, &token)) != hfreduceAborted)
+  while ((r = hfreduceCompletionQueuePop(p->queue, -1, &token)) != hfreduceAborted)
     if (r == hfreduceSuccess && token < WORKS) {
       p->seen[token]++;
       p->taken++;
@@ -97,6 +97,7 @@ static int queues(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   OK(hfreduceCompletionQueueCreate(&p.queue));
   uint64_t token;
   WANT(hfreduceCompletionQueuePop(p.queue, 0, &token) == hfreduceInProgress);
+  WANT(hfreduceCompletionQueuePop(p.queue, 0.01, &token) == hfreduceInProgress);
   for (int i = 0; i < 3; i++) WANT(pthread_create(&thread[i], NULL, pop_all, &p) == 0);
   for (int i = 0; i < WORKS; i++) {
     for (int j = 0; j < 64; j++) x[i][j] = 1;
