@@ -59,6 +59,12 @@ def mutate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=100)
 
 
+def test_no_entry_is_stale() -> None:
+    """Each place is in the code exactly once. Where one is not, somebody has changed the code: the entry changes with it, or goes."""
+    done = mutate("--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     tree = tmp_path / "tree"
