@@ -66,6 +66,7 @@ class BuildCore(build_ext):
         generated.parent.mkdir(parents=True, exist_ok=True)
         ffi = FFI()
         ffi.cdef("".join(declarations(header) for header in (HEADER, *SHORT_WAYS)))
+        ffi.cdef('extern "Python" int hfr_python_interrupted(void *);')  # hfreduce/waiting.py
         ffi.set_source("hfreduce._core", "".join(f"#include <{header.name}>\n" for header in SHORT_WAYS))
         ffi.emit_c_code(str(generated))
         (extension,) = self.extensions

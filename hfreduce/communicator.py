@@ -22,8 +22,8 @@ from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageErr
 from hfreduce.params import default_timeout
 from hfreduce.types import DTYPE_NAMES, OPS, dtype_code, numpy_dtype, op_code
 from hfreduce.unique_id import UniqueId
-from hfreduce.waiting import PATIENCE, leave
-from hfreduce.work import Sender, Work, reap
+from hfreduce.waiting import PATIENCE, join, leave
+from hfreduce.work import Sender, Work, reap, salvage, take
 
 # Bound once: the fast paths make no attribute chain.
 _ndarray = np.ndarray
@@ -101,8 +101,10 @@ def _destroy(handle: Any, running: deque[Work], pid: int) -> None:
     """Leave and free. Runs at close, when a communicator is dropped, or at exit; a forked child leaves its parent's alone."""
     if os.getpid() != pid:
         return
-    if running and getattr(sys, "last_value", None) is not None and not all(work.done() for work in tuple(running)):
-        lib.hfreduceCommAbort(handle)  # the program died of an exception: what still runs would wait for peers until the deadline
+    # The program died of an exception, or a signal handler's ended the wait: nobody will wait for it again.
+    died = getattr(sys, "last_value", None) is not None
+    if running and any((died or work.interrupted) and not work.done() for work in tuple(running)):
+        lib.hfreduceCommAbort(handle)
     try:
         leave(handle)
     finally:
@@ -180,7 +182,8 @@ class Communicator:
 
         unique_id: the 128 bytes from `get_unique_id` of one rank, sent to all (may be None if nranks is 1). timeout:
         seconds that an operation may take (None: HFREDUCE_TIMEOUT, else 1800); joining may take HFREDUCE_JOIN_TIMEOUT seconds
-        (300), and no more than timeout. name: appears in errors and logs.
+        (300), and no more than timeout. name: appears in errors and logs. An exception of a signal handler (KeyboardInterrupt) ends
+        the call; those who have joined then get AbortedError.
         """
         self._handle: Any = _NULL
         rank, nranks = _integer(rank, "rank"), _integer(nranks, "nranks")
@@ -198,7 +201,7 @@ class Communicator:
             raise InvalidArgumentError("unique_id: None is for a single rank; send get_unique_id() of one rank to all of them")
         config, keep = _config(seconds, name)
         handle = ffi.new("hfreduceComm_t *")
-        check(lib.hfreduceCommInitRankConfig(handle, nranks, raw[0], rank, config))
+        check(join(config, handle, lambda: lib.hfreduceCommInitRankConfig(handle, nranks, raw[0], rank, config)))
         del keep
         self._adopt(handle[0], seconds)
 
@@ -688,14 +691,16 @@ class Communicator:
     ) -> Communicator | None:
         """Make new communicators, one a color, their ranks ordered by (key, rank). Collective.
 
-        color None or -1: take part in the call but in no new communicator; the result is then None. timeout None: this one's.
+        color None or -1: take part in the call but in no new communicator; the result is then None. timeout None: this one's. An
+        exception of a signal handler ends the call, and aborts this communicator unless all ranks' colors were known.
         """
         color = -1 if color is None else _integer(color, "color")
         seconds = self._timeout if timeout is None else _seconds(timeout)
         config, keep = _config(seconds, name)
         handle = ffi.new("hfreduceComm_t *")
         mine = self._open()
-        code = lib.hfreduceCommSplit(mine, color, _integer(key, "key"), handle, config)
+        place = _integer(key, "key")
+        code = join(config, handle, lambda: lib.hfreduceCommSplit(mine, color, place, handle, config))
         if code:
             raise self._failure(code)
         del keep
@@ -725,7 +730,8 @@ class Communicator:
         config, keep = _config(seconds, name)
         handle = ffi.new("hfreduceComm_t *")
         flags = lib.hfreduceShrinkAbort if abort else lib.hfreduceShrinkDefault
-        check(lib.hfreduceCommShrink(self._open(), ffi.new("int[]", ranks), len(ranks), handle, config, flags))
+        mine, left_out = self._open(), ffi.new("int[]", ranks)
+        check(join(config, handle, lambda: lib.hfreduceCommShrink(mine, left_out, len(ranks), handle, config, flags)))
         del keep
         comm = Communicator.__new__(Communicator)
         comm._adopt(handle[0], seconds)
@@ -791,7 +797,7 @@ class Communicator:
             code = function(*arguments, handle, where)
             if code:
                 raise self._failure(code, stream)
-            outer.add(keep, result)
+            outer.add(keep, result, self._running)
             return result
         code = lib.hfreduceGroupStart()
         if code:
@@ -812,15 +818,11 @@ class Communicator:
 
     def _salvage(self, keep: Any, result: Any) -> None:
         """A signal handler raised as a blocking call came back: what it left running goes on as async work, and keeps its arrays."""
-        work = ffi.new("hfreduceWork_t *")
-        if lib.hfreduceTakeWork(work) == 0:
-            Work(work[0], keep, result, self._running)
+        salvage(keep, result, self._running)
 
     def _wait_out(self, keep: Any, result: Any) -> Any:
         """Wait for what the C call began and has not ended; an exception from a signal handler leaves it running, as async work."""
-        work = ffi.new("hfreduceWork_t *")
-        check(lib.hfreduceTakeWork(work))
-        return Work(work[0], keep, result, self._running).wait()
+        return take(keep, result, self._running).wait()
 
     def _open(self) -> Any:
         """The handle, or InvalidUsageError when closed."""

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from hfreduce._ffi import ffi, lib
-from hfreduce.errors import InvalidUsageError, last_error
-from hfreduce.work import Work, settle
+from hfreduce.errors import HfreduceError, InvalidUsageError, last_error
+from hfreduce.work import Work, salvage, settle, take
 
 #: Threads that are inside a group. The communicators' fast path only asks whether it is empty.
 open_groups: set[int] = set()
@@ -27,7 +27,7 @@ def current() -> Group | None:
 class Group:
     """Context manager: the calls inside are launched together at the end of the outermost group of this thread.
 
-    Leaving it waits for all of them; with async_op=True `work` is then their common Work. Calls inside take no async_op.
+    Leaving it waits for all of them, which go on if a signal handler raises; with async_op=True `work` is then their common Work. Calls inside take no async_op.
     `results` has what each call of the outermost group gives, in order of issue; it is defined once they have ended.
     Groups nest and may span several communicators. When the body raises, or that of a group inside, nothing is launched.
     """
@@ -38,12 +38,15 @@ class Group:
         self._async_op = async_op
         self._running = _running if running is None else running
         self._keep: list[Any] = []
+        self._all: list[deque[Work]] = []  # the works of each communicator
         self._given_up: BaseException | None = None  # what the body of a group inside this one raised
 
-    def add(self, keep: Any, result: Any) -> None:
-        """Hold a call's buffers until the group has ended."""
+    def add(self, keep: Any, result: Any, running: deque[Work]) -> None:
+        """Hold a call's buffers until the group has ended. running: the works of its communicator."""
         self._keep.append(keep)
         self.results.append(result)
+        if all(running is not known for known in self._all):
+            self._all.append(running)
 
     def __enter__(self) -> Group:
         stack: list[Group] | None = getattr(_local, "stack", None)
@@ -68,6 +71,7 @@ class Group:
         if not stack:
             open_groups.discard(threading.get_ident())
         keep, self._keep = self._keep, []
+        communicators, self._all = self._all, []
         if error is not None:
             lib.hfreduceGroupCancel(lib.hfreduceInvalidUsage)
             lib.hfreduceGroupEnd()
@@ -87,9 +91,26 @@ class Group:
                 raise last_error(code)
             self.work = Work(handle[0], keep, self.results, self._running)
         else:
+            self._launch_and_wait(keep, communicators)
+
+    def _launch_and_wait(self, keep: Any, communicators: list[deque[Work]]) -> None:
+        work: Work | None = None
+        try:
             code = lib.hfreduceGroupEnd()
-            if code:
-                raise last_error(code)
+            if code == lib.hfreduceInProgress:
+                work = take(keep, self.results, self._running)
+                self.results = work.wait()
+        except HfreduceError:
+            raise
+        except BaseException:
+            work = work or salvage(keep, self.results, self._running)
+            for running in communicators:  # each is told when it is closed
+                if work is not None and running is not self._running:
+                    running.append(work)
+            raise
+        if code not in (lib.hfreduceSuccess, lib.hfreduceInProgress):
+            raise last_error(code)
+        if work is None:
             settle(self.results)
 
 

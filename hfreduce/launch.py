@@ -26,15 +26,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from hfreduce import sealing
+from hfreduce._ffi import lib
 from hfreduce.communicator import Communicator, _seconds
 from hfreduce.errors import DeadlineError, InvalidArgumentError, InvalidUsageError
-from hfreduce.params import default_timeout, join_timeout
+from hfreduce.params import default_timeout, join_timeout, warn_after
 from hfreduce.unique_id import UniqueId, get_unique_id
 
 Environment = Mapping[str, str]
+_T = TypeVar("_T")
 
 # Calls of init in this process so far: the n-th call of each rank belongs together.
 _calls = 0
@@ -182,7 +184,7 @@ def _init_torchrun(launch: Launch, tag: int, timeout: float) -> Communicator:
         unique_id = _make_id(launch)
         store.set(key, sealing.to_text(unique_id, sealing.job_key()))
     else:
-        unique_id = sealing.from_text(store.get(key).decode(), sealing.job_key())
+        unique_id = sealing.from_text(text_in_store(store, key, launch.rank, join_timeout(timeout)), sealing.job_key())
     return _join(launch, unique_id, timeout)
 
 
@@ -367,18 +369,40 @@ def _read_id(path: str, launch: Launch, timeout: float) -> UniqueId:
     return _poll(
         lambda: _parse_id(path),
         timeout,
+        f"rank {launch.rank} waits for rank 0 to leave the unique id in {path}",
         f"rank 0 of {launch.launcher}'s {launch.nranks} ranks did not leave the unique id in {path} within {timeout} s: "
         "it did not call hfreduce.init(), has died, or sees another file system",
     )
 
 
-def _poll(read: Callable[[], UniqueId], timeout: float, message: str) -> UniqueId:
-    end, pause = time.monotonic() + timeout, 0.001
+def text_in_store(store: Any, key: str, rank: int, timeout: float) -> str:
+    """The unique id, as text, that rank 0 puts into a store of torch's. Waits in Python: in the store's own wait signals are not handled."""
+
+    def read() -> str:
+        if not store.check([key]):
+            raise FileNotFoundError(key)
+        return str(store.get(key).decode())
+
+    return _poll(
+        read,
+        timeout,
+        f"rank {rank} waits for rank 0 to put the unique id into torch's store",
+        f"rank 0 did not put the unique id into torch's store within {timeout:g} s: it did not come here, or has died",
+    )
+
+
+def _poll(read: Callable[[], _T], timeout: float, waits: str, message: str) -> _T:
+    """What `read` gives, once it does not raise FileNotFoundError. waits: said while that lasts; message: of the DeadlineError."""
+    begin, pause, speaks = time.monotonic(), 0.001, warn_after()
     while True:
         try:
             return read()
         except FileNotFoundError:
-            if time.monotonic() > end:
+            seconds = time.monotonic() - begin
+            if seconds > timeout:
                 raise DeadlineError(message, op="init", phase="connect") from None
+        if 0 < speaks <= seconds:
+            lib.hfreduceLog(lib.hfreduceLogWarn, f"{waits} ({seconds:.0f} s of {timeout:g} s)".encode())
+            speaks *= 2
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)

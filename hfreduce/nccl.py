@@ -21,8 +21,8 @@ from hfreduce._ffi import ffi, lib
 from hfreduce.errors import HfreduceError, last_error, text
 from hfreduce.unique_id import UniqueId
 from hfreduce.unique_id import get_unique_id as _new_unique_id
-from hfreduce.waiting import PATIENCE, leave
-from hfreduce.work import Work
+from hfreduce.waiting import PATIENCE, join, leave
+from hfreduce.work import salvage, take
 
 __all__ = [
     "NCCL_AVG",
@@ -185,7 +185,7 @@ class _Group(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
-        self.joins: list[Callable[[], None]] = []
+        self.joins: list[Callable[..., None]] = []
         self.held: list[NcclCommunicator] = []
 
 
@@ -218,31 +218,61 @@ def groupEnd() -> None:
             lib.hfreduceGroupCancel(lib.hfreduceInvalidUsage)
             lib.hfreduceGroupEnd()
             raise
-        _check(lib.hfreduceGroupEnd())
+        _check(_waiting(held, lib.hfreduceGroupEnd))
     finally:
         for comm in held:
             comm._leave()
 
 
-def _together(joins: Sequence[Callable[[], None]]) -> None:
-    """Call each in a thread of its own, for each waits for the others; raise the first error."""
+def _waiting(comms: Sequence[NcclCommunicator], call: Callable[..., int], *arguments: Any) -> int:
+    """The result of a C call that waits. If a signal handler's exception leaves it running, the communicators are aborted.
+
+    For the caller's buffers are only addresses here, and may go.
+    """
+    work = None
+    try:
+        code = call(*arguments)
+        if code == lib.hfreduceInProgress:
+            work = take(comms, None, deque())
+            work.wait()
+            return int(lib.hfreduceSuccess)
+        return code
+    except HfreduceError as error:
+        raise _error(error) from None
+    except BaseException:
+        if work is not None or salvage(comms, None, deque()) is not None:
+            for comm in comms:
+                if comm._handle != _NULL:
+                    lib.hfreduceCommAbort(comm._handle)
+        raise
+
+
+def _together(joins: Sequence[Callable[..., None]]) -> None:
+    """Call each in a thread of its own, for each waits for the others; raise the first error. A signal handler's ends them."""
     if len(joins) < 2:
         for join in joins:
             join()
         return
     errors: list[BaseException | None] = [None] * len(joins)
+    stop = threading.Event()
 
     def run(i: int) -> None:
         try:
-            joins[i]()
+            joins[i](stop=stop)
         except BaseException as error:
             errors[i] = error
 
     threads = [threading.Thread(target=run, args=(i,), name=f"hfreduce-join-{i}") for i in range(len(joins))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
     for error in errors:
         if error is not None:
             raise error
@@ -302,6 +332,9 @@ class NcclCommunicator:
     wrong argument and after `destroy` (nothing was sent); NCCL_ERROR_INVALID_USAGE where ranks called different operations,
     NCCL_ERROR_REMOTE_ERROR where a peer was lost or has aborted, NCCL_ERROR_TIMEOUT where one did not come by the deadline (after
     these the communicator is broken: destroy it).
+
+    An exception of a signal handler (KeyboardInterrupt) ends what waits: what joins gives up, and a communicator whose operation
+    ran is aborted.
 
     One thread at a time uses a communicator; only `abort` and `check_async_error` may be called beside.
     """
@@ -382,7 +415,7 @@ class NcclCommunicator:
 
     # --- joining and leaving ---
 
-    def _begin(self, join: Callable[[], None]) -> None:
+    def _begin(self, join: Callable[..., None]) -> None:
         if _group.depth:
             _group.joins.append(join)
             self._enter()
@@ -390,21 +423,25 @@ class NcclCommunicator:
         else:
             join()
 
-    def _join(self, ndev: int, unique_id: UniqueId, rank: int, config: NcclConfig | None) -> None:
+    def _join(
+        self, ndev: int, unique_id: UniqueId, rank: int, config: NcclConfig | None, stop: threading.Event | None = None
+    ) -> None:
         settings, keep = (NcclConfig() if config is None else config)._fill()
         raw = ffi.new("hfreduceUniqueId *")
         ffi.memmove(raw, unique_id, ffi.sizeof("hfreduceUniqueId"))
         handle = ffi.new("hfreduceComm_t *")
-        _check(lib.hfreduceCommInitRankConfig(handle, ndev, raw[0], rank, settings))
+        _check(join(settings, handle, lambda: lib.hfreduceCommInitRankConfig(handle, ndev, raw[0], rank, settings), stop))
         del keep
         self._adopt(handle[0])
 
-    def _split(self, color: int, key: int, new: NcclCommunicator, config: NcclConfig | None) -> None:
-        settings, keep = (_NULL, None) if config is None else config._fill()
+    def _split(
+        self, color: int, key: int, new: NcclCommunicator, config: NcclConfig | None, stop: threading.Event | None = None
+    ) -> None:
+        settings, keep = (NcclConfig() if config is None else config)._fill()
         made = ffi.new("hfreduceComm_t *")
         handle = self._enter()
         try:
-            _check_on(handle, lib.hfreduceCommSplit(handle, color, key, made, settings))
+            _check_on(handle, join(settings, made, lambda: lib.hfreduceCommSplit(handle, color, key, made, settings), stop))
         finally:
             self._leave()
         del keep
@@ -496,26 +533,13 @@ class NcclCommunicator:
         handle = self._enter()
         queued = False
         try:
-            code = function(*arguments, handle, where)
-            if code == lib.hfreduceInProgress:
-                self._wait_out()
-            else:
-                _check_on(handle, code)
+            _check_on(handle, _waiting((self,), function, *arguments, handle, where))
             queued = _group.depth > 0
         finally:
             if queued:
                 _group.held.append(self)
             else:
                 self._leave()
-
-    def _wait_out(self) -> None:
-        """Wait for what the C call began and has not ended."""
-        work = ffi.new("hfreduceWork_t *")
-        _check(lib.hfreduceTakeWork(work))
-        try:
-            Work(work[0], self, None, deque()).wait()
-        except HfreduceError as error:
-            raise _error(error) from None
 
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
         """Reduce `count` elements of all ranks' sendbuf with op into every rank's recvbuf."""

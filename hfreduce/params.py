@@ -38,6 +38,11 @@ def join_timeout(timeout: float) -> float:
     return min(_seconds("HFREDUCE_JOIN_TIMEOUT"), timeout)
 
 
+def warn_after() -> float:
+    """Seconds after which a wait says whom it waits for, and again at doubling intervals; 0: never."""
+    return float(next(param.value for param in params() if param.name == "HFREDUCE_WARN_AFTER"))
+
+
 def _seconds(name: str) -> float:
     param = next(param for param in params() if param.name == name)
     return float(param.value) or float(param.preset)

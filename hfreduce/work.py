@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 from hfreduce._ffi import ffi, lib
-from hfreduce.errors import HfreduceError, InProgressError, InvalidArgumentError, from_info
+from hfreduce.errors import HfreduceError, InProgressError, InvalidArgumentError, check, from_info
 
 # A wait is cut into slices of so many seconds, between which Python runs signal handlers: Ctrl-C ends a wait.
 _SLICE = 0.25
@@ -60,7 +60,7 @@ class Work:
     tell of the host's side.
     """
 
-    __slots__ = ("__weakref__", "_error", "_handle", "_keep", "_ordered", "_result")
+    __slots__ = ("__weakref__", "_error", "_handle", "_keep", "_ordered", "_result", "interrupted")
 
     def __init__(self, handle: Any, keep: Any, result: Any, running: deque[Work], *, ordered: bool = False) -> None:
         """ordered: it runs on a stream."""
@@ -69,6 +69,7 @@ class Work:
         self._result = result
         self._ordered = ordered
         self._error: HfreduceError | None = None
+        self.interrupted = False  # a signal handler's exception ended the last wait for it
         reap(running)
         running.append(self)
 
@@ -85,27 +86,36 @@ class Work:
 
         timeout: seconds; when they pass, InProgressError (a TimeoutError) is raised and the operation goes on. None: until
         the operation's own deadline, after which it fails with DeadlineError. An operation that failed raises its error,
-        again at each call.
+        again at each call. An exception of a signal handler ends the wait, and the operation goes on; but closing the communicator
+        then aborts it, unless it is waited for again.
         """
         if timeout is not None and not timeout >= 0:
             raise InvalidArgumentError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
         if self._ordered and timeout is None:
             self.done()
         elif self._keep is not None:
-            end = None if timeout is None else time.monotonic() + timeout
-            while True:
-                left = _SLICE if end is None else min(_SLICE, max(0.0, end - time.monotonic()))
-                code = lib.hfreduceWorkWait(self._handle, left)
-                if code != lib.hfreduceInProgress:
-                    self._end(code)
-                    break
-                if end is not None and time.monotonic() >= end:
-                    raise InProgressError(
-                        f"the operation had not ended after {timeout} s; it goes on (its own deadline is longer)"
-                    )
+            self.interrupted = False
+            try:
+                self._wait(timeout)
+            except InProgressError:
+                raise
+            except BaseException:
+                self.interrupted = True
+                raise
         if self._error is not None:
             raise self._error
         return self._result
+
+    def _wait(self, timeout: float | None) -> None:
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = _SLICE if end is None else min(_SLICE, max(0.0, end - time.monotonic()))
+            code = lib.hfreduceWorkWait(self._handle, left)
+            if code != lib.hfreduceInProgress:
+                self._end(code)
+                return
+            if end is not None and time.monotonic() >= end:
+                raise InProgressError(f"the operation had not ended after {timeout} s; it goes on (its own deadline is longer)")
 
     def done(self) -> bool:
         """Whether the operation has ended, well or badly. Does not wait."""
@@ -134,3 +144,20 @@ class Work:
     def __repr__(self) -> str:
         state = "running" if not self.done() else "done" if self._error is None else f"failed: {self._error}"
         return f"<hfreduce.Work {state}>"
+
+
+def take(keep: Any, result: Any, running: deque[Work]) -> Work:
+    """The work of this thread's blocking call that came back before its end."""
+    handle = ffi.new("hfreduceWork_t *")
+    check(lib.hfreduceTakeWork(handle))
+    return Work(handle[0], keep, result, running)
+
+
+def salvage(keep: Any, result: Any, running: deque[Work]) -> Work | None:
+    """A signal handler raised as a blocking call came back: what it left running goes on as async work, and keeps its arrays."""
+    handle = ffi.new("hfreduceWork_t *")
+    if lib.hfreduceTakeWork(handle):
+        return None
+    work = Work(handle[0], keep, result, running)
+    work.interrupted = True
+    return work

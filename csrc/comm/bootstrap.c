@@ -22,7 +22,15 @@
 
 #define CANCEL_MS 100 /* how often somebody who waits looks whether he is still wanted */
 
-static int cancelled(const struct hfreduceComm *c) { return c->cancel && __atomic_load_n(c->cancel, __ATOMIC_ACQUIRE); }
+/* Shall joining end? Asks at intervals, without a lock. */
+static int cancelled(struct hfreduceComm *c) {
+  if (c->cancel && __atomic_load_n(c->cancel, __ATOMIC_ACQUIRE)) return 1;
+  if (!c->asks || c->interrupted) return c->interrupted;
+  int64_t now = hfr_now_ns();
+  if (now - c->asked_ns < CANCEL_MS * 1000000ll / 2) return 0;
+  c->asked_ns = now;
+  return c->interrupted = c->asks(c->asks_arg) != 0;
+}
 
 /* Wait until the descriptor is ready; a while at most, for callers look for more than that. 0: the deadline has passed. */
 static int wait_fd(const struct hfreduceComm *c, int fd, int events, int64_t deadline_ns) {
@@ -30,12 +38,13 @@ static int wait_fd(const struct hfreduceComm *c, int fd, int events, int64_t dea
   if (left <= 0) return 0;
   struct pollfd p = {fd, (short)events, 0};
   int ms = left < 1000000000 ? (int)(left / 1000000 + 1) : 1000;
-  poll(&p, 1, c->cancel && ms > CANCEL_MS ? CANCEL_MS : ms);
+  poll(&p, 1, (c->cancel || c->asks) && ms > CANCEL_MS ? CANCEL_MS : ms);
   return 1;
 }
 
 static hfreduceResult_t fail_cancelled(const struct hfreduceComm *c) {
-  hfr_fail(hfreduceAborted, "rank %d gave up joining: its communicator was aborted before all ranks were there", c->rank);
+  hfr_fail(hfreduceAborted, "rank %d gave up joining: its %s before all ranks were there", c->rank,
+           c->interrupted ? "program was interrupted" : "communicator was aborted");
   hfr_last_error()->peer = c->rank;
   snprintf(hfr_last_error()->op, sizeof hfr_last_error()->op, "init");
   return hfreduceAborted;
@@ -610,10 +619,12 @@ static hfreduceResult_t bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
     hfr_runtime_linger(&c->uid, 1000000000); /* the ranks contradict each other: all should hear it */
   if (!r) r = adopt_table(c, table);
   free(table);
+  if (!r) r = get_arena(c, deadline_ns);
+  if (!r) r = start_engine(c);
+  if (!r) r = ready_go(c, deadline_ns);
+  if (r == hfreduceAborted && cancelled(c)) /* those that have control connections need not wait for the deadline */
+    hfr_runtime_flood(c, HFR_FRAME_ERROR, hfr_last_error(), sizeof(hfreduceErrorInfo_t), -1);
   HFR_TRY(r);
-  HFR_TRY(get_arena(c, deadline_ns));
-  HFR_TRY(start_engine(c));
-  HFR_TRY(ready_go(c, deadline_ns));
   if (c->arena.fd >= 0) close(c->arena.fd); /* the mapping is enough */
   c->arena.fd = -1;
   HFR_INFO("communicator %s: rank %d of %d, local %d of %d, node %d of %d", c->name, c->rank, c->nranks, c->layout.local,

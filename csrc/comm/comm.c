@@ -116,6 +116,15 @@ void hfr_comm_dispose(struct hfreduceComm *c) {
   free_comm(c);
 }
 
+static hfreduceResult_t check_config(const hfreduceConfig_t *config) {
+  if (config && (config->size != sizeof *config || config->magic != CONFIG_MAGIC))
+    return hfr_fail(hfreduceInvalidArgument,
+                    "hfreduceCommInitRankConfig: the config was not filled by hfreduceConfigInit of this version");
+  if (config && !(config->timeout >= 0))
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRankConfig: timeout is %g s; it must be positive", config->timeout);
+  return hfreduceSuccess;
+}
+
 static hfreduceResult_t check_init(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank,
                                    const hfreduceConfig_t *config, struct hfr_uid *uid) {
   if (!comm) return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRank: comm is NULL");
@@ -129,12 +138,7 @@ static hfreduceResult_t check_init(hfreduceComm_t *comm, int nranks, const hfred
     return hfr_fail(
         hfreduceInvalidArgument,
         "hfreduceCommInitRank: the unique id was not made by hfreduceGetUniqueId or hfreduceUniqueIdFromAddress of this version");
-  if (config && (config->size != sizeof *config || config->magic != CONFIG_MAGIC))
-    return hfr_fail(hfreduceInvalidArgument,
-                    "hfreduceCommInitRankConfig: the config was not filled by hfreduceConfigInit of this version");
-  if (config && !(config->timeout >= 0))
-    return hfr_fail(hfreduceInvalidArgument, "hfreduceCommInitRankConfig: timeout is %g s; it must be positive", config->timeout);
-  return hfreduceSuccess;
+  return check_config(config);
 }
 
 /* A parameter of 0 s is its preset. */
@@ -167,6 +171,8 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
   else
     snprintf(c->name, sizeof c->name, "%016llx", (unsigned long long)uid.comm_id);
   c->cancel = config ? config->cancel : NULL;
+  c->asks = config ? config->interrupted : NULL;
+  c->asks_arg = config ? config->interrupted_arg : NULL;
   c->devices = hfr_device_present();
   c->whole = whole;
   c->partner = -1;
@@ -186,6 +192,7 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
   }
   c->cancel = NULL;
   if (!whole) hfr_handle_open(c, nranks);
+  c->asks = NULL;
   *comm = c;
   return hfreduceSuccess;
 }
@@ -490,9 +497,9 @@ static int by_key(const void *a, const void *b) {
 hfreduceConfig_t hfr_comm_heir(struct hfreduceComm *comm, const hfreduceConfig_t *config) {
   hfreduceConfig_t heir;
   hfreduceConfigInit(&heir);
-  heir.timeout = comm->timeout;
-  heir.device = comm->device;
   if (config) heir = *config;
+  if (heir.timeout == 0) heir.timeout = comm->timeout;
+  if (heir.device < 0) heir.device = comm->device;
   if (!heir.cancel) heir.cancel = (const int *)&comm->handle.leaving;
   return heir;
 }
@@ -503,18 +510,21 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
   *newcomm = NULL;
   if (color < -1)
     return hfr_fail(hfreduceInvalidArgument, "hfreduceCommSplit: color is %d; it must be 0 or more, or -1 for none", color);
+  HFR_TRY(check_config(config));
+  hfreduceConfig_t settings = hfr_comm_heir(comm, config);
+  hfreduceUniqueId id = {{0}};
   int n = comm->nranks, members = 0, mine = -1;
   struct split_entry me = {color, key, comm->rank, 0}, *all = calloc((size_t)n, sizeof *all);
-  hfreduceUniqueId *ids = calloc((size_t)n, sizeof *ids), id = {{0}};
+  hfreduceUniqueId *ids = calloc((size_t)n, sizeof *ids);
   if (!all || !ids) {
     free(all);
     free(ids);
     return hfr_fail(hfreduceSystemError, "out of memory for a split of %d ranks", n);
   }
   /* Who goes where, then the new ids from each group's first rank: both over the communicator itself. */
-  int64_t limit_ns = (int64_t)(join_timeout(config && config->timeout > 0 ? config->timeout : comm->timeout) * 1e9);
+  int64_t limit_ns = (int64_t)(join_timeout(settings.timeout) * 1e9);
   atomic_store_explicit(&comm->engine.purpose, "split", memory_order_relaxed);
-  hfreduceResult_t r = hfr_gather_now(comm, &me, all, sizeof me, limit_ns);
+  hfreduceResult_t r = hfr_gather_now(comm, &me, all, sizeof me, limit_ns, &settings);
   for (int i = 0; !r && i < n; i++)
     if (all[i].color == color && color >= 0) all[members++] = all[i];
   qsort(all, (size_t)members, sizeof *all, by_key);
@@ -522,12 +532,9 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
     if (all[i].rank == comm->rank) mine = i;
   int first = members ? all[0].rank : -1;
   if (!r && first == comm->rank) r = new_id(&id, comm->uid.local);
-  if (!r) r = hfr_gather_now(comm, &id, ids, sizeof id, limit_ns);
+  if (!r) r = hfr_gather_now(comm, &id, ids, sizeof id, limit_ns, &settings);
   atomic_store_explicit(&comm->engine.purpose, NULL, memory_order_relaxed);
-  if (!r && members) {
-    hfreduceConfig_t settings = hfr_comm_heir(comm, config);
-    r = init_rank(newcomm, members, &ids[first], mine, &settings, whole);
-  }
+  if (!r && members) r = init_rank(newcomm, members, &ids[first], mine, &settings, whole);
   free(all);
   free(ids);
   return r;
@@ -549,5 +556,7 @@ hfreduceResult_t hfr_comm_split_half(struct hfreduceComm *whole, int color, stru
   config.timeout = whole->timeout;
   config.name = name;
   config.cancel = whole->cancel;
+  config.interrupted = whole->asks;
+  config.interrupted_arg = whole->asks_arg;
   return split(whole, color, whole->rank, half, &config, whole);
 }

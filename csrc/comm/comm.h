@@ -63,8 +63,12 @@ struct hfreduceComm {
   hfreduceConfig_t config;
   double timeout, join_timeout; /* seconds: of an operation; of joining, which is no more */
   const int *cancel;            /* the config's, while joining */
-  int64_t join_ns, speak_ns;    /* when joining began, and when it says next whom it waits for (0: not looked up yet) */
-  struct hfr_shrunk *shrunk;    /* what it was shrunk to (shrink.c) */
+  int (*asks)(void *arg);       /* the config's `interrupted`, while joining, and its argument */
+  void *asks_arg;
+  int64_t asked_ns;          /* when it was called last */
+  int interrupted;           /* it has said so */
+  int64_t join_ns, speak_ns; /* when joining began, and when it says next whom it waits for (0: not looked up yet) */
+  struct hfr_shrunk *shrunk; /* what it was shrunk to (shrink.c) */
   _Atomic int closing;
   /* control connections: rank 0 has one to each rank, the others one to rank 0 ([0]). Under the runtime's lock. */
   struct hfr_conn *control;
@@ -179,7 +183,10 @@ hfreduceResult_t hfr_call_leave(hfreduceComm_t comm, int coll, hfreduceResult_t 
 /* Take a checked call: into the thread's open group, or launch it and wait; or put it into its stream's order. */
 hfreduceResult_t hfr_issue(struct hfreduceComm *comm, const struct hfr_call *call, hfreduceStream_t stream);
 /* Calls on host memory that the library makes for itself: they run now, though the thread may have a group open, and to their
-   end. The caller is inside, or the communicator is nobody's yet. limit_ns: the deadline; 0: the communicator's. */
-hfreduceResult_t hfr_gather_now(struct hfreduceComm *comm, const void *mine, void *all, size_t bytes, int64_t limit_ns);
+   end. The caller is inside, or the communicator is nobody's yet. limit_ns: the deadline; 0: the communicator's. config: whose
+   `interrupted` is asked meanwhile (NULL: nobody is); when it says so, comm is aborted, for its ranks no longer agree on what
+   comes next. */
+hfreduceResult_t hfr_gather_now(struct hfreduceComm *comm, const void *mine, void *all, size_t bytes, int64_t limit_ns,
+                                const hfreduceConfig_t *config);
 hfreduceResult_t hfr_min_now(struct hfreduceComm *comm, uint64_t *value);
 #endif

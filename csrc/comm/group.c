@@ -304,11 +304,43 @@ static hfreduceResult_t run_blocking(struct grouped *g, int n) {
 /* What a blocking call of this thread lost patience with, until it is taken. */
 static _Thread_local struct hfreduceWork *pending;
 
-static hfreduceResult_t leave_pending(struct hfreduceComm *c, const struct hfr_call *call, struct hfreduceWork *w) {
-  if (call->coll != HFR_P2P) hfr_comm_goes_on(c, w);
+static hfreduceResult_t set_pending(struct hfreduceWork *w) {
   if (pending) hfr_work_put(pending);
   pending = w;
   return hfreduceInProgress;
+}
+
+static hfreduceResult_t leave_pending(struct hfreduceComm *c, const struct hfr_call *call, struct hfreduceWork *w) {
+  if (call->coll != HFR_P2P) hfr_comm_goes_on(c, w);
+  return set_pending(w);
+}
+
+/* The patience of all the calls' communicators; 0: one has none. */
+static int64_t common_patience(const struct grouped *g, int n) {
+  int64_t least = INT64_MAX;
+  for (int i = 0; i < n; i++)
+    if (g[i].comm->engine.patience_ns < least) least = g[i].comm->engine.patience_ns;
+  return least;
+}
+
+/* As run_blocking, with that patience. */
+static hfreduceResult_t run_group(struct grouped *g, int n) {
+  int64_t patience = common_patience(g, n);
+  struct hfreduceWork *w;
+  if (!patience) return run_blocking(g, n);
+  HFR_TRY(launch(g, n, 0, &w));
+  int64_t end = hfr_now_ns() + patience;
+  int done = (int)atomic_load_explicit(&w->done, memory_order_acquire);
+  if (!done && w->engine) {
+    done = hfr_drive_until(w->engine, w, end);
+  } else if (!done) {
+    for (int i = 0; i < n; i++) hfr_drive_async(&g[i].comm->engine);
+    done = hfr_work_wait(w, end);
+  }
+  if (done) return conclude(w);
+  for (int i = 0; i < n; i++)
+    if (g[i].enter && g[i].coll) hfr_comm_goes_on(g[i].comm, w);
+  return set_pending(w);
 }
 
 static hfreduceResult_t run_patiently(struct hfreduceComm *c, const struct hfr_call *call) {
@@ -379,12 +411,21 @@ hfreduceResult_t hfr_issue(struct hfreduceComm *c, const struct hfr_call *call, 
   return remember(&(struct grouped){.comm = c, .call = *call});
 }
 
-hfreduceResult_t hfr_gather_now(struct hfreduceComm *c, const void *mine, void *all, size_t bytes, int64_t limit_ns) {
+#define ASK_NS 100000000ll
+
+hfreduceResult_t hfr_gather_now(struct hfreduceComm *c, const void *mine, void *all, size_t bytes, int64_t limit_ns,
+                                const hfreduceConfig_t *config) {
   struct grouped one = {
       .comm = c,
       .limit_ns = limit_ns,
       .call = {.coll = HFR_ALL_GATHER, .send = mine, .recv = all, .count = bytes, .dtype = hfreduceUint8, .root = -1}};
-  return run_blocking(&one, 1);
+  struct hfreduceWork *w;
+  int aborted = 0;
+  if (!config || !config->interrupted) return run_blocking(&one, 1);
+  HFR_TRY(launch(&one, 1, 0, &w));
+  while (!hfr_drive_until(&c->engine, w, hfr_now_ns() + ASK_NS))
+    if (!aborted && config->interrupted(config->interrupted_arg)) aborted = !hfreduceCommAbort(c);
+  return conclude(w);
 }
 
 hfreduceResult_t hfr_min_now(struct hfreduceComm *c, uint64_t *value) {
@@ -502,7 +543,7 @@ hfreduceResult_t hfreduceGroupEnd(void) {
   else
     n = 0;
   if (!r && n) {
-    r = run_blocking(list, n);
+    r = run_group(list, n);
     leave_all(list, n, NULL);
   }
   free(list);

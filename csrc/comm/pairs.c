@@ -78,7 +78,7 @@ static int meet(struct hfreduceComm *c, struct hfr_pairs *p) {
   }
   int made = !make_side(c, p, &mine.memory);
   if (!made) say_why(c), mine.segment = 0;
-  int ok = !hfr_gather_now(c, &mine, all, sizeof mine, 0);
+  int ok = !hfr_gather_now(c, &mine, all, sizeof mine, 0, NULL);
   for (int r = 0; ok && r < c->nranks; r++) made &= all[r].segment == p->segment;
   if (made && hfr_pair_meet(p->pair, &all[c->partner].memory)) say_why(c), made = 0;
   free(all);
@@ -90,7 +90,7 @@ static int meet(struct hfreduceComm *c, struct hfr_pairs *p) {
 static hfreduceResult_t number_ranks(struct hfreduceComm *c, struct hfr_pairs *p) {
   p->ranks = calloc((size_t)p->half->nranks, sizeof *p->ranks);
   if (!p->ranks) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", p->half->nranks);
-  return hfr_gather_now(p->half, &c->rank, p->ranks, sizeof c->rank, 0);
+  return hfr_gather_now(p->half, &c->rank, p->ranks, sizeof c->rank, 0, NULL);
 }
 
 static void drop(struct hfreduceComm *c, struct hfr_pairs *p) {

@@ -114,6 +114,10 @@ typedef struct {
   /* While the ranks join: when *cancel becomes other than 0 (by an atomic store of any thread), the call ends within a tenth of a
      second with hfreduceAborted, and so do the others that have joined. NULL: no such word. */
   const int *cancel;
+  /* The same by asking: while the ranks join, the calling thread calls interrupted(interrupted_arg) about ten times a second,
+     holding no lock, and anything but 0 ends the call. In hfreduceCommSplit comm is then aborted. NULL: it asks nobody. */
+  int (*interrupted)(void *arg);
+  void *interrupted_arg;
   /* Ordinal of the GPU that this rank will work on: GPUs that NVLink joins reduce in pairs. -1: the one that the thread has when
      it joins, if the program uses CUDA. */
   int device;
@@ -199,7 +203,8 @@ hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hf
 /* Fill config with the defaults. */
 void hfreduceConfigInit(hfreduceConfig_t *config);
 /* Make new communicators, one a color, ranks ordered by (key, rank). color -1: take part in the call but in no group; *newcomm is
-   then NULL. config NULL: inherit. Collective over comm. */
+   then NULL. config NULL: inherit;
+   its timeout 0 and device -1 are comm's. Collective over comm. */
 hfreduceResult_t hfreduceCommSplit(hfreduceComm_t comm, int color, int key, hfreduceComm_t *newcomm, hfreduceConfig_t *config);
 /* Make a communicator of comm's ranks without the nexclude that exclude lists; they keep their order. Collective over those that
    stay, who all give the same list; the others do not call. Needs nothing of comm but who its ranks are, so it works after a rank
@@ -237,10 +242,10 @@ hfreduceResult_t hfreduceCommConnectionCount(hfreduceComm_t comm, int *count);
 hfreduceResult_t hfreduceCommGetConnection(hfreduceComm_t comm, int index, hfreduceConnection_t *connection);
 /* The deadline in seconds for operations issued from now on. */
 hfreduceResult_t hfreduceCommSetTimeout(hfreduceComm_t comm, double seconds);
-/* A blocking call outside a group that has not ended after so many seconds (0, the default: wait on) returns hfreduceInProgress;
-   the operation goes on, and its buffers must live until then. So a caller can look at its signals now and then. It may return
-   so earlier when another thread issues a call on the same communicator. Until the operation has ended, collectives of other
-   threads overlap with it. */
+/* A blocking call, or the end of a group of calls on such communicators, that has not ended after so many seconds (0, the
+   default: wait on) returns hfreduceInProgress; the operation goes on, and its buffers must live until then. So a caller can look
+   at its signals now and then. It may return so earlier when another thread issues a call on the same communicator. Until the
+   operation has ended, collectives of other threads overlap with it. */
 hfreduceResult_t hfreduceCommSetPatience(hfreduceComm_t comm, double seconds);
 /* The work of this thread's blocking call that returned hfreduceInProgress. Once. */
 hfreduceResult_t hfreduceTakeWork(hfreduceWork_t *work);

@@ -22,6 +22,8 @@ from hfreduce.errors import (
     HfreduceError,
     InvalidUsageError,
 )
+from hfreduce.launch import text_in_store
+from hfreduce.params import default_timeout, join_timeout
 from hfreduce.torch import job
 from hfreduce.torch.errors import as_torch
 from hfreduce.torch.messages import Messages
@@ -196,7 +198,9 @@ def join(
                 unique_id = get_unique_id(local=local)
                 store.set(where, sealing.to_text(unique_id, key))
             else:
-                unique_id = sealing.from_text(store.get(where).decode(), key)
+                unique_id = sealing.from_text(
+                    text_in_store(store, where, rank, join_timeout(default_timeout() if seconds is None else seconds)), key
+                )
             comm = Communicator(rank, size, unique_id, timeout=seconds, name=name or None)
             # torchrun's store outlives a restart: ranks of the next attempt must find neither this id nor what we say later.
             if rank == 0:
