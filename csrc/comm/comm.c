@@ -384,7 +384,7 @@ hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
 #define TELL(pointer, value) ASK(#pointer, pointer, (*(pointer) = (value), hfreduceSuccess))
 
 hfreduceResult_t hfreduceCommGetAsyncError(hfreduceComm_t comm, hfreduceResult_t *error) {
-  TELL(error, (hfreduceResult_t)atomic_load_explicit(&comm->engine.error, memory_order_acquire));
+  TELL(error, (hfreduceResult_t)hfr_engine_state(&comm->engine));
 }
 
 hfreduceResult_t hfreduceCommPending(hfreduceComm_t comm, int *count) { TELL(count, pending_calls(comm)); }

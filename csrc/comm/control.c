@@ -25,7 +25,7 @@ static void take_error(struct hfreduceComm *c, const hfreduceErrorInfo_t *info) 
     c->failed = 1; /* pairs with who joins (bootstrap.c): the facts are whole */
   }
   moved(c);
-  if (c->engine_up) hfr_engine_break(&c->engine, info);
+  if (c->engine_up) hfr_engine_tell(&c->engine, info);
 }
 
 static void peer_lost(struct hfreduceComm *c, int peer, const char *how) {
@@ -151,6 +151,7 @@ void hfr_control_tell(struct hfreduceComm *c) {
 
 void hfr_control_tick(struct hfreduceComm *c, int64_t now) {
   hfr_control_tell(c);
+  if (c->engine_up) hfr_engine_settle(&c->engine);
   int64_t limit = (int64_t)(hfr_param_real(HFR_PARAM_HEARTBEAT) * 1e9);
   if (!limit || !c->went) return;
   for (int i = 0; i < c->ncontrol; i++) {

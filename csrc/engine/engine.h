@@ -144,7 +144,9 @@ struct hfr_engine {
   uint64_t out_known;                  /* all local ranks have taken out this many, as far as we looked */
 
   _Atomic int error;        /* first error; every wait reads it */
-  hfreduceErrorInfo_t why;  /* under lock */
+  _Atomic int told;         /* another rank's: it becomes `error` once nothing moves any more */
+  hfreduceErrorInfo_t why;  /* of `error`, else of `told`; under lock */
+  int64_t told_ns;          /* when `told` was set */
   _Atomic int64_t *left_ns; /* by rank: when it left (0: it has not) */
   _Atomic int anyone_left;
   int64_t timeout_ns;
@@ -204,7 +206,18 @@ void hfr_engine_check(struct hfr_engine *engine, int64_t now_ns);
 void hfr_engine_fail(struct hfr_engine *engine, const hfreduceErrorInfo_t *info);
 /* The same without telling on_error: for errors that came from there. 1 if it was the first. */
 int hfr_engine_break(struct hfr_engine *engine, const hfreduceErrorInfo_t *info);
-/* Copy the error's facts; 0 if there is none. */
+/* As hfr_engine_break for the error of another rank: operations that can still complete from what has arrived do so first. */
+void hfr_engine_tell(struct hfr_engine *engine, const hfreduceErrorInfo_t *info);
+/* The communicator's state: its error, or what was told. Any thread. */
+static inline int hfr_engine_state(const struct hfr_engine *engine) {
+  int code = atomic_load_explicit(&engine->error, memory_order_acquire);
+  return code ? code : atomic_load_explicit(&engine->told, memory_order_acquire);
+}
+/* Let an error that was told take effect, if nobody drives who would. To be called now and then. */
+void hfr_engine_settle(struct hfr_engine *engine);
+/* The driver: nothing moves any more, so what was told takes effect. */
+void hfr_engine_believe(struct hfr_engine *engine);
+/* Copy the facts of the error, or of what was told; 0 if there is none. */
 int hfr_engine_error(struct hfr_engine *engine, hfreduceErrorInfo_t *info);
 /* The link to a peer, made at first use. NULL: hfr_last_error(). Driver only. */
 struct hfr_link *hfr_engine_link(struct hfr_engine *engine, int peer, int vc);

@@ -23,6 +23,11 @@ static int arrived(struct hfr_engine *e, void *arg) {
   struct awaited *a = arg;
   if (atomic_load_explicit(a->counter, memory_order_acquire) >= a->need) return 1;
   if (atomic_load_explicit(&e->error, memory_order_acquire)) return 1;
+  if (atomic_load_explicit(&e->told, memory_order_acquire)) {
+    /* Once more: it may have come before that was told. */
+    if (atomic_load_explicit(a->counter, memory_order_acquire) < a->need) hfr_engine_believe(e);
+    return 1;
+  }
   const struct hfr_rank_ctrl *c = &e->arena->ctrl[a->local];
   if (atomic_load_explicit(&c->start, memory_order_acquire) == a->request->fp.seq &&
       !hfr_fingerprint_equal(&c->fp[a->request->fp.seq & 1], &a->request->fp)) {

@@ -52,13 +52,43 @@ static int break_and_tell(struct hfr_engine *e, const hfreduceErrorInfo_t *info,
 int hfr_engine_break(struct hfr_engine *e, const hfreduceErrorInfo_t *info) { return break_and_tell(e, info, 0); }
 void hfr_engine_fail(struct hfr_engine *e, const hfreduceErrorInfo_t *info) { break_and_tell(e, info, 1); }
 
+void hfr_engine_tell(struct hfr_engine *e, const hfreduceErrorInfo_t *info) {
+  if (info->code == hfreduceMismatch) { /* what ranks called is void on all of them */
+    hfr_engine_break(e, info);
+    return;
+  }
+  pthread_mutex_lock(&e->lock);
+  int first = !atomic_load_explicit(&e->error, memory_order_relaxed) && !atomic_load_explicit(&e->told, memory_order_relaxed);
+  if (first) {
+    e->why = *info;
+    e->told_ns = hfr_now_ns();
+    /* Pairs with arrived() and hfr_engine_progress(): what the rank did before it said so is seen by whoever sees this. */
+    atomic_store_explicit(&e->told, info->code, memory_order_release);
+  }
+  pthread_mutex_unlock(&e->lock);
+  if (!first) return;
+  hfr_engine_settle(e);
+  hfr_engine_wake(e);
+}
+
+void hfr_engine_believe(struct hfr_engine *e) {
+  hfreduceErrorInfo_t info;
+  if (hfr_engine_error(e, &info)) break_and_tell(e, &info, 0);
+}
+
+void hfr_engine_settle(struct hfr_engine *e) {
+  if (!atomic_load_explicit(&e->told, memory_order_acquire) || atomic_load_explicit(&e->error, memory_order_relaxed)) return;
+  if (!hfr_drive_begin(e)) return;
+  if (!atomic_load_explicit(&e->active, memory_order_acquire)) hfr_engine_believe(e);
+  hfr_drive_end(e);
+}
+
 int hfr_engine_error(struct hfr_engine *e, hfreduceErrorInfo_t *info) {
-  int code = atomic_load_explicit(&e->error, memory_order_acquire);
-  if (!code) return 0;
+  if (!hfr_engine_state(e)) return 0;
   pthread_mutex_lock(&e->lock);
   *info = e->why;
   pthread_mutex_unlock(&e->lock);
-  return code;
+  return info->code;
 }
 
 void hfr_fail_request(struct hfr_engine *e, const struct hfr_request *r, const char *phase, int peer, hfreduceResult_t code,
@@ -652,7 +682,11 @@ static int progress_p2p(struct hfr_engine *e) {
   return moved;
 }
 
+/* The driver goes on this long, if something always moves, after another rank's error was told. */
+#define TOLD_GRACE_NS 1000000000ll
+
 int hfr_engine_progress(struct hfr_engine *e) {
+  int told = atomic_load_explicit(&e->told, memory_order_acquire); /* before the look at what has arrived */
   int moved = 0;
   if (atomic_load_explicit(&e->inbox_full, memory_order_acquire)) take_inbox(e), moved = 1;
   if (e->replays) moved |= hfr_replay_poll(e);
@@ -670,6 +704,7 @@ int hfr_engine_progress(struct hfr_engine *e) {
     if (e->lenders) moved |= finish_lenders(e, 0);
     if (e->p2p) moved |= progress_p2p(e);
   }
+  if (told && (!moved || hfr_now_ns() - e->told_ns > TOLD_GRACE_NS)) hfr_engine_believe(e);
   if (atomic_load_explicit(&e->error, memory_order_acquire) &&
       (e->queue || e->lenders || e->p2p || atomic_load_explicit(&e->inbox_full, memory_order_relaxed))) {
     fail_all(e);
