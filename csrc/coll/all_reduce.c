@@ -161,8 +161,10 @@ static void step_tree(const struct hfr_plan *p, int stage, int64_t i, struct hfr
   switch (role) {
     case ROLE_UP:
       if (!p->direct) hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
+      /* My RES slot has been forwarded. The data implies it, too: a child sends its part of this chunk only once it has received
+         the result that lay in the slot before. The guard keeps the slot safe without a look at another node. */
       for (int d = p->first[ROLE_DSEND]; !p->direct && d < p->first[ROLE_DSEND] + p->count[ROLE_DSEND]; d++)
-        if (p->stage[d].tree == t) hfr_after_stage(s, d, i + 1 - p->geometry.slots / 2); /* my RES slot has been forwarded */
+        if (p->stage[d].tree == t) hfr_after_stage(s, d, i + 1 - p->geometry.slots / 2);
       s->nparts = (p->direct ? 1 : l->nlocal) + (p->pos[t].child[0] >= 0) + (p->pos[t].child[1] >= 0);
       break;
     case ROLE_UPSEND:
@@ -262,7 +264,9 @@ static void step_direct(const struct hfr_plan *p, int stage, int64_t k, struct h
       s->bytes = bytes_of(p, block(p, k, l->node, &off));
       s->src = mine(p, k, off);
       break;
-    case ROLE_GRECV: /* overwrites what NSEND sends to that node */
+    case ROLE_GRECV:
+      /* It overwrites what NSEND sends to that node. The data implies that NSEND is over: that node sends its sum only once it
+         has received my part of it. The guard keeps the slot safe without a look at another node. */
       hfr_after_stage(s, p->first[ROLE_NSEND] + (stage - p->first[ROLE_GRECV]), k + 1);
       s->bytes = bytes_of(p, block(p, k, st->arg, &off));
       s->dst = mine(p, k, off);

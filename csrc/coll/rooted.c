@@ -97,6 +97,8 @@ static void step_reduce(const struct hfr_plan *p, int stage, int64_t i, struct h
     case ROLE_UP:
       hfr_after_peers(s, HFR_ALL, 0, HFR_CTR_IN, k + 1);
       after_forwarding(p, s, ROLE_UPSEND, t, i);
+      /* The data implies this one: a part of this chunk comes from the root's node, too, whose ranks give theirs only once they
+         have received the chunk that lay in the slot before. The guard keeps the slot safe without a look at another node. */
       after_forwarding(p, s, ROLE_XSEND, t, i);
       s->nparts = l->nlocal + (p->pos[t].child[0] >= 0) + (p->pos[t].child[1] >= 0);
       break;

@@ -18,7 +18,8 @@ struct awaited {
   int local;
 };
 
-/* Has the peer got there? Tells a disagreement apart: then the counter might never come. */
+/* Has the peer got there? Where it has begun another call the counter might never come: this rank says so at once. Without that
+ * look the peer, which compares fingerprints as well, would break the communicator a little later. */
 static int arrived(struct hfr_engine *e, void *arg) {
   struct awaited *a = arg;
   if (atomic_load_explicit(a->counter, memory_order_acquire) >= a->need) return 1;
@@ -67,7 +68,7 @@ static enum outcome await(struct hfr_engine *e, struct awaited *a) {
 /* All peers have taken what lay in the slot that comes next. */
 static enum outcome slot_free(struct hfr_engine *e, struct hfr_request *r, int64_t *give_up_ns) {
   uint64_t need = r->base + 1 - (uint64_t)e->geometry.slots;
-  if (e->out_known >= need) return CAME;
+  if (e->out_known >= need) return CAME; /* saves the loop, which would find the same */
   for (int i = 0; i < e->arena->nlocal; i++) {
     struct awaited a = {r, give_up_ns, &e->arena->ctrl[i].out, need, i};
     enum outcome o = i == e->arena->local ? CAME : await(e, &a);
