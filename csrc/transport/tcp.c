@@ -108,17 +108,14 @@ static int push_stream(struct tcp_link *l, int s) {
   return HFR_LINK_OK;
 }
 
-/* Give the kernel what it takes. */
+/* Give the kernel what it takes. OK or FAILED: whether it took all is seen in l->sent. */
 static int push(struct tcp_link *l) {
-  int worst = HFR_LINK_OK;
-  for (int s = 0; s < l->net->streams && worst != HFR_LINK_FAILED; s++) {
-    int r = push_stream(l, s);
-    if (r < worst) worst = r;
-  }
+  int failed = 0;
+  for (int s = 0; s < l->net->streams && !failed; s++) failed = push_stream(l, s) == HFR_LINK_FAILED;
   while (l->sent < l->link.posted &&
          l->tx[l->sent % TX_QUEUE].done == sizeof(struct hfr_msg_header) + l->tx[l->sent % TX_QUEUE].header.bytes)
     l->sent++;
-  return worst;
+  return failed ? HFR_LINK_FAILED : HFR_LINK_OK;
 }
 
 static int tcp_post_send(struct hfr_link *link, const struct hfr_msg_header *header, const void *data) {
