@@ -62,7 +62,7 @@ enum hfr_rest hfr_drive_rest(void);
 extern int64_t hfr_nap_ns;
 /* Called by the progress thread when it is about to sleep, has found which engines it drives meanwhile, and has not yet said that
    it sleeps: what comes in between must not be left lying. NULL but in a test. */
-extern void (*hfr_before_rest)(void);
+extern void (*_Atomic hfr_before_rest)(void);
 
 /* The clock of a request starts. */
 void hfr_request_start(struct hfr_request *request);

@@ -13,7 +13,7 @@
 #include <sys/prctl.h>
 
 int64_t hfr_nap_ns = 50000000; /* longest sleep: deadlines and departures are looked at this often */
-void (*hfr_before_rest)(void);
+void (*_Atomic hfr_before_rest)(void);
 /* A device rings no bell. So sleeps that wait for its words are short, and grow to this, at which a core is idle to 98 %. */
 #define LOOK_NS 1000000ll
 /* With nothing to drive the progress thread naps an eighth as long as it has had nothing, from the first of these to the last,
@@ -287,7 +287,8 @@ static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) 
   int mine;
   hold(s, engine, n);
   int64_t ns = rest_ns(s, n);
-  if (hfr_before_rest) hfr_before_rest();
+  void (*before_rest)(void) = atomic_load_explicit(&hfr_before_rest, memory_order_relaxed);
+  if (before_rest) before_rest();
   /* Pairs with hfr_drive_kick() and hfr_drive_soon(): they write to us, or we see the request in this pass. */
   atomic_store_explicit(&pool.rest, s->nheld || ns < 0 ? HFR_THREAD_ASLEEP : HFR_THREAD_NAPPING, memory_order_seq_cst);
   atomic_thread_fence(memory_order_seq_cst);
