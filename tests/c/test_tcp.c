@@ -70,7 +70,7 @@ static hfreduceResult_t begin(hfreduceComm_t *comm, const struct fault *f, int r
                               int *fd) {
   setenv("HFREDUCE_TIMEOUT", "25", 1);
   setenv("HFREDUCE_CHECKSUM", f->checksum, 1);
-  setenv("HFREDUCE_STREAMS", f->streams, 1);
+  setenv("HFREDUCE_TCP_STREAMS", f->streams, 1);
   for (int i = 0; i < LARGE; i++) x[i] = 1;
   hfreduceResult_t r = hfreduceCommInitRank(comm, n, *id, rank);
   for (int i = 0; !r && i < 4; i++) r = call(*comm, f, rank, x);
