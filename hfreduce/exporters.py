@@ -112,12 +112,9 @@ def from_buffer(x: Any, view: memoryview, name: str) -> Array:
 
 def _of_buffer(x: Any, view: memoryview, name: str) -> Array:
     try:
-        found = np.asarray(view)
+        return np.asarray(view)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise InvalidArgumentError(f"{name}: numpy cannot take the buffer of this {type(x).__name__}: {error}") from None
-    if found.base is None:  # made of the elements one by one
-        raise InvalidArgumentError(f"{name}: a buffer of format {view.format!r} has no dtype; cast it first")
-    return found
 
 
 def from_method(x: Any, name: str) -> Array:
