@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -50,11 +51,22 @@ static hfreduceResult_t map_arena(struct hfr_arena *a) {
   return hfreduceSuccess;
 }
 
+/* Beyond this limit the kernel does not only refuse, but sends SIGXFSZ, which ends the process. */
+static hfreduceResult_t check_file_size(const struct hfr_arena *a) {
+  struct rlimit limit;
+  if (getrlimit(RLIMIT_FSIZE, &limit) || limit.rlim_cur == RLIM_INFINITY || limit.rlim_cur >= a->bytes) return hfreduceSuccess;
+  return hfr_fail(hfreduceSystemError,
+                  "the shared memory of %d local ranks takes %zu bytes, but this process may make files of %llu bytes only "
+                  "(RLIMIT_FSIZE); raise the limit (ulimit -f unlimited)",
+                  a->nlocal, a->bytes, (unsigned long long)limit.rlim_cur);
+}
+
 hfreduceResult_t hfr_arena_create(struct hfr_arena *a, int nlocal, size_t chunk, int slots, size_t lend) {
   *a = (struct hfr_arena){.fd = -1, .bell_fd = -1};
   set_geometry(a, nlocal, chunk, slots, lend);
   a->fd = memfd_create("hfreduce", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (a->fd < 0) return hfr_fail(hfreduceSystemError, "memfd_create failed: %s", hfr_errno_text(errno));
+  HFR_TRY(check_file_size(a));
   if (ftruncate(a->fd, (off_t)a->bytes) || fcntl(a->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
     return hfr_fail(hfreduceSystemError, "cannot size and seal %zu bytes of shared memory: %s", a->bytes, strerror(errno));
   HFR_TRY(map_arena(a));
