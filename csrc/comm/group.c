@@ -200,6 +200,7 @@ static hfreduceResult_t launch_parts(struct grouped *g, int n, int all, struct h
   int ordered_calls = 0;
   for (int i = 0; i < n; i++) ordered_calls += g[i].ordered.on;
   if (!ordered_calls) return launch_host(g, n, out);
+  HFR_TRY(hfr_drive_ready());
   struct hfr_request **r = calloc((size_t)n + 1, sizeof *r);
   struct hfr_ordered_call *ordered = calloc((size_t)n + 1, sizeof *ordered);
   struct hfr_streams *streams = NULL;
@@ -291,6 +292,8 @@ static hfreduceResult_t conclude(struct hfreduceWork *w) {
 
 static hfreduceResult_t run_blocking(struct grouped *g, int n) {
   struct hfreduceWork *w;
+  for (int i = 1; i < n; i++) /* the caller drives one engine */
+    if (g[i].comm != g[0].comm) HFR_TRY(hfr_drive_ready());
   HFR_TRY(launch(g, n, 0, &w));
   if (w->engine) {
     hfr_drive_until(w->engine, w, -1);
@@ -577,10 +580,8 @@ hfreduceResult_t hfreduceGroupEndAsync(hfreduceWork_t *work) {
   if (!close_level(&list, &n, &r))
     return hfr_fail(hfreduceInvalidUsage,
                     "hfreduceGroupEndAsync inside another group: only the outermost end can be asynchronous");
-  if (!r)
-    r = enter_all("hfreduceGroupEndAsync", list, n);
-  else
-    n = 0;
+  if (!r) r = hfr_drive_ready();
+  if (!r) r = enter_all("hfreduceGroupEndAsync", list, n);
   if (!r) {
     r = launch(list, n, 1, work);
     if (!r) leave_to_thread(list, n);
@@ -608,6 +609,7 @@ hfreduceResult_t hfreduceTakeWork(hfreduceWork_t *work) {
 
 hfreduceResult_t hfreduceWorkTest(hfreduceWork_t work, int *done) {
   if (!work || !done) return hfr_fail(hfreduceInvalidArgument, "hfreduceWorkTest: %s is NULL", work ? "done" : "work");
+  if (!atomic_load_explicit(&work->done, memory_order_acquire)) hfr_work_look(work);
   *done = (int)atomic_load_explicit(&work->done, memory_order_acquire);
   return *done ? outcome(work) : hfreduceSuccess;
 }

@@ -84,7 +84,12 @@ hfreduceResult_t hfr_runtime_start(void) {
   int error = pthread_create(&thread, &attr, hfr_watcher_main, NULL);
   pthread_attr_destroy(&attr);
   pthread_sigmask(SIG_SETMASK, &old, NULL);
-  if (error) return hfr_fail(hfreduceSystemError, "cannot start the watcher thread: %s", strerror(error));
+  if (error) {
+    close(hfr_rt.kick_fd);
+    hfr_rt.kick_fd = -1;
+    return hfr_fail(hfreduceSystemError,
+                    "cannot start the watcher thread: %s; see the limits of threads and memory (ulimit -u, -v)", strerror(error));
+  }
   hfr_rt.started = 1;
   if (!registered++) {
     atexit(at_exit);

@@ -236,6 +236,11 @@ void hfr_drive_async(struct hfr_engine *engine);
 /* Let it drive within a millisecond, and if possible without waking it, which takes as long as several launches: the caller
  * computes, or will wait and then drives himself. in_line: what was launched are collectives, behind those of the engine. */
 void hfr_drive_soon(struct hfr_engine *engine, int in_line);
+/* Before something is launched that nobody waits for at once: is there a thread that will drive it? SystemError: none can be
+ * started. Without one, those who wait drive. */
+hfreduceResult_t hfr_drive_ready(void);
+/* Who only looks at a work drives its engine for a moment where no progress thread does. Any thread. */
+void hfr_work_look(struct hfreduceWork *work);
 /* Wait for a work that others drive. 1 done, 0 time is up. */
 int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns);
 /* Wait for a work, and drive its engine meanwhile if nobody else does. Any thread. */

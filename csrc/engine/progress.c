@@ -30,7 +30,8 @@ static struct {
   pthread_mutex_t lock; /* list, started */
   pthread_mutex_t busy; /* held by the thread while it touches engines */
   struct hfr_engine *list;
-  int started, kick_fd;
+  _Atomic int started;
+  int kick_fd;
   _Atomic int rest;     /* enum hfr_rest, of the thread */
   _Atomic int launched; /* something has been launched since the thread looked */
   _Atomic int waiting;  /* threads that want `busy`: mutexes are not fair, so the thread stands back for them */
@@ -136,11 +137,31 @@ static int drive(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadli
   return done;
 }
 
+/* Do what can be done now, if nobody drives. */
+static void drive_once(struct hfr_engine *e) {
+  if (!try_drive(e)) return;
+  hfr_engine_progress(e);
+  hfr_engine_check(e, hfr_now_ns());
+  hfr_engine_progress(e); /* what was found to be late has ended */
+  stop_driving(e);
+}
+
+/* Another thread drives the engine. Where there is no progress thread, nobody may when that one has what it waits for. */
+static int wait_as_guest(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
+  while (!atomic_load_explicit(&pool.started, memory_order_relaxed)) {
+    int64_t soon = hfr_now_ns() + LOOK_NS, last = deadline_ns >= 0 && deadline_ns <= soon;
+    if (hfr_work_wait(work, last ? deadline_ns : soon)) return 1;
+    if (last) return 0;
+    drive_once(e);
+  }
+  return hfr_work_wait(work, deadline_ns);
+}
+
 int hfr_drive_until(struct hfr_engine *e, struct hfreduceWork *work, int64_t deadline_ns) {
   if (!try_drive(e)) {
     atomic_fetch_add(&e->guests, 1);
     hfr_drive_async(e);
-    int ended = hfr_work_wait(work, deadline_ns);
+    int ended = wait_as_guest(e, work, deadline_ns);
     atomic_fetch_sub(&e->guests, 1);
     return ended;
   }
@@ -157,7 +178,8 @@ static void end_as_guest(struct hfr_engine *e) {
 
 #define STEAL_TRIES 64 /* the progress thread holds an engine for one pass at a time, unless it sleeps with it */
 
-int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns) {
+/* The engine of an unfinished work, which stays until the guest has left. NULL: it has ended, or has several. */
+static struct hfr_engine *enter_as_guest(struct hfreduceWork *work) {
   struct hfr_engine *e = NULL;
   pthread_mutex_lock(&pool.lock); /* pairs with hfr_drive_stop(): an engine with unfinished work has not got past it */
   if (!atomic_load_explicit(&work->done, memory_order_acquire) && work->engine) {
@@ -165,6 +187,11 @@ int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns) {
     atomic_fetch_add(&e->guests, 1);
   }
   pthread_mutex_unlock(&pool.lock);
+  return e;
+}
+
+int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns) {
+  struct hfr_engine *e = enter_as_guest(work);
   int done = 0;
   if (e) {
     for (int i = 0; i < STEAL_TRIES && !(done = (int)atomic_load_explicit(&work->done, memory_order_acquire)); i++) {
@@ -175,11 +202,19 @@ int hfr_work_drive(struct hfreduceWork *work, int64_t deadline_ns) {
       }
       hfr_cpu_relax();
     }
-    if (!done) done = hfr_work_wait(work, deadline_ns);
+    if (!done) done = wait_as_guest(e, work, deadline_ns);
     atomic_fetch_sub(&e->guests, 1);
     return done;
   }
   return hfr_work_wait(work, deadline_ns);
+}
+
+void hfr_work_look(struct hfreduceWork *work) {
+  if (atomic_load_explicit(&pool.started, memory_order_relaxed)) return;
+  struct hfr_engine *e = enter_as_guest(work);
+  if (!e) return;
+  drive_once(e);
+  atomic_fetch_sub(&e->guests, 1);
 }
 
 int hfr_work_wait(struct hfreduceWork *work, int64_t deadline_ns) {
@@ -358,8 +393,8 @@ static void *progress_main(void *arg) {
 }
 
 /* Under pool.lock. */
-static void ensure_thread(void) {
-  if (pool.started) return;
+static int ensure_thread(void) {
+  if (pool.started) return 0;
   pool.kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   pthread_attr_t attr;
   pthread_t thread;
@@ -368,14 +403,29 @@ static void ensure_thread(void) {
   pthread_attr_setstacksize(&attr, 512 * 1024);
   int error = pool.kick_fd < 0 ? errno : pthread_create(&thread, &attr, progress_main, NULL);
   pthread_attr_destroy(&attr);
+  if (error && pool.kick_fd >= 0) close(pool.kick_fd);
   if (error)
-    HFR_WARN("cannot start the progress thread: %s", hfr_errno_text(error));
+    pool.kick_fd = -1;
   else
-    pool.started = 1;
+    atomic_store(&pool.started, 1);
+  return error;
+}
+
+hfreduceResult_t hfr_drive_ready(void) {
+  if (atomic_load_explicit(&pool.started, memory_order_relaxed)) return hfreduceSuccess;
+  pthread_mutex_lock(&pool.lock);
+  int error = ensure_thread();
+  pthread_mutex_unlock(&pool.lock);
+  if (!error) return hfreduceSuccess;
+  return hfr_fail(hfreduceSystemError,
+                  "cannot start the progress thread, which drives operations that nobody waits for: %s; see the limits of "
+                  "threads and memory (ulimit -u, -v), or make blocking calls",
+                  hfr_errno_text(error));
 }
 
 static void write_kick(void) {
   uint64_t one = 1;
+  if (pool.kick_fd < 0) return;
   (void)!write(pool.kick_fd, &one, sizeof one);
 }
 
@@ -391,15 +441,17 @@ void hfr_drive_kick(void) {
   if (rest_of_thread() != HFR_THREAD_AWAKE) write_kick();
 }
 
-static void list_engine(struct hfr_engine *e) {
+/* 0: there is no thread, and none can be started. */
+static int list_engine(struct hfr_engine *e) {
   pthread_mutex_lock(&pool.lock);
-  ensure_thread();
+  int there = !ensure_thread();
   if (!e->listed) {
     e->listed = 1;
     e->next_active = pool.list;
     pool.list = e;
   }
   pthread_mutex_unlock(&pool.lock);
+  return there;
 }
 
 /* Wake whoever sleeps with it: a caller, or the progress thread; `rest` is the thread's. */
@@ -411,7 +463,7 @@ static void wake_driver(struct hfr_engine *e, int rest) {
 }
 
 void hfr_drive_async(struct hfr_engine *e) {
-  list_engine(e);
+  if (!list_engine(e)) drive_once(e); /* those who wait for it come again */
   wake_driver(e, rest_of_thread());
 }
 
