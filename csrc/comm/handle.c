@@ -6,10 +6,10 @@
 
 #include <limits.h>
 #include <sched.h>
+#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
-#define CHUNK 32    /* slots that are mapped together; those that no communicator has used take no memory */
+#define CHUNK 64    /* slots that are made together, so many that they are fresh pages: those of no communicator take no memory */
 #define CHUNKS 4096 /* of them, at most */
 #define REST 16 /* a freed slot is used again when so many wait: a handle that somebody kept is no other communicator's soon */
 
@@ -19,10 +19,10 @@
 
 _Static_assert(offsetof(struct hfreduceComm, handle) == 0, "a handle is the address of its communicator");
 
-/* Slots are as far apart as cache lines that are fetched in pairs. */
+#define ALIGN 128 /* cache lines that are fetched in pairs */
 union slot {
   struct hfreduceComm comm;
-  char space[(sizeof(struct hfreduceComm) + 127) / 128 * 128];
+  char space[(sizeof(struct hfreduceComm) + ALIGN - 1) / ALIGN * ALIGN];
 };
 
 static _Atomic(union slot *) chunk[CHUNKS];
@@ -40,9 +40,10 @@ static struct hfr_handle *of(hfreduceComm_t c) { return &c->handle; }
 static union slot *fresh(void) {
   if (table.used == CHUNK) {
     if (table.chunks == CHUNKS) return NULL;
-    void *more = mmap(NULL, CHUNK * sizeof(union slot), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (more == MAP_FAILED) return NULL;
-    atomic_store_explicit(&chunk[table.chunks++], more, memory_order_release); /* pairs with is_slot() */
+    char *more = calloc(CHUNK + 1, sizeof(union slot)); /* of the heap: what an open communicator has is no leak */
+    if (!more) return NULL;
+    more += -(uintptr_t)more % ALIGN;
+    atomic_store_explicit(&chunk[table.chunks++], (union slot *)(void *)more, memory_order_release); /* pairs with is_slot() */
     table.used = 0;
   }
   return &atomic_load_explicit(&chunk[table.chunks - 1], memory_order_relaxed)[table.used++];
