@@ -77,6 +77,28 @@ static void test_error_frames(void) {
   }
 }
 
+/* A frame that announces more than the reader takes breaks the connection at once; the largest frame is taken whole. */
+static void test_frame_length(uint32_t announced, int taken) {
+  enum { MOST = 1000 };
+  int fd[2];
+  struct hfr_conn conn;
+  enum hfr_frame type;
+  const uint8_t *payload;
+  size_t bytes = 0;
+  uint8_t frame[8 + MOST + 1] = {0};
+  const uint32_t header[2] = {HFR_FRAME_JOIN, announced};
+  if (!CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, fd))) return;
+  memcpy(frame, header, sizeof header);
+  hfr_conn_init(&conn, fd[0], MOST);
+  CHECK(send(fd[1], frame, sizeof frame - 1, MSG_NOSIGNAL) == sizeof frame - 1);
+  CHECK(!hfr_conn_fill(&conn));
+  CHECK(hfr_conn_next(&conn, &type, &payload, &bytes) == taken && conn.dead == !taken, "a frame of %u bytes: dead %d", announced,
+        conn.dead);
+  if (taken) CHECK(type == HFR_FRAME_JOIN && bytes == announced);
+  hfr_conn_close(&conn);
+  close(fd[1]);
+}
+
 /* ---------------------------------------------------------------- a rank that speaks the protocol, and lies */
 
 #define SLOTS 8
@@ -270,8 +292,9 @@ static void test_short_control_frame(void) {
 
 /* ---------------------------------------------------------------- messages */
 
-/* Rank 0 receives 16 floats; the liar announces a message that no memory can hold. */
-static void test_absurd_count(uint64_t count, int tag) {
+/* Rank 0 receives 16 floats, the first message of this peer; the liar announces a message that no memory can hold, or another
+ * than the first. */
+static void test_absurd_message(uint64_t count, int tag, uint64_t number) {
   struct honest h;
   struct hfr_conn control;
   struct hfr_uid uid;
@@ -283,13 +306,14 @@ static void test_absurd_count(uint64_t count, int tag) {
       float payload[16];
     } message = {.header = {.magic = HFR_MSG_MAGIC,
                             .bytes = count * sizeof(float) <= 64 ? count * sizeof(float) : 64,
-                            .fp = {.seq = 1, .count = count, .root = tag, .coll = HFR_P2P, .dtype = hfreduceFloat32}}};
+                            .fp = {.seq = number, .count = count, .root = tag, .coll = HFR_P2P, .dtype = hfreduceFloat32}}};
     message.header.crc = hfr_crc32c(0, message.payload, message.header.bytes);
     int data = take_in(listener, uid.secret);
     if (data >= 0) CHECK(send(data, &message, sizeof message, MSG_NOSIGNAL) == sizeof message);
     pthread_join(h.thread, NULL);
-    CHECK(h.result == hfreduceInternalError && strstr(h.error.text, "where message 1 was expected"), "%llu floats, tag %d: %d %s",
-          (unsigned long long)count, tag, h.result, h.error.text);
+    CHECK(h.result == hfreduceInternalError && strstr(h.error.text, "where message 1 was expected"),
+          "message %llu of %llu floats, tag %d: %d %s", (unsigned long long)number, (unsigned long long)count, tag, h.result,
+          h.error.text);
     close(data);
     hfr_conn_close(&control);
   }
@@ -383,11 +407,16 @@ int main(void) {
   setenv("HFREDUCE_DEBUG", "NONE", 1);
   test_shared_header();
   test_error_frames();
+  test_frame_length(1000, 1);
+  test_frame_length(1001, 0);
+  test_frame_length(UINT32_MAX, 0);
   test_impossible_records();
   test_short_control_frame();
-  test_absurd_count((1ull << 62) + 4, 0);
-  test_absurd_count((1ull << 62) + 4, 5);
-  test_absurd_count(1ull << 61, 5);
+  test_absurd_message((1ull << 62) + 4, 0, 1);
+  test_absurd_message((1ull << 62) + 4, 5, 1);
+  test_absurd_message(1ull << 61, 5, 1);
+  test_absurd_message(16, 0, 0);
+  test_absurd_message(16, 0, 2);
   test_root_with_a_false_error(0);
   test_root_with_a_false_error(hfreduceInProgress);
   test_root_with_a_false_error(1000);

@@ -426,6 +426,29 @@ static void run_exits(void) {
   }
 }
 
+/* ---------------------------------------------------------------- buffers that overlap */
+
+/* The input lies in the result, but not where in-place operation has it: it would be read half overwritten. Nothing is sent. */
+static int overlapping_buffers(int rank, int nranks, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  float x[64] = {0}, *at = x + 16;
+  (void)arg;
+  OK(join_timed(&comm, rank, nranks, id, 60));
+  for (int away = -7; away <= 7; away++) {
+    hfreduceResult_t want = away ? hfreduceInvalidArgument : hfreduceSuccess;
+    CHECK(hfreduceAllReduce(at + away, at, 8, hfreduceFloat32, hfreduceSum, comm, NULL) == want, "all_reduce, %d away", away);
+    CHECK(hfreduceReduceScatter(at + away, at + 8 * rank, 8, hfreduceFloat32, hfreduceSum, comm, NULL) == want,
+          "reduce_scatter, %d away", away);
+    CHECK(hfreduceAllGather(at + 8 * rank + away, at, 8, hfreduceFloat32, comm, NULL) == want, "all_gather, %d away", away);
+  }
+  CHECK(strstr(hfreduceGetLastError(NULL), "overlap"), "%s", hfreduceGetLastError(NULL));
+  /* Side by side is no overlap. */
+  OK(hfreduceAllReduce(at - 8, at, 8, hfreduceFloat32, hfreduceSum, comm, NULL));
+  OK(hfreduceAllReduce(at + 8, at, 8, hfreduceFloat32, hfreduceSum, comm, NULL));
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
 int main(int argc, char **argv) {
   run_exits(); /* first: a process with threads does not fork well */
   CHECK(run_threads(2, overlap, NULL, 100) == 0);
@@ -436,6 +459,7 @@ int main(int argc, char **argv) {
     CHECK(run_threads(2, close_under, &n, 100) == 0);
   }
   CHECK(run_threads(1, stale_handles, NULL, 100) == 0);
+  CHECK(run_threads(2, overlapping_buffers, NULL, 100) == 0);
   run_matrix(argc > 1 ? atoi(argv[1]) : 5);
   return check_done();
 }
