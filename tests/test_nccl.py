@@ -254,6 +254,29 @@ def test_config_and_info_name_the_library() -> None:
     assert run(0, [*HFREDUCE, "info"]).count(f"2.32.3 in {path}") == 1
 
 
+#: Rank 0 of 2 joins alone, and gives up at once where the call does not wait for the other.
+ALONE = """
+import ctypes, sys
+class Id(ctypes.Structure):
+    _fields_ = [("internal", ctypes.c_byte * 128)]
+nccl, unique_id, comm = ctypes.CDLL(sys.argv[1]), Id(), ctypes.c_void_p()
+nccl.ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, Id, ctypes.c_int]
+nccl.ncclCommAbort.argtypes = [ctypes.c_void_p]
+assert nccl.ncclGetUniqueId(ctypes.byref(unique_id)) == 0
+print(nccl.ncclCommInitRank(ctypes.byref(comm), 2, unique_id, 0), nccl.ncclCommAbort(comm) if comm else None)
+"""
+
+
+def test_the_environment_makes_communicators_non_blocking() -> None:
+    from hfreduce.cli.exec import nccl_library
+
+    command = [sys.executable, "-c", ALONE, nccl_library()]
+    in_progress, timed_out = 7, re.compile(r"[1-9]\d* None|[1-9]\d* 0")
+    assert run(0, command, NCCL_COMM_BLOCKING="0").split() == [str(in_progress), "0"]
+    last = run(0, command, NCCL_COMM_BLOCKING="1", HFREDUCE_JOIN_TIMEOUT="1").splitlines()[-1]
+    assert timed_out.fullmatch(last) and not last.startswith(str(in_progress)), last
+
+
 #: Makes a communicator twice in a process that has another NCCL beside ours.
 BESIDE = """
 import ctypes, sys

@@ -271,6 +271,8 @@ def test_pre_mul_sum(comm: Any) -> None:
     assert comm.all_reduce(np.full(3, 4, np.float32), op=op).tolist() == [2, 2, 2]
     with hfreduce.Communicator(0, 1) as other, pytest.raises(InvalidArgumentError, match="made by another communicator"):
         other.all_reduce(np.ones(1, np.float32), op=op)
+    with pytest.raises(InvalidArgumentError, match="the op was made for float32, the data is float64"):
+        comm.all_reduce(np.ones(1), op=op)
     del op
     gc.collect()
 
@@ -306,6 +308,17 @@ def test_work_releases_its_buffers(comm: Any) -> None:
     del x
     gc.collect()
     assert alive() is None
+
+
+def test_work_that_has_ended_holds_its_result_alone(comm: Any) -> None:
+    x, out = np.ones(4).view(type("Mine", (np.ndarray,), {})), np.zeros(4)
+    alive = weakref.ref(x)
+    work = comm.all_reduce(x, out, async_op=True)
+    work.wait()
+    del x
+    gc.collect()
+    assert alive() is None
+    assert work.result is out and out.tolist() == [1, 1, 1, 1]
 
 
 def test_group(comm: Any) -> None:

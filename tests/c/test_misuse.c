@@ -426,6 +426,30 @@ static void run_exits(void) {
   }
 }
 
+/* ---------------------------------------------------------------- a forked child */
+
+/* The child forgets its parent's communicator; neither the parent nor the other rank hears of it. */
+static int destroy_in_child(int rank, int nranks, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  float x = 1;
+  (void)arg;
+  OK(join_timed(&comm, rank, nranks, id, 60));
+  OK(sum(comm, &x, 1));
+  if (rank == 0) {
+    int status = -1;
+    pid_t child = fork();
+    if (!child) _exit(hfreduceCommDestroy(comm));
+    WANT(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK(status == 0, "the child's call: %x", (unsigned)status);
+  }
+  OK(hfreduceBarrier(comm, NULL));
+  x = 1;
+  OK(sum(comm, &x, 1));
+  CHECK(x == (float)nranks, "%g", (double)x);
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
 /* ---------------------------------------------------------------- buffers that overlap */
 
 /* The input lies in the result, but not where in-place operation has it: it would be read half overwritten. Nothing is sent. */
@@ -451,6 +475,8 @@ static int overlapping_buffers(int rank, int nranks, const hfreduceUniqueId *id,
 
 int main(int argc, char **argv) {
   run_exits(); /* first: a process with threads does not fork well */
+  CHECK(run_processes("2", destroy_in_child, NULL, 100) == 0);
+  CHECK(run_processes("1,1", destroy_in_child, NULL, 100) == 0);
   CHECK(run_threads(2, overlap, NULL, 100) == 0);
   step = 0;
   CHECK(run_threads(2, patience, NULL, 100) == 0);
