@@ -278,6 +278,23 @@ def test_run_forwards_signals(tmp_path: Path, number: int) -> None:
         assert launcher.wait(20) == 5
 
 
+def test_run_kills_at_the_third_signal(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        "signal.signal(signal.SIGINT, lambda n, f: os.write(1, b'got it\\n'))\nos.write(1, b'up\\n')\n"
+        "end = time.monotonic() + 60\nwhile time.monotonic() < end: time.sleep(1)",
+    )
+    with subprocess.Popen([*HFREDUCE, "run", "-n", "2", path], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert [launcher.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+        for _ in range(2):  # each is heard before the next is sent
+            launcher.send_signal(signal.SIGINT)
+            assert [launcher.stdout.readline() for _ in range(2)] == ["got it\n"] * 2
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.stdout.read() == ""
+        assert launcher.wait(20) == 128 + signal.SIGKILL
+
+
 def test_run_ranks_die_with_it(tmp_path: Path) -> None:
     path = program(tmp_path, "os.write(1, b'%d\\n' % os.getpid())\ntime.sleep(60)")
     with subprocess.Popen([*HFREDUCE, "run", "-n", "2", path], stdout=subprocess.PIPE, text=True) as launcher:
