@@ -367,6 +367,24 @@ static void test_leader_that_stops(void) {
   close(listener);
 }
 
+/* ---------------------------------------------------------------- a stranger who knows the communicator's number */
+
+/* Whoever has listened on the network knows comm_id; only the proof tells that a caller has the secret, too. */
+static void test_wrong_proof(int bit) {
+  struct honest h;
+  struct hfr_uid uid;
+  struct hfr_auth auth;
+  int fd;
+  begin(&h, 0, 0, 60);
+  memcpy(&uid, h.id.internal, sizeof uid);
+  uid.secret[bit / 8] ^= (uint8_t)(1 << bit % 8);
+  if (!CHECK(!hfr_socket_connect(&uid.root, &fd) && ready(fd, POLLOUT, 20), "%s", hfr_last_error()->text)) return;
+  hfr_auth_client(&auth, fd, HFR_AUTH_ROOT, uid.comm_id, uid.secret, 1, -1, 0, 0);
+  CHECK(hfr_auth_client_wait(&auth, hfr_now_ns() + 20000000000ll, "the root") && auth.verdict == HFR_AUTH_SECRET,
+        "bit %d: verdict %d: %s", bit, auth.verdict, hfr_last_error()->text);
+  close(fd);
+}
+
 /* ---------------------------------------------------------------- another user */
 
 /* Loopback without a secret: whoever reads the source can speak the handshake, but the kernel tells whose the connection is. The
@@ -421,6 +439,8 @@ int main(void) {
   test_root_with_a_false_error(hfreduceInProgress);
   test_root_with_a_false_error(1000);
   test_leader_that_stops();
+  test_wrong_proof(0);
+  test_wrong_proof(127);
   test_another_user();
   return check_done();
 }
