@@ -332,7 +332,8 @@ def test_a_false_root_without_the_secret_learns_nothing() -> None:
 
     def serve(visitor: socket.socket) -> None:
         visitor.sendall(GREETING.pack(b"HFRS", number, bytes(16)))
-        assert len(read(visitor, HELLO.size)) == HELLO.size
+        if len(read(visitor, HELLO.size)) < HELLO.size:
+            return  # the rank's time was over
         visitor.sendall(ANSWER.pack(b"HFRA", WELCOME, 100, 0, os.urandom(16)))  # a proof that proves nothing
         said.append(read(visitor, 1000))  # a rank that believed it would hand in its record
 
