@@ -23,6 +23,7 @@ SMALL_RING = {"HFREDUCE_CUDA_SEGMENT": "128K", "HFREDUCE_CUDA_SEGMENTS": "2"}
 CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("plain", "plain", "test_cuda", "", {}),
     ("graphs", "plain", "test_cuda_graph", "", {}),
+    ("unretained", "plain", "test_cuda_graph", "unretained 2", {"FAKE_CUDA": "fail=cuGraphRetainUserObject:0:2"}),
     ("faults", "plain", "test_cuda_faults", "", {}),
     ("lending", "plain", "test_cuda_lend", "", {}),
     ("jitter", "plain", "test_cuda", "--quick collectives 1 2 3 1,1 2,2 t4", JITTER),

@@ -252,6 +252,19 @@ static int elsewhere(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* Bytes of this process' memory that a fork leaves to the parent alone: what is pinned for copies is such memory. */
+static size_t kept_from_children(void) {
+  char line[4096];
+  size_t kb = 0, sum = 0;
+  FILE *maps = fopen("/proc/self/smaps", "r");
+  while (maps && fgets(line, sizeof line, maps)) {
+    sscanf(line, "Size: %zu kB", &kb);
+    if (!strncmp(line, "VmFlags:", 8) && strstr(line, " dc")) sum += kb << 10;
+  }
+  if (maps) fclose(maps);
+  return sum;
+}
+
 /* A driver that fails in the middle of a launch (FAKE_CUDA says where): every rank gets an error, every stream runs dry. */
 static int failing(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
@@ -259,12 +272,14 @@ static int failing(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   float *x = gpu_alloc(COUNT * 4 * 8);
   (void)arg;
   gpu_fill(x, 0, COUNT * 4 * 8, stream);
+  size_t before = kept_from_children();
   OK(hfreduceCommSetTimeout(comm, 2));
   hfreduceResult_t r = hfreduceSuccess;
   for (int i = 0; i < 40 && !r; i++) r = hfreduceAllReduce(x, x, COUNT * 8, hfreduceFloat32, hfreduceSum, comm, stream);
   WANT(r);
   WANT(gpu_runs_dry(stream, 5));
   OK(hfreduceCommDestroy(comm));
+  WANT(kept_from_children() == before);
   gpu_free(x);
   return 0;
 }

@@ -210,12 +210,60 @@ static int broken(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
-/* Bytes that are pinned; 0: the driver does not tell. */
-static size_t pinned(void) {
+/* What the stand-in counts; 0 on a driver, which does not tell. */
+static size_t counted(const char *what) {
   void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
   size_t (*count)(void) = NULL;
-  if (library) *(void **)&count = dlsym(library, "fake_cuda_registered");
+  if (library) *(void **)&count = dlsym(library, what);
   return count ? count() : 0;
+}
+static size_t pinned(void) { return counted("fake_cuda_registered"); } /* bytes */
+
+/* A forbidden call has invalidated the capture: the library says so, and the stream works again once the capture has ended. */
+static int invalidated(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 100 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4), got;
+  hfr_cu_graph graph;
+  hfr_cu_ptr p;
+  (void)arg;
+  CU(gpu.begin(stream, HFR_CU_MODE_GLOBAL));
+  WANT(gpu.cu->mem_alloc(&p, 4096)); /* a capture of this mode forbids it */
+  WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream) == hfreduceInvalidUsage);
+  WANT(strstr(hfreduceGetLastError(NULL), "was invalidated by an earlier error"));
+  WANT(gpu.end(stream, &graph));
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  gpu_read(&got, x + COUNT - 1, 4, stream);
+  WANT(got == (float)n);
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  return 0;
+}
+
+/* The driver does not let the graph have the object that tells of its end (FAKE_CUDA says so): nothing stays behind. */
+static int unretained(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 100 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4), got;
+  hfr_cu_graph graph;
+  (void)arg;
+  CU(gpu.begin(stream, mode));
+  WANT(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream) == hfreduceUnhandledCudaError);
+  WANT(strstr(hfreduceGetLastError(NULL), "cuGraphRetainUserObject"));
+  CU(gpu.end(stream, &graph));
+  CU(gpu.graph_destroy(graph));
+  CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, stream));
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  gpu_read(&got, x + COUNT - 1, 4, stream);
+  WANT(got == (float)n);
+  OK(hfreduceCommDestroy(comm));
+  for (int i = 0; i < 5000 && counted("fake_cuda_objects"); i++) usleep(1000); /* a thread of the driver destroys it */
+  WANT(!counted("fake_cuda_objects"));
+  gpu_free(x);
+  return 0;
 }
 
 static int64_t now_us(void) {
@@ -279,8 +327,9 @@ static int idle(int rank, int n, const hfreduceUniqueId *id, void *arg) {
 
 int main(int argc, char **argv) {
   static const struct gpu_case cases[] = {
-      {"replay", replay, "2 1,1 3,1"}, {"threads", threads, "t2"},  {"teardown", teardown, "2 1,1"},
-      {"refused", refused, "2"},       {"broken", broken, "2 1,1"}, {"idle", idle, "2 1,1"},
+      {"replay", replay, "2 1,1 3,1"},   {"threads", threads, "t2"},     {"teardown", teardown, "2 1,1"},
+      {"refused", refused, "2"},         {"broken", broken, "2 1,1"},    {"idle", idle, "2 1,1"},
+      {"invalidated", invalidated, "2"}, {"unretained", unretained, ""},
   };
   return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
 }

@@ -27,6 +27,7 @@ struct fake_exec {
   int launches, destroyed;
 };
 _Thread_local int fake_capture_mode = HFR_CU_MODE_GLOBAL;
+static _Atomic size_t objects; /* user objects that are not destroyed yet */
 
 /* ---------------------------------------------------------------- user objects */
 
@@ -35,8 +36,13 @@ static void *destroy_object(void *arg) {
   fake_in_host_function = 1; /* it must not call the driver either */
   o->destroy(o->value);
   free(o);
+  objects--;
   return NULL;
 }
+
+/* For tests of this library alone. */
+EXPORT size_t fake_cuda_objects(void);
+EXPORT size_t fake_cuda_objects(void) { return objects; }
 
 static void drop(struct fake_object *o, int count) {
   pthread_t thread;
@@ -52,6 +58,7 @@ EXPORT hfr_cu_result cuUserObjectCreate(hfr_cu_object *object, void *value, hfr_
   struct fake_object *o = calloc(1, sizeof *o);
   *o = (struct fake_object){destroy, value, (int)references};
   *object = (hfr_cu_object)o;
+  objects++;
   return HFR_CU_SUCCESS;
 }
 
