@@ -592,6 +592,12 @@ static void test_bad_addresses(void) {
   CHECK(hfr_addr_parse(giant, &addr) == hfreduceInvalidArgument);
   memset(giant, ':', sizeof giant - 1);
   CHECK(hfr_addr_parse(giant, &addr) == hfreduceInvalidArgument);
+  for (size_t bytes = 255; bytes <= 256; bytes++) { /* the longest host name there may be, and one byte more */
+    memset(giant, 'a', bytes);
+    strcpy(giant + bytes, ":5");
+    CHECK(hfr_addr_parse(giant, &addr) == hfreduceInvalidArgument);
+    CHECK(!strstr(hfr_last_error()->text, "longer than 255") == (bytes == 255), "%s", hfr_last_error()->text);
+  }
   CHECK(addr.family == 99, "set only on success");
 }
 
