@@ -1146,3 +1146,23 @@ def shrink_wrongly(comm: Communicator) -> None:
 
 def test_shrink_arguments(run_ranks: Any) -> None:
     run_ranks(shrink_wrongly, 2)
+
+
+def shrink_twice(comm: Communicator) -> list[float]:
+    """Two communicators of all ranks, both made by shrink, and used at the same time."""
+    with comm.shrink([]) as first, comm.shrink([]) as second:
+        x, y = np.full(50_000, comm.rank + 1.0), np.full(50_000, comm.rank + 10.0)
+        works = [first.all_reduce(x, async_op=True), second.all_reduce(y, async_op=True)]
+        if comm.rank:
+            works.reverse()
+        for work in works:
+            work.wait()
+        second.barrier()
+        first.barrier()
+    return [x[-1], y[-1]]
+
+
+@pytest.mark.limit(40)
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 1)], ids=["node", "tcp"])
+def test_shrinks_to_the_same_ranks_are_two(run_ranks: Any, nodes: tuple[int, ...]) -> None:
+    assert run_ranks(shrink_twice, 2, env=Hosts(nodes)) == [[3.0, 21.0]] * 2

@@ -482,3 +482,61 @@ def aborted(comm: Any) -> None:
 @pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 1, 2)], ids=str)
 def test_abort_while_any_is_awaited(run_ranks: Any, nodes: tuple[int, ...]) -> None:
     run_ranks(aborted, 3, env=Hosts(nodes), timeout=20)
+
+
+def unreceived(rank: int, nranks: int, times: int) -> int:
+    """How many descriptors more than before this rank has, after communicators on which a message came that nobody received."""
+
+    def make(number: int) -> hfreduce.Communicator:
+        unique_id = hfreduce.UniqueId.from_address(os.environ["HFREDUCE_ADDR"], os.environ["HFREDUCE_SECRET"], number)
+        return hfreduce.Communicator(rank, nranks, unique_id, timeout=10)
+
+    before = 0
+    for number in range(times):
+        if number == 1:  # what a process opens once is open
+            before = len(os.listdir("/proc/self/fd"))
+        comm = make(number)
+        if rank == 0:
+            comm.send(np.ones(3), 1, async_op=True)
+        comm.barrier()
+        time.sleep(0.05)  # the connection for it comes to rank 1, which has no use for it
+        comm.abort()
+        comm.close()
+    end = time.monotonic() + 5
+    while (more := len(os.listdir("/proc/self/fd")) - before) > 0 and time.monotonic() < end:
+        time.sleep(0.02)
+    return more
+
+
+@pytest.mark.limit(40)
+def test_connections_of_messages_that_nobody_receives_are_closed(run_ranks: Any) -> None:
+    for more in run_ranks(unreceived, 2, 2, 12, env=Hosts((0, 1)), comm=False):
+        assert more <= 2
+
+
+def stranded(comm: Any) -> str:
+    """Rank 2 waits for rank 0 alone, and has no connection to rank 1, which aborts; rank 0 calls nothing. What rank 2 is told."""
+    comm.barrier()
+    told = ""
+    if comm.rank == 1:
+        time.sleep(0.3)
+        comm.abort()
+    elif comm.rank == 2:
+        with pytest.raises(AbortedError) as caught:
+            comm.recv(np.zeros(3), 0)
+        told = str(caught.value)
+    else:
+        for _ in range(500):
+            if comm.async_error():
+                break
+            time.sleep(0.02)
+        time.sleep(1)  # it has heard of it, and does not leave yet: only its word ends the others' waits
+        assert isinstance(comm.async_error(), AbortedError)
+    return told
+
+
+@pytest.mark.limit(40)
+@pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 1, 2)], ids=str)
+def test_an_abort_reaches_a_rank_that_waits_for_another(run_ranks: Any, nodes: tuple[int, ...]) -> None:
+    """Rank 0 passes on what a rank says of its end to all, and not by leaving itself."""
+    assert "rank 1" in run_ranks(stranded, 3, env=Hosts(nodes), comm_timeout=30.0, timeout=20)[2]
