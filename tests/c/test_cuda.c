@@ -678,5 +678,6 @@ int main(int argc, char **argv) {
       {"patience", patience, "2"},
       {"backlog", backlog, "2 1,1"},
   };
+  gpu.apart = "streams";
   return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
 }

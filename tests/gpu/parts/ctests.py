@@ -29,6 +29,7 @@ CASES = [
     "test_cuda several 2",
     "test_cuda one_caller 1",
     "test_cuda streams 2",
+    "test_cuda streams t2",
     "test_cuda_graph replay 2",
     "test_cuda_graph threads t2",
     "test_cuda_faults mismatch 2",

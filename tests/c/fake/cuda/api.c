@@ -61,6 +61,8 @@ static void read_script(void) {
       fake.nvlink = value;
     else if (sscanf(word, "depth=%d", &value) == 1)
       fake.depth = value;
+    else if (!strcmp(word, "stale=crash"))
+      fake.stale_crash = 1;
     else if (!strcmp(word, "memops=0"))
       fake.mem_ops = 0, fake.version = 11040;
     else if (sscanf(word, "fail=%47[^:]:%d:%d", f.call, &f.number, &f.result) == 3 && nfaults < FAULTS_MAX)
@@ -228,6 +230,12 @@ EXPORT hfr_cu_result cuCtxCreate_v2(hfr_cu_context *context, unsigned flags, hfr
   return HFR_CU_SUCCESS;
 }
 
+/* What cuGetProcAddress gives for cuCtxCreate from version 11.4 of the interface on. */
+EXPORT hfr_cu_result cuCtxCreate_v3(hfr_cu_context *context, void *affinity, int count, unsigned flags, hfr_cu_device device) {
+  (void)context, (void)affinity, (void)count, (void)flags, (void)device;
+  fake_die("cuCtxCreate: a caller that means the form of three parameters got that of five: take cuCtxCreate_v2 by its symbol");
+}
+
 EXPORT hfr_cu_result cuCtxDestroy_v2(hfr_cu_context context) {
   ENTER("cuCtxDestroy");
   context->destroyed = 1;
@@ -295,7 +303,7 @@ EXPORT hfr_cu_result cuCtxGetDevice(hfr_cu_device *device) {
 /* ---------------------------------------------------------------- finding functions */
 
 EXPORT hfr_cu_result cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *status) {
-  static const char *const suffix[] = {"_v2", ""};
+  static const char *const suffix[] = {"_v3", "_v2", ""};
   char symbol[80];
   Dl_info self;
   hfr_cu_result r = fake_enter("cuGetProcAddress", 0);
@@ -303,7 +311,7 @@ EXPORT hfr_cu_result cuGetProcAddress_v2(const char *name, void **function, int 
   if (r || version > fake.version || flags != HFR_CU_PROC_LEGACY_STREAM) return r ? r : HFR_CU_INVALID_VALUE;
   dladdr((void *)&fake_enter, &self);
   void *library = dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD);
-  for (int i = 0; i < 2 && !*function; i++) {
+  for (int i = version < 11040; i < 3 && !*function; i++) {
     snprintf(symbol, sizeof symbol, "%s%s", name, suffix[i]);
     *function = dlsym(library, symbol);
   }

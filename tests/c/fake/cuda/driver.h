@@ -20,6 +20,7 @@
  *   memops=0             a driver of 11.4 whose kernel module does not grant stream memory operations
  *   nvlink=N             N devices each, from the first on, are joined by NVLink (0: none, the preset)
  *   depth=N              who puts more than N operations into a stream waits until they are fewer (0: there is no limit)
+ *   stale=crash          the handle of a stream that is gone, by itself or with its context, ends the process, as drivers may
  *   fail=CALL:N:RESULT   the N-th call of this function gives this CUresult (0: every one)
  * CUDA_LAUNCH_BLOCKING=1: a kernel's launch waits for it.
  * CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device share one queue, as in hardware that has but one.
@@ -146,7 +147,7 @@ extern struct fake_driver {
   pthread_mutex_t lock;
   pthread_cond_t moved; /* something completed, or came */
   pid_t pid;            /* that initialised it; 0: none has */
-  int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth;
+  int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth, stale_crash;
   uint64_t allocations;
   unsigned long long contexts; /* so far */
   struct CUstream_st *streams; /* destroyed ones too */

@@ -167,6 +167,7 @@ struct CUstream_st *fake_stream(hfr_cu_stream handle) {
     struct CUstream_st *s = fake.streams;
     while (s && s != handle) s = s->next;
     if (!s) fake_die("%p is no stream", (void *)handle);
+    if (fake.stale_crash && (s->destroyed || s->context->destroyed)) fake_die("%p is a stream no more", (void *)handle);
     return s;
   }
   struct CUctx_st *c = fake_current();
