@@ -46,5 +46,5 @@ def test_what_info_tells() -> None:
         cuda_stand_in(): "device cuda 0 NVLink: not used: no libnvrtc.so.13 or .12",
     }
     for path, expected in expected_of.items():
-        text = described(LD_LIBRARY_PATH=path, FAKE_CUDA="devices=4 nvlink=2")
+        text = described(LD_LIBRARY_PATH=path, FAKE_CUDA="devices=4 nvlink=2", HFREDUCE_NVLINK="1")
         assert expected in text, text

@@ -79,6 +79,7 @@ RUNS: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("one-device", "plain", "test_cuda_pairs", "none 2", {"FAKE_CUDA": "devices=1"}),
     ("no-link", "plain", "test_cuda_pairs", "none 2", {"FAKE_CUDA": "devices=4"}),
     ("switched-off", "plain", "test_cuda_pairs", "none 2", {"HFREDUCE_NVLINK": "0"}),
+    ("off-by-preset", "plain", "test_cuda_pairs", "none 2", {"HFREDUCE_NVLINK": ""}),
     ("too-small", "plain", "test_cuda_pairs", "none 2", {"HFREDUCE_NVLINK_MIN": "1M"}),
     ("no-memory-operations", "plain", "test_cuda_pairs", "none 2", {"HFREDUCE_CUDA_MEMOPS": "0", "HFREDUCE_DEBUG": "NONE"}),
     ("address", "address", "test_cuda_pairs", "--quick bits 2 4 t4", {}),
@@ -107,8 +108,8 @@ IN_A_LAUNCH = [
 ]
 
 
-#: Small calls go over pairs, too.
-PRESET = {"FAKE_CUDA": LINKED, "HFREDUCE_NVLINK_MIN": "4K"}
+#: Pairs are off by preset; here small calls go over them, too.
+PRESET = {"FAKE_CUDA": LINKED, "HFREDUCE_NVLINK": "1", "HFREDUCE_NVLINK_MIN": "4K"}
 
 
 def run(program: str, arguments: str, folder: Path, **more: str) -> tuple[int | None, str]:
@@ -153,6 +154,7 @@ def test_one_process_for_all_devices(devices: int) -> None:
     env = environment(
         LD_LIBRARY_PATH=pairs_stand_in(),
         FAKE_CUDA=f"devices={devices} nvlink=2 delay=100",
+        HFREDUCE_NVLINK="1",
         HFREDUCE_DEBUG="INFO",
     )
     command = [
@@ -172,10 +174,14 @@ def test_one_process_for_all_devices(devices: int) -> None:
         ({}, "device cuda 3 NVLink: joined with 2; pairs reduce with kernels that NVRTC 12.0 compiles"),
         ({"FAKE_CUDA": "devices=4 nvlink=4"}, "device cuda 1 NVLink: joined with 0 2 3; pairs"),
         ({"FAKE_CUDA": "devices=3 nvlink=2"}, "device cuda 2 NVLink: not used: NVLink joins it with no other device"),
-        ({"HFREDUCE_NVLINK": "0"}, "device cuda 0 NVLink: not used: switched off: HFREDUCE_NVLINK=0"),
+        (
+            {"HFREDUCE_NVLINK": None},
+            "device cuda 0 NVLink: not used: off until hardware has run pairs: HFREDUCE_NVLINK=1 switches",
+        ),
         ({"HFREDUCE_CUDA_MEMOPS": "0"}, "device cuda 0 NVLink: not used: no stream memory operations"),
     ],
 )
-def test_what_info_tells(more: dict[str, str], expected: str) -> None:
-    text = described(LD_LIBRARY_PATH=pairs_stand_in(), **{"FAKE_CUDA": LINKED, **more})
+def test_what_info_tells(more: dict[str, str | None], expected: str) -> None:
+    env = {"FAKE_CUDA": LINKED, "HFREDUCE_NVLINK": "1", **more}
+    text = described(LD_LIBRARY_PATH=pairs_stand_in(), **{name: value for name, value in env.items() if value is not None})
     assert expected in text, text

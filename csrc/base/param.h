@@ -47,7 +47,7 @@
     "segments of pinned memory each way, a communicator with a device")                                                          \
   X(GDR_MAX, "HFREDUCE_GDR_MAX", SIZE, "8K", 0, 1048576,                                                                         \
     "device memory of at most so many bytes is copied by CPUs, through GDRCopy where it is installed (0: never)")                \
-  X(NVLINK, "HFREDUCE_NVLINK", INT, "1", 0, 1, "0: GPUs that NVLink joins do not reduce in pairs")                               \
+  X(NVLINK, "HFREDUCE_NVLINK", INT, "0", 0, 1, "1: GPUs that NVLink joins reduce in pairs; not run on hardware yet")             \
   X(NVLINK_MIN, "HFREDUCE_NVLINK_MIN", SIZE, "256K", 4096, 1099511627776,                                                        \
     "bytes from which all_reduce uses pairs of GPUs joined by NVLink (rank 0's holds)")                                          \
   X(NVLINK_BLOCKS, "HFREDUCE_NVLINK_BLOCKS", INT, "8", 1, 1024,                                                                  \

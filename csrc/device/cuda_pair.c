@@ -29,7 +29,7 @@ static int by_nvlink(const struct hfr_cu *cu, int from, int to) {
 }
 
 static const char *why_no_pairs(const struct hfr_cu *cu, int device) {
-  if (!hfr_param_int(HFR_PARAM_NVLINK)) return "switched off: HFREDUCE_NVLINK=0";
+  if (!hfr_param_int(HFR_PARAM_NVLINK)) return "off until hardware has run pairs: HFREDUCE_NVLINK=1 switches them on";
   if (!cu->p2p_attribute || !cu->peer_enable || !cu->ipc_get || !cu->ipc_open || !cu->ipc_close || !cu->module_load ||
       !cu->module_function || !cu->launch)
     return "the driver is too old";

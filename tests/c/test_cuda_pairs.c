@@ -500,6 +500,7 @@ static int stray(int rank, int n, const hfreduceUniqueId *id, void *arg) {
 }
 
 int main(int argc, char **argv) {
+  setenv("HFREDUCE_NVLINK", "1", 0); /* off by preset */
   static const struct gpu_case cases[] = {
       {"bits", bits, "2 4 2,2 t4"},
       {"averages", averages, "2 4 2,2"},
