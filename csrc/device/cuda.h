@@ -38,6 +38,10 @@ hfr_cu_function hfr_kernels_pair(const struct hfr_kernels *kernels, hfreduceData
 size_t hfr_pair_describe(const struct hfr_cu *cu, int count, char *text, size_t size);
 /* --- cuda_copier.c --- */
 hfr_cu_stream hfr_copier_stream(const struct hfr_copier *copier, enum hfr_queue queue);
+/* --- cuda_streams.c --- */
+/* A stream of the current context beside the user's, of the greatest priority: a kernel of ours takes few blocks, and must not
+   wait until those of a product that fills the device have ended. */
+hfreduceResult_t hfr_cuda_stream_create(const struct hfr_cu *cu, hfr_cu_stream *stream);
 /* CUDA_DEVICE_MAX_CONNECTIONS=1: all streams share one queue in the hardware. */
 int hfr_cuda_one_queue(void);
 #endif

@@ -58,8 +58,7 @@ static struct {
 
 static hfreduceResult_t open_pair(struct hfr_copier *c, int capturing) {
   for (int q = 0; q < 2; q++)
-    if (!c->stream[capturing][q] && (q == 0 || !c->by_host))
-      TRY_CU(c, stream_create, "cuStreamCreateWithPriority", &c->stream[capturing][q], HFR_CU_STREAM_NON_BLOCKING, 0);
+    if (!c->stream[capturing][q] && (q == 0 || !c->by_host)) HFR_TRY(hfr_cuda_stream_create(c->cu, &c->stream[capturing][q]));
   if (c->by_host) c->stream[capturing][1] = c->stream[capturing][0];
   hfr_cu_event *event[3] = {&c->begun[capturing], &c->joined[capturing], &c->ended[capturing]};
   for (int i = 0; i < 3; i++)
@@ -396,7 +395,7 @@ hfreduceResult_t hfr_copier_clear(struct hfr_copier *c, enum hfr_queue queue, co
 /* ---------------------------------------------------------------- graphs */
 
 hfreduceResult_t hfr_copier_bell(struct hfr_copier *c, void (*ring)(void *), void *arg) {
-  if (!c->bell) TRY_CU(c, stream_create, "cuStreamCreateWithPriority", &c->bell, HFR_CU_STREAM_NON_BLOCKING, 0);
+  if (!c->bell) HFR_TRY(hfr_cuda_stream_create(c->cu, &c->bell));
   if (!c->rung) TRY_CU(c, event_create, "cuEventCreate", &c->rung, HFR_CU_EVENT_DISABLE_TIMING);
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", c->bell, c->begun[1], 0);
   TRY_CU(c, launch_host_fn, "cuLaunchHostFunc", c->bell, ring, arg);

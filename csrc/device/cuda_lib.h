@@ -136,6 +136,7 @@ struct hfr_cu_ipc { /* CUipcMemHandle */
   X(copy_async, "cuMemcpyAsync", "cuMemcpyAsync", (hfr_cu_ptr to, hfr_cu_ptr from, size_t bytes, hfr_cu_stream stream))          \
   X(copy_2d_async, "cuMemcpy2DAsync", "cuMemcpy2DAsync_v2", (const struct hfr_cu_copy2d *copy, hfr_cu_stream stream))            \
   X(set_async, "cuMemsetD32Async", "cuMemsetD32Async", (hfr_cu_ptr pointer, unsigned value, size_t count, hfr_cu_stream stream)) \
+  X(priority_range, "cuCtxGetStreamPriorityRange", "cuCtxGetStreamPriorityRange", (int *least, int *greatest))                   \
   X(stream_create, "cuStreamCreateWithPriority", "cuStreamCreateWithPriority",                                                   \
     (hfr_cu_stream * stream, unsigned flags, int priority))                                                                      \
   X(stream_destroy, "cuStreamDestroy", "cuStreamDestroy_v2", (hfr_cu_stream stream))                                             \
@@ -176,6 +177,7 @@ struct hfr_cu_ipc { /* CUipcMemHandle */
 /* Without these the device layer works, but the features that need them do not: NULL then. */
 #define HFR_CU_OPTIONAL(X) \
   X(context_id)            \
+  X(priority_range)        \
   X(pointer_set)           \
   X(stream_wait_value)     \
   X(stream_write_value)    \

@@ -41,6 +41,7 @@ static void find_all(void) {
   find(&gpu.host_alloc, "cuMemHostAlloc", "cuMemHostAlloc");
   find(&gpu.host_free, "cuMemFreeHost", "cuMemFreeHost");
   find(&gpu.stream_sync, "cuStreamSynchronize", "cuStreamSynchronize");
+  find(&gpu.stream_priority, "cuStreamGetPriority", "cuStreamGetPriority");
   find(&gpu.set_current, "cuCtxSetCurrent", "cuCtxSetCurrent");
   find(&gpu.set8, "cuMemsetD8Async", "cuMemsetD8Async");
   find(&gpu.begin, "cuStreamBeginCapture", "cuStreamBeginCapture_v2");

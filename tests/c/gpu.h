@@ -12,12 +12,13 @@ typedef struct exec *gpu_exec;
 extern struct gpu {
   const struct hfr_cu *cu;
   int devices, stand_in;
-  int tells_stale; /* the driver refuses streams that are gone; a real one may crash on them */
+  int tells_stale;   /* the driver refuses streams that are gone; a real one may crash on them */
   const char *apart; /* the case whose threads need a device each: else one's default stream is the other's */
   hfr_cu_result (*managed)(hfr_cu_ptr *pointer, size_t bytes, unsigned flags);
   hfr_cu_result (*host_alloc)(void **pointer, size_t bytes, unsigned flags);
   hfr_cu_result (*host_free)(void *pointer);
   hfr_cu_result (*stream_sync)(hfr_cu_stream stream);
+  hfr_cu_result (*stream_priority)(hfr_cu_stream stream, int *priority);
   hfr_cu_result (*set_current)(hfr_cu_context context);
   hfr_cu_result (*set8)(hfr_cu_ptr to, unsigned char value, size_t bytes, hfr_cu_stream stream);
   hfr_cu_result (*begin)(hfr_cu_stream stream, int mode);

@@ -5,6 +5,7 @@
  *
  * Arguments: case [layout ...]. A layout as in ranks.h. Exit status 77: no driver.
  */
+#include "device/cuda.h"
 #include "gpu.h"
 #include "ranks.h"
 
@@ -661,6 +662,27 @@ static int backlog(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* The library's streams go first where the device chooses: a kernel of a pair is launched in them, too. */
+static int priority(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_context context;
+  hfr_cu_device device;
+  struct hfr_copier *copier;
+  int least, greatest, given;
+  (void)arg;
+  CU(gpu.cu->context_current(&context));
+  CU(gpu.cu->context_device(&device));
+  CU(gpu.cu->priority_range(&least, &greatest));
+  OK(hfr_copier_create(device, context, &copier));
+  for (int queue = 0; queue < 2; queue++) {
+    CU(gpu.stream_priority(hfr_copier_stream(copier, (enum hfr_queue)queue), &given));
+    WANT(given == greatest && (least > greatest || !gpu.stand_in));
+  }
+  hfr_copier_destroy(copier, 0);
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct gpu_case cases[] = {
       {"collectives", collectives, "1 2 3 1,1 1,1,1 2,2 3,1 t2 t4"},
@@ -676,6 +698,7 @@ int main(int argc, char **argv) {
       {"several", several, "2 2,1"},
       {"one_caller", one_caller, "1"},
       {"patience", patience, "2"},
+      {"priority", priority, "1"},
       {"backlog", backlog, "2 1,1"},
   };
   gpu.apart = "streams";

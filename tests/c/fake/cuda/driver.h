@@ -97,7 +97,7 @@ struct CUstream_st {
   struct CUstream_st *next;
   struct CUctx_st *context;
   unsigned flags;
-  int destroyed;
+  int destroyed, priority;
   uint64_t submitted, completed;
   struct fake_queue own, *queue;
   struct fake_capture *capture;

@@ -190,14 +190,32 @@ static struct CUstream_st *usable(hfr_cu_stream handle, const char *call) {
   return s;
 }
 
+#define GREATEST_PRIORITY (-5) /* smaller numbers come first */
+
 EXPORT hfr_cu_result cuStreamCreateWithPriority(hfr_cu_stream *stream, unsigned flags, int priority) {
   ENTER("cuStreamCreateWithPriority");
-  (void)priority;
   if (!fake_current()) return HFR_CU_INVALID_CONTEXT;
   LOCK();
   *stream = new_stream(fake_current(), flags);
+  (*stream)->priority = priority > 0 ? 0 : priority < GREATEST_PRIORITY ? GREATEST_PRIORITY : priority;
   UNLOCK();
   return HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuCtxGetStreamPriorityRange(int *least, int *greatest) {
+  ENTER("cuCtxGetStreamPriorityRange");
+  *least = 0;
+  *greatest = GREATEST_PRIORITY;
+  return HFR_CU_SUCCESS;
+}
+
+EXPORT hfr_cu_result cuStreamGetPriority(hfr_cu_stream stream, int *priority) {
+  ENTER("cuStreamGetPriority");
+  LOCK();
+  struct CUstream_st *s = usable(stream, "cuStreamGetPriority");
+  if (s) *priority = s->priority;
+  UNLOCK();
+  return s ? HFR_CU_SUCCESS : HFR_CU_INVALID_CONTEXT;
 }
 EXPORT hfr_cu_result cuStreamCreate(hfr_cu_stream *stream, unsigned flags) {
   return cuStreamCreateWithPriority(stream, flags, 0);
