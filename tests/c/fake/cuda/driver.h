@@ -4,6 +4,7 @@
  * that run on threads of their own, events, waits for words in memory, copies that take their time, capture and replay.
  *
  *   program ──► memory.c   pointers: what they are, how far they reach, whether they are freed
+ *           ──► chunks.c   addresses in a row over chunks of memory, as allocators with segments that grow have them
  *           ──► queue.c    streams and events: operations in queues, run by threads
  *           ──► graph.c    capture, graphs, user objects
  *           ──► pair.c     what joins two devices: peer access, memory of other processes; and kernels, which CPUs run
@@ -43,7 +44,7 @@ struct CUctx_st {
 };
 
 /* ---- memory.c ---- */
-enum fake_kind { FAKE_DEVICE, FAKE_MANAGED, FAKE_PINNED, FAKE_REGISTERED, FAKE_IMPORTED };
+enum fake_kind { FAKE_DEVICE, FAKE_CHUNK, FAKE_MANAGED, FAKE_PINNED, FAKE_REGISTERED, FAKE_IMPORTED };
 struct fake_block {
   struct fake_block *next;
   enum fake_kind kind;
@@ -55,6 +56,7 @@ struct fake_block {
   uint64_t id;            /* of the allocation: memory that was freed and given again has another */
   int fd;                 /* of memory that other processes may open; else -1 */
   _Atomic int *importers; /* that have it open, in memory that all of them share; NULL: it cannot be opened */
+  int ordinal, closed;    /* CHUNK: of its device, for it has no context; nobody may reach it yet */
 };
 struct fake_block *fake_add_block(enum fake_kind kind, uintptr_t start, uint8_t *alias, size_t bytes);
 /* What others put on the bus towards device memory (fake/gdrapi.c) arrives. Under the lock. */
@@ -64,6 +66,8 @@ struct fake_block *fake_block_of(uintptr_t address);
 /* The bytes there, for a copy that `what` names: ends the process when they are no memory. Under the lock. */
 uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what);
 
+/* Free a block of a device. Under the lock. */
+void fake_free_block(struct fake_block *block);
 /* Device memory of a context. Under the lock. */
 void fake_free_all(const struct CUctx_st *context);
 

@@ -14,7 +14,7 @@ static struct fake_block *blocks;
 struct fake_block *fake_block_of(uintptr_t address) {
   for (struct fake_block *b = blocks; b; b = b->next)
     if ((address >= b->start && address < b->start + b->bytes) || (address >= b->device && address < b->device + b->bytes))
-      if (!b->freed || b->kind == FAKE_DEVICE || b->kind == FAKE_MANAGED || b->kind == FAKE_IMPORTED)
+      if (!b->freed || b->kind == FAKE_DEVICE || b->kind == FAKE_CHUNK || b->kind == FAKE_MANAGED || b->kind == FAKE_IMPORTED)
         return b; /* a freed range of a device is never reused */
   return NULL;
 }
@@ -31,14 +31,19 @@ uint8_t *fake_bytes(uintptr_t address, size_t bytes, const char *what) {
   if (!b) return (uint8_t *)address; /* plain host memory */
   size_t at = address - (address >= b->device && address < b->device + b->bytes ? b->device : b->start);
   if (b->freed) fake_die("%s at %#zx: the memory is freed", what, (size_t)address);
-  if (bytes > b->bytes - at)
-    fake_die("%s of %zu bytes at %#zx: only %zu are left of the allocation", what, bytes, (size_t)address, b->bytes - at);
+  for (size_t have = b->bytes - at; bytes > have;) { /* a copy may go on into the next chunk of the same addresses */
+    struct fake_block *next = b->kind == FAKE_CHUNK ? fake_block_of(b->start + at + have) : NULL;
+    if (!next || next->freed || next->closed || next->kind != FAKE_CHUNK || next->alias != b->alias + at + have)
+      fake_die("%s of %zu bytes at %#zx: only %zu are left of the allocation", what, bytes, (size_t)address, have);
+    have += next->bytes;
+  }
+  if (b->closed) fake_die("%s at %#zx: the chunk is mapped, but access to it was never set", what, (size_t)address);
   return b->alias + at;
 }
 
 struct fake_block *fake_add_block(enum fake_kind kind, uintptr_t start, uint8_t *alias, size_t bytes) {
   struct fake_block *b = calloc(1, sizeof *b);
-  *b = (struct fake_block){blocks, kind, start, start, alias, bytes, 0, fake_current(), ++fake.allocations, -1, NULL};
+  *b = (struct fake_block){blocks, kind, start, start, alias, bytes, 0, fake_current(), ++fake.allocations, -1, NULL, -2, 0};
   blocks = b;
   return b;
 }
@@ -66,7 +71,10 @@ static hfr_cu_result allocate(const char *call, enum fake_kind kind, size_t byte
   size_t whole = shared ? size + 4096 : size; /* behind it: who has it open */
   if (fd < 0 || ftruncate(fd, (off_t)whole)) return HFR_CU_OUT_OF_MEMORY;
   void *place = kind == FAKE_DEVICE && fake.reuse ? take_freed(size) : NULL;
-  void *seen = mmap(place, size, open ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_SHARED | (place ? MAP_FIXED : 0), fd, 0);
+  /* A page behind it that is nobody's: allocations do not touch each other. */
+  if (!place) place = mmap(NULL, size + 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (place == MAP_FAILED) return HFR_CU_OUT_OF_MEMORY;
+  void *seen = mmap(place, size, open ? PROT_READ | PROT_WRITE : PROT_NONE, MAP_SHARED | MAP_FIXED, fd, 0);
   void *alias = open ? seen : mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (!shared) close(fd);
   if (seen == MAP_FAILED || alias == MAP_FAILED) return HFR_CU_OUT_OF_MEMORY;
@@ -90,17 +98,20 @@ EXPORT hfr_cu_result cuMemHostAlloc(void **pointer, size_t bytes, unsigned flags
   return (void)flags, allocate("cuMemHostAlloc", FAKE_PINNED, bytes, 1, (uintptr_t *)pointer);
 }
 
-static void free_block(struct fake_block *b) {
+void fake_free_block(struct fake_block *b) {
   b->freed = 1;
   if (b->fd >= 0) close(b->fd);
-  if (b->alias != (uint8_t *)b->start) munmap(b->alias, (b->bytes + 4095) / 4096 * 4096);
+  if (b->kind == FAKE_CHUNK) /* the addresses stay reserved */
+    mmap(b->alias, b->bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+  else if (b->alias != (uint8_t *)b->start)
+    munmap(b->alias, (b->bytes + 4095) / 4096 * 4096);
   mmap((void *)b->start, (b->bytes + 4095) / 4096 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1,
        0);
 }
 
 void fake_free_all(const struct CUctx_st *context) {
   for (struct fake_block *b = blocks; b; b = b->next)
-    if (b->context == context && b->kind == FAKE_DEVICE && !b->freed) free_block(b);
+    if (b->context == context && b->kind == FAKE_DEVICE && !b->freed) fake_free_block(b);
 }
 
 static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
@@ -111,10 +122,11 @@ static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
   /* Freeing waits for the device: whoever still uses it then does so afterwards. */
   for (struct CUstream_st *s = fake.streams; s && !pinned; s = s->next) fake_await(s, s->submitted);
   struct fake_block *b = fake_block_of(pointer);
-  int wrong = !b || b->freed || b->start != pointer || (b->kind == FAKE_PINNED) != pinned || b->kind == FAKE_REGISTERED;
+  int wrong = !b || b->freed || b->start != pointer || (b->kind == FAKE_PINNED) != pinned || b->kind == FAKE_REGISTERED ||
+              b->kind == FAKE_CHUNK;
   if (!wrong && b->importers && atomic_load(b->importers))
     fake_die("cuMemFree at %#zx: another process has the memory open", (size_t)pointer);
-  if (!wrong) free_block(b);
+  if (!wrong) fake_free_block(b);
   UNLOCK();
   return wrong ? HFR_CU_INVALID_VALUE : HFR_CU_SUCCESS;
 }
@@ -167,7 +179,7 @@ EXPORT hfr_cu_result cuMemHostGetDevicePointer_v2(hfr_cu_ptr *pointer, void *mem
   (void)flags;
   LOCK();
   struct fake_block *b = fake_block_of((uintptr_t)memory);
-  int wrong = !b || b->kind == FAKE_DEVICE || b->freed;
+  int wrong = !b || b->kind <= FAKE_CHUNK || b->freed;
   if (!wrong) *pointer = b->device + ((uintptr_t)memory - b->start);
   UNLOCK();
   return wrong ? HFR_CU_INVALID_VALUE : HFR_CU_SUCCESS;
@@ -187,7 +199,7 @@ EXPORT hfr_cu_result cuPointerGetAttributes(unsigned count, int *attributes, voi
         break;
       case HFR_CU_POINTER_IS_MANAGED: *(unsigned *)data[i] = b && b->kind == FAKE_MANAGED; break;
       case HFR_CU_POINTER_BUFFER_ID: *(uint64_t *)data[i] = b ? b->id : 0; break;
-      case HFR_CU_POINTER_DEVICE_ORDINAL: *(int *)data[i] = b && b->context ? b->context->device : -2; break;
+      case HFR_CU_POINTER_DEVICE_ORDINAL: *(int *)data[i] = !b ? -2 : b->context ? b->context->device : b->ordinal; break;
       case HFR_CU_POINTER_RANGE_START: *(uintptr_t *)data[i] = b ? b->start : 0; break;
       case HFR_CU_POINTER_RANGE_SIZE: *(size_t *)data[i] = b ? b->bytes : 0; break;
       default: fake_die("cuPointerGetAttributes: attribute %d is not made", attributes[i]);
@@ -200,7 +212,7 @@ EXPORT hfr_cu_result cuPointerSetAttribute(const void *value, int attribute, hfr
   ENTER("cuPointerSetAttribute");
   LOCK();
   struct fake_block *b = fake_block_of(pointer);
-  int wrong = attribute != HFR_CU_POINTER_SYNC_MEMOPS || !*(const unsigned *)value || !b || b->freed || b->kind != FAKE_DEVICE;
+  int wrong = attribute != HFR_CU_POINTER_SYNC_MEMOPS || !*(const unsigned *)value || !b || b->freed || b->kind > FAKE_CHUNK;
   UNLOCK();
   return wrong ? HFR_CU_INVALID_VALUE : HFR_CU_SUCCESS;
 }
@@ -234,7 +246,7 @@ EXPORT uint64_t fake_cuda_allocation(uintptr_t address);
 EXPORT uint64_t fake_cuda_allocation(uintptr_t address) {
   LOCK();
   struct fake_block *b = fake_block_of(address);
-  uint64_t newest = b && !b->freed && b->kind == FAKE_DEVICE ? fake.allocations : 0;
+  uint64_t newest = b && !b->freed && b->kind <= FAKE_CHUNK ? fake.allocations : 0;
   UNLOCK();
   return newest;
 }
@@ -242,7 +254,9 @@ EXPORT void fake_cuda_bus_read(void *to, uintptr_t from, size_t bytes, uint64_t 
 EXPORT void fake_cuda_bus_read(void *to, uintptr_t from, size_t bytes, uint64_t newest) {
   LOCK();
   struct fake_block *b = fake_block_of(from);
-  if (!b || b->freed || b->id > newest) fake_die("a mapping at %#zx is read when its memory is freed", (size_t)from);
+  const struct fake_block *end = fake_block_of(from + bytes - 1);
+  if (!b || b->freed || b->id > newest || !end || end->id > newest)
+    fake_die("a mapping at %#zx is read when its memory is freed", (size_t)from);
   memcpy(to, fake_bytes(from, bytes, "a read over the bus"), bytes);
   UNLOCK();
 }
