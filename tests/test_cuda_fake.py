@@ -61,6 +61,8 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("one-queue-streams", "plain", "test_cuda", "--quick streams 2 3,1", ONE_QUEUE),
     ("one-queue-lending", "plain", "test_cuda_lend", "--quick late 2 3", ONE_QUEUE),
     ("one-queue-graphs", "plain", "test_cuda_graph", "--quick replay 2 1,1", ONE_QUEUE),
+    ("chunks", "plain", "test_cuda_chunks", "", {}),
+    ("chunks-address", "address", "test_cuda_chunks", "--quick", {}),
     ("one-device", "plain", "test_cuda", "--quick collectives 2 3 1,1 t2 t4", {"FAKE_CUDA": "devices=1"}),
     ("one-device-threads", "plain", "test_cuda", "--quick streams 2 t2", {"FAKE_CUDA": "devices=1"}),
     ("stale-streams-crash", "plain", "test_cuda_faults", "--quick pointers", {"FAKE_CUDA": "stale=crash"}),

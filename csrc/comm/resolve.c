@@ -49,8 +49,8 @@ static hfreduceResult_t check_buffer(const struct hfreduceComm *c, const struct 
                     "%s: rank %d: %s %p is neither memory of a device nor mapped host memory over its %zu bytes: was it freed?",
                     f, c->rank, what, (const void *)p, bytes);
   }
-  size_t left = m->start + m->bytes - (uintptr_t)p;
-  if (!m->bytes || bytes <= left) return hfreduceSuccess;
+  size_t left = hfr_memory_reach(p, bytes, m);
+  if (left >= bytes) return hfreduceSuccess;
   return hfr_fail(hfreduceInvalidArgument,
                   "%s: rank %d: %s %p has %zu bytes to the end of its allocation, but the call needs %zu (count %zu of %s)", f,
                   c->rank, what, (const void *)p, left, bytes, call->count, hfr_dtype_name(call->dtype));

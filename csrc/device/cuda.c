@@ -48,6 +48,22 @@ void hfr_memory_of(const void *pointer, struct hfr_memory *m) {
   m->bytes = bytes;
 }
 
+size_t hfr_memory_reach(const void *pointer, size_t bytes, const struct hfr_memory *m) {
+  static int wanted[3] = {HFR_CU_POINTER_MEMORY_TYPE, HFR_CU_POINTER_RANGE_START, HFR_CU_POINTER_RANGE_SIZE};
+  const struct hfr_cu *cu = hfr_cuda();
+  uintptr_t first = (uintptr_t)pointer, end = m->start + m->bytes;
+  if (!m->bytes) return bytes; /* the driver does not say */
+  while (end - first < bytes) {
+    unsigned type = 0;
+    uintptr_t start = 0;
+    size_t piece = 0;
+    void *data[3] = {&type, &start, &piece};
+    if (cu->pointer_attributes(3, wanted, data, end) || !type || !piece || start + piece <= end) break;
+    end = start + piece;
+  }
+  return end - first < bytes ? end - first : bytes;
+}
+
 uint64_t hfr_cuda_memory_id(const struct hfr_cu *cu, uintptr_t pointer) {
   static int wanted[3] = {HFR_CU_POINTER_MEMORY_TYPE, HFR_CU_POINTER_IS_MANAGED, HFR_CU_POINTER_BUFFER_ID};
   unsigned type = 0, managed = 0;

@@ -48,10 +48,15 @@ struct hfr_memory {
   int device;    /* its ordinal; -1: none, or not known */
   void *context; /* NULL: not known */
   uintptr_t start;
-  size_t bytes; /* of the allocation from start on; 0: not known */
+  size_t bytes; /* of the piece from start on; 0: not known */
 };
-/* What a pointer is. Any thread; changes nothing in the driver, and gives HOST while the program has not initialised it. */
+/* What a pointer is. `start` and `bytes` tell of the piece of physical memory there: allocators whose segments grow (PyTorch's
+   expandable segments) map many pieces to addresses in a row. Any thread; changes nothing in the driver, and gives HOST while the
+   program has not initialised it. */
 void hfr_memory_of(const void *pointer, struct hfr_memory *memory);
+/* How many of the `bytes` from `pointer` on lie in memory that the driver knows, with no gap between its pieces. `memory` is what
+   hfr_memory_of said of the pointer, and is no HOST memory. */
+size_t hfr_memory_reach(const void *pointer, size_t bytes, const struct hfr_memory *memory);
 
 struct hfr_stream {
   void *handle; /* CUstream; NULL and 1 are the legacy default stream, 2 the thread's own */

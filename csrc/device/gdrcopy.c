@@ -164,7 +164,8 @@ static struct hfr_mapping *make(const struct hfr_cu *cu, uint64_t id, uintptr_t 
   *m = (struct hfr_mapping){.id = id, .device = from / PAGE * PAGE, .of = from};
   m->bytes = (from + bytes - m->device + PAGE - 1) / PAGE * PAGE;
   /* What the driver does at once and not in a stream is then over when its call returns, as for all memory that others reach. */
-  int r = cu->pointer_set ? cu->pointer_set(&on, HFR_CU_POINTER_SYNC_MEMOPS, from) : HFR_CU_NOT_SUPPORTED;
+  int whole = hfr_cuda_memory_id(cu, from + bytes - 1) == id; /* else its end may be freed while its beginning is not */
+  int r = cu->pointer_set && whole ? cu->pointer_set(&on, HFR_CU_POINTER_SYNC_MEMOPS, from) : HFR_CU_NOT_SUPPORTED;
   if (!r) r = map_pages(m);
   if (r) HFR_INFO("GDRCopy cannot map %zu bytes of device memory at %#zx (%d): the device copies", m->bytes, m->device, r);
   m->next = kept.list;
