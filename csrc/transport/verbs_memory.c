@@ -163,10 +163,14 @@ static int watch_range(uintptr_t begin, uintptr_t end) {
   return !ioctl(faults, UFFDIO_REGISTER, &watch);
 }
 
-/* Lifting the protection that there is none of fails where a page is not watched. */
+/* Lifting the protection that there is none of fails where a page is not watched. Older kernels (6.1 does) refuse it also for a
+ * range of several mappings, each of which may be watched: then its halves are asked for, down to pages. */
 static int is_watched(uintptr_t begin, uintptr_t end) {
   struct uffdio_writeprotect lift = {.range = pages_of(begin, end)};
-  return !ioctl(faults, UFFDIO_WRITEPROTECT, &lift);
+  if (!ioctl(faults, UFFDIO_WRITEPROTECT, &lift)) return 1;
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)lift.range.start, bytes = (uintptr_t)lift.range.len;
+  uintptr_t middle = first + bytes / 2 / page * page;
+  return errno == ENOENT && bytes > page && is_watched(first, middle) && is_watched(middle, first + bytes);
 }
 
 /* ---------------------------------------------------------------- the entries; under the lock */
