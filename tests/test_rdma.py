@@ -95,12 +95,7 @@ def test_program(guest: Guest, program: str) -> None:
     guest.over_rdma(packets=1000)
 
 
-#: Seen with Debian's kernel 6.1.0-57: a range in whose middle other pages were mapped is not registered again, and a forked child ends
-#: with SIGSEGV. How long that has been so is not known: this test looked at what was left, and not at the status, before.
-NOT_YET = pytest.mark.xfail(reason="2 of its 33 checks fail in the virtual machine; the cause is not known yet", strict=False)
-
-
-@pytest.mark.parametrize("program", [pytest.param("test_verbs_memory", marks=NOT_YET), "test_verbs_peer"])
+@pytest.mark.parametrize("program", ["test_verbs_memory", "test_verbs_peer"])
 @in_guest("{program}", limit=60)
 def test_parts(guest: Guest, program: str) -> None:
     guest.well()

@@ -59,6 +59,9 @@ static void load(void) {
   *(void **)&ib.reg_mr_iova2 = dlvsym(library, "ibv_reg_mr_iova2", "IBVERBS_1.8");
   *(void **)&ib.is_fork_initialized = dlvsym(library, "ibv_is_fork_initialized", "IBVERBS_1.13");
   if (*absent) return;
+  /* Where the kernel copies registered pages for a child, nothing is to be done; ibv_fork_init would still take them from the
+   * child. */
+  if (ib.is_fork_initialized && ib.is_fork_initialized() == HFR_IB_FORK_UNNEEDED) return;
   /* Before anything is registered; else a child's first write moves the pages under the device. */
   int error = ib.fork_init();
   if (error) HFR_INFO("ibv_fork_init: %s; forking with RDMA in use may corrupt its data", strerror(error));

@@ -17,6 +17,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -143,8 +144,10 @@ static int can_watch(void) {
     snprintf(why_not, sizeof why_not, "HFREDUCE_IB_CACHE is 0");
     return 0;
   }
-  if (!ib || !ib->is_fork_initialized || ib->is_fork_initialized() != HFR_IB_FORK_UNNEEDED) {
-    snprintf(why_not, sizeof why_not, "with this kernel or libibverbs a fork would take registered pages away from the child");
+  if (!ib || !ib->is_fork_initialized || ib->is_fork_initialized() != HFR_IB_FORK_UNNEEDED || getenv("RDMAV_FORK_SAFE") ||
+      getenv("IBV_FORK_SAFE")) {
+    snprintf(why_not, sizeof why_not,
+             "with this kernel, this libibverbs or RDMAV_FORK_SAFE a fork would take registered pages away from the child");
     return 0;
   }
   if (!at_fork) pthread_atfork(NULL, NULL, child_after_fork);

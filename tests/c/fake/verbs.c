@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
@@ -33,8 +34,15 @@ static int req_notify_cq(struct hfr_ib_cq *base, int solicited_only);
 
 /* ---------------------------------------------------------------- devices */
 
-int ibv_fork_init(void) { return 0; }
+/* As the real one: it takes registered pages from children, whether the kernel needs that or not. */
+static int fork_safe;
+int ibv_fork_init(void) { return fork_safe = 1, 0; }
 int ibv_is_fork_initialized(void) { return HFR_IB_FORK_UNNEEDED; } /* nothing is pinned */
+
+static void for_children(const void *addr, size_t length, int advice) {
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)addr & ~(page - 1);
+  if (fork_safe) madvise((void *)first, ((uintptr_t)addr + length - first + page - 1) & ~(page - 1), advice);
+}
 
 struct hfr_ib_device **ibv_get_device_list(int *count) {
   static struct hfr_ib_device devices[FAKE_DEVICES];
@@ -180,6 +188,7 @@ struct hfr_ib_mr *ibv_reg_mr(struct hfr_ib_pd *pd, void *addr, size_t length, in
   *mr = (struct hfr_ib_mr){&pd->context->base, pd, addr, length, (uint32_t)at, key, key};
   fake_mine.regions++;
   fake_unlock();
+  for_children(addr, length, MADV_DONTFORK);
   return mr;
 }
 
@@ -195,6 +204,7 @@ int ibv_dereg_mr(struct hfr_ib_mr *mr) {
   r->pid = 0;
   fake_mine.regions--;
   fake_unlock();
+  for_children(mr->addr, mr->length, MADV_DOFORK);
   free(mr);
   return 0;
 }
