@@ -68,12 +68,42 @@ __all__ = [
 ]
 
 
+# Each name -> the module that has it.
+_WHERE = {
+    "AbortedError": "errors",
+    "Communicator": "communicator",
+    "Connection": "connection",
+    "CorruptDataError": "errors",
+    "CudaError": "errors",
+    "DTYPE_NAMES": "types",
+    "DeadlineError": "errors",
+    "GradientReducer": "reducer",
+    "Group": "grouping",
+    "HfreduceError": "errors",
+    "InProgressError": "errors",
+    "InternalError": "errors",
+    "InvalidArgumentError": "errors",
+    "InvalidUsageError": "errors",
+    "MismatchError": "errors",
+    "OP_NAMES": "types",
+    "PeerLostError": "errors",
+    "PreMulSum": "communicator",
+    "SystemError_": "errors",
+    "UniqueId": "unique_id",
+    "Work": "work",
+    "empty": "memory",
+    "get_unique_id": "unique_id",
+    "group": "grouping",
+    "init": "launch",
+    "zeros": "memory",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Import on first use: NumPy, which the names need, takes far longer to import than the rest."""
-    if name in __all__:
-        public = importlib.import_module("hfreduce._public")
-        globals().update({each: getattr(public, each) for each in public.__all__})
-        return globals()[name]
+    """Import on first use: NumPy, which most of the names need, takes far longer to import than the rest."""
+    if name in _WHERE:
+        value = globals()[name] = getattr(importlib.import_module(f"hfreduce.{_WHERE[name]}"), name)
+        return value
     try:
         return importlib.import_module(f"hfreduce.{name}")
     except ModuleNotFoundError as error:

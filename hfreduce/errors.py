@@ -28,10 +28,9 @@ __all__ = [
 class HfreduceError(Exception):
     """Base of all errors of hfreduce.
 
-    Attributes (None where not known): `code` (hfreduceResult_t), `rank` (who noticed), `peer` (who is concerned), "
-    "`op` ("all_reduce", ...),
-    `seq` (the operation's sequence number on its communicator), `phase` ("connect", "local reduce", "tree up", ...) "
-    "and `host` (of `rank`).
+    Attributes, None where the core does not know them: `code` (hfreduceResult_t), `rank` (the rank that noticed), `peer` (the
+    rank that the error is about), `op` ("all_reduce", ...), `seq` (the operation's sequence number on its communicator),
+    `phase` ("connect", "local reduce", "tree up", ...) and `host` (of `rank`).
     """
 
     default_code: int | None = None

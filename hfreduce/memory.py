@@ -19,9 +19,8 @@ Shape = Union[SupportsIndex, Iterable[SupportsIndex]]
 def empty(shape: Shape, dtype: Any = "float32") -> np.ndarray[Any, Any]:
     """Make an array of `shape`, not initialised, page-aligned, on huge pages where the system grants them.
 
-    dtype: any that hfreduce reduces, as numpy dtype, torch dtype or name ("bfloat16", "float8_e4m3fn", "float8_e5m2" "
-    "need ml_dtypes).
-    The memory is given back when the array and all its views are gone. SystemError_ when there is none.
+    dtype: any that hfreduce reduces, as numpy dtype, torch dtype or name ("bfloat16", "float8_e4m3fn" and "float8_e5m2" need
+    ml_dtypes). The memory is given back when the array and all its views are gone. SystemError_ when the system has none left.
     """
     dims = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
     if any(n < 0 for n in dims):

@@ -32,9 +32,8 @@ class UniqueId(bytes):
     def from_address(cls, address: str, secret: str = "", tag: int = 0) -> UniqueId:
         """Make the id that every rank can make by itself.
 
-        address: "host:port" or "[v6]:port" on which rank 0 will listen. secret: hex; without it only a loopback "
-        "address is accepted.
-        tag: tells apart communicators made with one address and secret.
+        address: "host:port" or "[v6]:port" on which rank 0 will listen. secret: hex; without it only a loopback address is
+        accepted. tag: tells apart communicators made with one address and secret.
         """
         raw = ffi.new("hfreduceUniqueId *")
         check(lib.hfreduceUniqueIdFromAddress(raw, address.encode(), secret.encode() if secret else ffi.NULL, tag))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import ast
 import copy
 import ctypes
 import gc
@@ -611,6 +612,26 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert name.startswith("__") or name.endswith("_NAMES") or value.__doc__, name
     for name, value in vars(hfreduce.Communicator).items():
         assert name.startswith("_") or value.__doc__, name
+
+
+def test_the_list_of_public_names_says_where_each_is() -> None:
+    """What type checkers read, what `import *` gives and what is imported on first use are the same names of the same modules."""
+    tree = ast.parse(Path(str(hfreduce.__file__)).read_text())
+    (seen_by_checkers,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in seen_by_checkers.body if isinstance(node, ast.ImportFrom)]
+    assert {name.name: str(node.module) for node in imports for name in node.names} == {
+        name: f"hfreduce.{module}" for name, module in hfreduce._WHERE.items()
+    }
+    assert sorted(hfreduce.__all__) == sorted({*hfreduce._WHERE, "__version__"})
+
+
+def test_docstrings_are_whole() -> None:
+    """No line wrapper took a docstring for string literals: none has a line that ends with a lone quote, or begins with one."""
+    for path in Path(str(hfreduce.__file__)).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                for line in (ast.get_docstring(node) or "").splitlines():
+                    assert line.count('"') % 2 == 0, f"{path.name}: {line}"
 
 
 def test_import_is_light() -> None:
