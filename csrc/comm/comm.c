@@ -153,8 +153,8 @@ static double join_timeout(double timeout) {
   return seconds < timeout ? seconds : timeout;
 }
 
-static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank,
-                                  const hfreduceConfig_t *config, struct hfreduceComm *whole) {
+hfreduceResult_t hfr_comm_init(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank,
+                               const hfreduceConfig_t *config, struct hfreduceComm *whole) {
   struct hfr_uid uid;
   HFR_TRY(check_init(comm, nranks, id, rank, config, &uid));
   struct hfreduceComm *c = hfr_handle_get();
@@ -199,7 +199,7 @@ static hfreduceResult_t init_rank(hfreduceComm_t *comm, int nranks, const hfredu
 
 hfreduceResult_t hfreduceCommInitRankConfig(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank,
                                             hfreduceConfig_t *config) {
-  return init_rank(comm, nranks, &id, rank, config, NULL);
+  return hfr_comm_init(comm, nranks, &id, rank, config, NULL);
 }
 
 hfreduceResult_t hfreduceCommInitRank(hfreduceComm_t *comm, int nranks, hfreduceUniqueId id, int rank) {
@@ -352,13 +352,17 @@ hfreduceResult_t hfreduceCommDestroy(hfreduceComm_t comm) {
   return hfreduceSuccess;
 }
 
+void hfr_comm_abort(struct hfreduceComm *comm) {
+  hfreduceErrorInfo_t info = abortion(comm, "abort");
+  snprintf(info.text, sizeof info.text, "the communicator was aborted by rank %d on %s", comm->rank, comm->hosts[comm->rank]);
+  break_off(comm, &info);
+}
+
 hfreduceResult_t hfreduceCommAbort(hfreduceComm_t comm) {
   hfreduceResult_t r = hfreduceSuccess;
   HFR_TRY(hfr_comm_enter(comm, "hfreduceCommAbort", HFR_BRIEF));
   if (comm->pid == getpid()) {
-    hfreduceErrorInfo_t info = abortion(comm, "abort");
-    snprintf(info.text, sizeof info.text, "the communicator was aborted by rank %d on %s", comm->rank, comm->hosts[comm->rank]);
-    break_off(comm, &info);
+    hfr_comm_abort(comm);
   } else {
     r = hfr_fail(hfreduceInvalidUsage, "hfreduceCommAbort: the communicator belongs to process %d, this is its fork",
                  (int)comm->pid);
@@ -534,7 +538,7 @@ static hfreduceResult_t split(hfreduceComm_t comm, int color, int key, hfreduceC
   if (!r && first == comm->rank) r = new_id(&id, comm->uid.local);
   if (!r) r = hfr_gather_now(comm, &id, ids, sizeof id, limit_ns, &settings);
   atomic_store_explicit(&comm->engine.purpose, NULL, memory_order_relaxed);
-  if (!r && members) r = init_rank(newcomm, members, &ids[first], mine, &settings, whole);
+  if (!r && members) r = hfr_comm_init(newcomm, members, &ids[first], mine, &settings, whole);
   free(all);
   free(ids);
   return r;

@@ -148,6 +148,13 @@ void hfr_uid_pack(const struct hfr_uid *uid, hfreduceUniqueId *id);
  */
 hfreduceConfig_t hfr_comm_heir(struct hfreduceComm *comm, const hfreduceConfig_t *config);
 
+/* Join: hfreduceCommInitRankConfig is this, and the arguments are checked here. whole: the new one is a
+   half of it (NULL: of none). */
+hfreduceResult_t hfr_comm_init(hfreduceComm_t *comm, int nranks, const hfreduceUniqueId *id, int rank,
+                               const hfreduceConfig_t *config, struct hfreduceComm *whole);
+/* End every wait on comm, on all its ranks. The caller is inside comm, in the process that made it. */
+void hfr_comm_abort(struct hfreduceComm *comm);
+
 /* --- shrink.c --- */
 void hfr_shrunk_free(struct hfreduceComm *comm);
 

@@ -427,7 +427,7 @@ hfreduceResult_t hfr_gather_now(struct hfreduceComm *c, const void *mine, void *
   if (!config || !config->interrupted) return run_blocking(&one, 1);
   HFR_TRY(launch(&one, 1, 0, &w));
   while (!hfr_drive_until(&c->engine, w, hfr_now_ns() + ASK_NS))
-    if (!aborted && config->interrupted(config->interrupted_arg)) aborted = !hfreduceCommAbort(c);
+    if (!aborted && config->interrupted(config->interrupted_arg)) hfr_comm_abort(c), aborted = 1;
   return conclude(w);
 }
 

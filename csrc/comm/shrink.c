@@ -104,7 +104,7 @@ static hfreduceResult_t shrink(hfreduceComm_t comm, const int *exclude, int nexc
   HFR_TRY(check_arguments(comm, exclude, nexclude, newcomm, flags));
   int *now = malloc((size_t)comm->nranks * sizeof *now);
   if (!now) return hfr_fail(hfreduceSystemError, "out of memory for %d ranks", comm->nranks);
-  if (flags & hfreduceShrinkAbort) hfreduceCommAbort(comm);
+  if (flags & hfreduceShrinkAbort) hfr_comm_abort(comm);
   int n = renumber(comm->nranks, exclude, nexclude, now), rank = now[comm->rank];
   struct hfr_uid uid;
   hfreduceResult_t r = name_of_the_rest(comm, now, &uid);
@@ -114,7 +114,7 @@ static hfreduceResult_t shrink(hfreduceComm_t comm, const int *exclude, int nexc
   hfreduceConfig_t settings = hfr_comm_heir(comm, config);
   hfr_uid_pack(&uid, &id);
   if (rank == 0) HFR_TRY(hfr_runtime_open_root(&uid));
-  return hfreduceCommInitRankConfig(newcomm, n, id, rank, &settings);
+  return hfr_comm_init(newcomm, n, &id, rank, &settings, NULL);
 }
 
 /* Not a collective over `comm`: it may be called beside one that hangs. */
