@@ -500,8 +500,7 @@ def ordered_work(comm: Communicator) -> None:
     assert not code and not lib.hfreduceGroupEndAsync(handle)
     kept = [x]
     work = Work(handle[0], kept, x, comm._running, ordered=True)
-    start = time.monotonic()
-    assert work.wait() is x and time.monotonic() - start < 0.3 and not work.done()
+    assert work.wait() is x and not work.done()
     with pytest.raises(hfreduce.InProgressError):
         work.wait(timeout=0.05)
     assert work._keep is kept  # the arrays are held until it has ended

