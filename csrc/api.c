@@ -489,3 +489,13 @@ hfreduceResult_t hfreduceDeviceGetCurrent(int *device) {
 }
 
 hfreduceResult_t hfreduceMemFree(void *ptr) { return ptr ? hfr_device_of(ptr)->release(ptr) : hfreduceSuccess; }
+
+/* ---------------------------------------------------------------- streams */
+
+hfreduceResult_t hfreduceStreamGet(hfreduceStream_t *stream, int device) {
+  if (!stream) return hfr_fail(hfreduceInvalidArgument, "hfreduceStreamGet: stream is NULL");
+  *stream = NULL;
+  return hfr_stream_get(device, stream);
+}
+
+hfreduceResult_t hfreduceStreamPut(hfreduceStream_t stream) { return hfr_stream_put(stream); }

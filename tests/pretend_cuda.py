@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,14 @@ class Event:
         return int(self.driver.cuda.cuEventQuery(self.handle)) == 0
 
 
+NOT_READY = 600  # CUresult
+#: Streams that torch has, of each of which any number of torch.cuda.Stream objects may stand.
+POOL = 32
+
+
 class Stream:
-    def __init__(self, cuda: Cuda) -> None:
-        self.cuda, self.cuda_stream = cuda, cuda.driver.stream()
+    def __init__(self, cuda: Cuda, handle: int) -> None:
+        self.cuda, self.cuda_stream = cuda, handle
 
     def record_event(self) -> Event:
         return Event(self.cuda.driver, self.cuda_stream)
@@ -64,18 +70,29 @@ class Cuda:
 
     def __init__(self, path: str) -> None:
         self.driver = Driver(path)
-        self.current = Stream(self)
+        self.current = Stream(self, self.driver.stream())
+        self.pool: list[int] = []
+        self.given = 0
         self.held: list[tuple[int, Any]] = []
 
     def install(self) -> None:
         names: dict[str, Any] = {
             "current_stream": lambda device=None: self.current,
-            "Stream": lambda device=None: Stream(self),
+            "current_device": lambda: 0,
+            "Stream": lambda device=None: self.pooled(),
+            "ExternalStream": lambda handle, device=None: Stream(self, handle),
             "stream": self.stream,
             "get_device_capability": lambda device=None: (9, 0),
         }
         for name, double in names.items():
             setattr(torch.cuda, name, double)
+
+    def pooled(self) -> Stream:
+        """One of few streams, in turn."""
+        if len(self.pool) < POOL:
+            self.pool.append(self.driver.stream())
+        self.given += 1
+        return Stream(self, self.pool[(self.given - 1) % POOL])
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -114,6 +131,13 @@ class Cuda:
         self.copy(y.data_ptr(), x.address, y.numel() * y.element_size())
         self.current.synchronize()
         return y
+
+    def finish(self, seconds: float, what: str) -> None:
+        """Wait until the current stream has run dry; fail when it has not within so many seconds."""
+        end = time.monotonic() + seconds
+        while self.driver.cuda.cuStreamQuery(ctypes.c_void_p(self.current.cuda_stream)) == NOT_READY:
+            assert time.monotonic() < end, f"after {seconds} s the stream still waits for {what}"
+            time.sleep(0.001)
 
     def gate(self) -> Any:
         """Hold the current stream up until the word that is given gets 1."""

@@ -18,7 +18,7 @@ if not torch.distributed.is_available():
     pytest.skip("this torch was built without torch.distributed", allow_module_level=True)
 
 import torch.distributed as dist  # noqa: E402
-from pretend_cuda import Cuda  # noqa: E402
+from pretend_cuda import POOL, Cuda  # noqa: E402
 
 import hfreduce  # noqa: E402
 import hfreduce.torch  # noqa: E402
@@ -141,6 +141,42 @@ def messages(rank: int, path: str) -> None:
 
 def test_messages(run_ranks: Any, driver: str) -> None:
     run_ranks(messages, 2, driver, comm=False)
+
+
+def many_messages(rank: int, path: str) -> None:
+    cuda, count, n = started(path), 1000, POOL + 8
+    x, late = cuda.tensor(base(rank, count)), cuda.tensor(base(0, count) * 0)
+    if rank == 1:
+        got = [cuda.tensor(base(0, count) * 0) for _ in range(n)]
+        for k in range(n):
+            dist.recv(got[k], 0, tag=k)
+        cuda.finish(15, "what rank 0 sent behind a receive whose message comes only now")
+        for each in got:
+            assert (cuda.get(each) == base(0, count)).all()
+        dist.send(x, 0, tag=n)
+        for k in range(n):
+            dist.recv(got[k], 0, tag=k)
+        cuda.current.synchronize()
+    else:
+        users = torch.cuda.Stream(x.device)
+        works = [dist.irecv(late, 1, tag=n), *(dist.isend(x, 1, tag=k) for k in range(n))]
+        used = {work._stream.cuda_stream for work in works}
+        assert len(used) == n + 1 and not used & {users.cuda_stream, *cuda.pool}  # torch's own stay the user's
+        for work in works:
+            work.wait()
+        assert (cuda.get(late) == base(1, count)).all()
+        del works, work
+        cuda.held.clear()
+        works = [dist.isend(x, 1, tag=k) for k in range(n)]
+        assert {work._stream.cuda_stream for work in works} <= used  # idle ones are used again
+        for work in works:
+            work.wait()
+        cuda.current.synchronize()
+    dist.destroy_process_group()
+
+
+def test_many_messages_behind_a_late_one(run_ranks: Any, driver: str) -> None:
+    run_ranks(many_messages, 2, driver, comm=False)
 
 
 class Future:

@@ -69,6 +69,12 @@ struct hfr_stream {
    InvalidArgument for a stream that is none, InvalidUsage for one whose capture has failed; `who` begins the message. */
 hfreduceResult_t hfr_stream_look(const char *who, void *handle, void *context, struct hfr_stream *stream);
 
+/* A stream of the device's default context for one caller, until it is put: of the greatest priority, never a captured one, with
+   nothing in it. It is never destroyed, and may be put with work in it: it is given again when that has ended. Any thread; breaks
+   no capture. */
+hfreduceResult_t hfr_stream_get(int device, void **handle);
+hfreduceResult_t hfr_stream_put(void *handle);
+
 /* The context that programs use by default on a device; it stays until the process ends. NULL: hfr_last_error(). */
 void *hfr_device_context(int device);
 /* The context that this thread has there, or that one. */

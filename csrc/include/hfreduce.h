@@ -349,6 +349,13 @@ hfreduceResult_t hfreduceDeviceGetCurrent(int *device);
 /* Takes what either gave. */
 hfreduceResult_t hfreduceMemFree(void *ptr);
 
+/* --- streams beside the caller's own: never one that others are given in turn, and that a wait in it would hold up --- */
+/* A stream of the device's default context, with nothing in it, for one caller until it is put. It is never destroyed.
+   InvalidUsage where there is no driver. Any thread; also while streams are captured. */
+hfreduceResult_t hfreduceStreamGet(hfreduceStream_t *stream, int device);
+/* Give it back, also with work in it. InvalidArgument for any other stream. */
+hfreduceResult_t hfreduceStreamPut(hfreduceStream_t stream);
+
 /* ---- [cffi end] ---- */
 
 #if defined(__GNUC__)

@@ -5,7 +5,10 @@
 
 What the caller waits for runs on his current stream itself. Any other operation goes on from there on a stream beside it, and
 wait() has the then current stream go on after it; the host waits for neither. Collectives of a group follow each other on one
-stream a device. Every message has one of its own: a receive whose message is late keeps no later send or receive from starting.
+stream a device. Every message has one of its own: a receive whose message is late keeps no later send from leaving.
+
+These are streams of the core's, of which only idle ones are used again. torch.cuda.Stream would give one of 32 in turn: the user's own, or
+that of a receive that still waits.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ from typing import Any
 
 import torch
 
-from hfreduce._ffi import ffi
+from hfreduce._ffi import ffi, lib
 from hfreduce.device import stream_handle
-from hfreduce.errors import InvalidArgumentError
+from hfreduce.errors import InvalidArgumentError, check
 from hfreduce.work import Work as CoreWork
 
 #: The device types that a group takes, of which the first is the one for what has no tensor of its own.
@@ -45,6 +48,28 @@ def device_of(keep: Any, name: str = "tensors") -> Any:
     return None if device is None or device.type == "cpu" else device
 
 
+class _Lease:
+    """A stream of the core's, which gets it back when nobody needs this object any more."""
+
+    def __init__(self, device: Any) -> None:
+        handle = ffi.new("hfreduceStream_t *")
+        check(lib.hfreduceStreamGet(handle, torch.cuda.current_device() if device.index is None else device.index))
+        self.handle: Any = handle[0]
+        self._put = lib.hfreduceStreamPut  # which may be gone from the module when the interpreter ends
+
+    def __del__(self) -> None:
+        if hasattr(self, "_put"):
+            self._put(self.handle)
+
+
+def _new_stream(device: Any) -> Any:
+    lease = _Lease(device)
+    external_stream: Any = torch.cuda.ExternalStream
+    stream = external_stream(int(ffi.cast("uintptr_t", lease.handle)), device)
+    stream._hfreduce_lease = lease
+    return stream
+
+
 class Streams:
     """The streams of a group beside the user's."""
 
@@ -56,13 +81,12 @@ class Streams:
         current = torch.cuda.current_stream(device)
         if waits:
             return current
-        new_stream: Any = torch.cuda.Stream
         if name in _MESSAGES:
-            stream = new_stream(device)
+            stream = _new_stream(device)
         else:
             stream = self._collectives.get(device)
             if stream is None:
-                stream = self._collectives[device] = new_stream(device)
+                stream = self._collectives[device] = _new_stream(device)
         stream.wait_stream(current)
         return stream
 

@@ -325,11 +325,63 @@ static int idle(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+static hfreduceStream_t get_stream(void) {
+  hfreduceStream_t stream = NULL;
+  hfr_cu_device device;
+  CU(gpu.cu->context_device(&device));
+  return hfreduceStreamGet(&stream, device) ? NULL : stream;
+}
+
+/* Streams that the library lends: one that waits is lent to nobody else, nor one in a capture, which asking does not break. */
+static int lent_streams(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  hfr_cu_event event;
+  uint32_t *word;
+  hfr_cu_ptr address;
+  struct graph g;
+  (void)arg;
+  CU(gpu.host_alloc((void **)&word, 4096, 2));
+  CU(gpu.cu->host_device_pointer(&address, word, 0));
+  CU(gpu.cu->event_create(&event, HFR_CU_EVENT_DISABLE_TIMING));
+  hfreduceStream_t one = get_stream(), two = get_stream();
+  WANT(one && two && one != two);
+  OK(hfreduceStreamPut(one));
+  WANT(get_stream() == one);
+  *word = 0;
+  CU(gpu.cu->stream_wait_value(one, address, 1, HFR_CU_WAIT_GEQ));
+  OK(hfreduceStreamPut(one));
+  OK(hfreduceStreamPut(two));
+  WANT(hfreduceStreamPut(two) == hfreduceInvalidArgument && hfreduceStreamPut(stream) == hfreduceInvalidArgument);
+  WANT(get_stream() == two);
+  CU(gpu.begin(stream, HFR_CU_MODE_GLOBAL));
+  CU(gpu.cu->event_record(event, stream));
+  CU(gpu.cu->stream_wait_event(two, event, 0));
+  OK(hfreduceStreamPut(two));
+  hfreduceStream_t three = get_stream();
+  WANT(three && three != one && three != two);
+  CU(gpu.cu->event_record(event, two));
+  CU(gpu.cu->stream_wait_event(stream, event, 0));
+  CU(gpu.end(stream, &g.graph)); /* it was not broken */
+  *word = 1;
+  CU(gpu.stream_sync(one));
+  hfreduceStream_t four = get_stream(), five = get_stream();
+  WANT((four == one && five == two) || (four == two && five == one));
+  OK(hfreduceStreamPut(three));
+  OK(hfreduceStreamPut(four));
+  OK(hfreduceStreamPut(five));
+  CU(gpu.graph_destroy(g.graph));
+  CU(gpu.cu->event_destroy(event));
+  CU(gpu.host_free(word));
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct gpu_case cases[] = {
       {"replay", replay, "2 1,1 3,1"},   {"threads", threads, "t2"},     {"teardown", teardown, "2 1,1"},
       {"refused", refused, "2"},         {"broken", broken, "2 1,1"},    {"idle", idle, "2 1,1"},
-      {"invalidated", invalidated, "2"}, {"unretained", unretained, ""},
+      {"invalidated", invalidated, "2"}, {"unretained", unretained, ""}, {"lent_streams", lent_streams, "1"},
   };
   return gpu_run_cases(cases, sizeof cases / sizeof *cases, argc, argv);
 }
