@@ -105,6 +105,7 @@ struct hfr_ib_async_event {
 };
 enum { HFR_IB_EVENT_DEVICE_FATAL = 8, HFR_IB_EVENT_PORT_ACTIVE = 9, HFR_IB_EVENT_PORT_ERR = 10 };
 enum { HFR_IB_FORK_UNNEEDED = 2 };
+enum { HFR_IB_NODE_CA = 1 };
 
 struct hfr_ib_global_route {
   union hfr_ib_gid dgid;

@@ -147,6 +147,7 @@ struct device {
   uint64_t ports_down; /* bit by number */
   int64_t asked_ns;    /* when a port was last asked for its state */
   char memory[200];    /* why nothing can be registered */
+  char unable[120];    /* why it has no reliable queue pairs that can be used */
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -162,7 +163,7 @@ static void child_after_fork(void) {
     if (d->context) d->inherited = d->context, d->inherited_pd = d->pd;
     d->context = NULL;
     d->pd = NULL;
-    d->tried = d->error = d->lost = d->memory[0] = 0;
+    d->tried = d->error = d->lost = d->memory[0] = d->unable[0] = 0;
     d->ports_down = 0;
   }
   pthread_mutex_init(&lock, NULL);
@@ -223,6 +224,22 @@ static void try_memory(struct device *d) {
   munmap(memory, PROBE_BYTES);
 }
 
+/* Can it connect? Some devices know datagrams only, iWARP ones connect by other means. Better found while there is TCP to fall
+ * back to. */
+static void try_pair(struct device *d) {
+  char type[40];
+  if (attribute(type, sizeof type, "%s/%s/node_type", sysfs(), d->name) && atoi(type) != HFR_IB_NODE_CA) {
+    snprintf(d->unable, sizeof d->unable, "the device is no channel adapter of InfiniBand or RoCE (node type %s)", type);
+    return;
+  }
+  struct hfr_ib_cq *cq = ib.create_cq(d->context, 2, NULL, NULL, 0);
+  struct hfr_ib_qp_init_attr init = {.send_cq = cq, .recv_cq = cq, .cap = {1, 1, 1, 1, 0}, .qp_type = HFR_IB_QPT_RC};
+  struct hfr_ib_qp *qp = cq ? ib.create_qp(d->pd, &init) : NULL;
+  if (!qp) snprintf(d->unable, sizeof d->unable, "the device makes no reliable queue pair: %s", strerror(errno));
+  if (qp) ib.destroy_qp(qp);
+  if (cq) ib.destroy_cq(cq);
+}
+
 static void open_device(struct device *d) {
   if (d->tried) return;
   d->tried = 1;
@@ -235,6 +252,7 @@ static void open_device(struct device *d) {
   }
   if (!d->context && !d->error) d->error = errno;
   if (d->pd) try_memory(d);
+  if (d->pd) try_pair(d);
   if (d->pd) fcntl(d->context->async_fd, F_SETFL, fcntl(d->context->async_fd, F_GETFL) | O_NONBLOCK);
 }
 
@@ -383,6 +401,10 @@ static void look_at(const struct device *d, struct hfr_ib_port *p) {
     snprintf(p->why_not, sizeof p->why_not, "cannot query the port: %s", strerror(error));
   else if (!hfr_ib_match(hfr_param_text(HFR_PARAM_IB_HCA), d->name, p->number))
     snprintf(p->why_not, sizeof p->why_not, "HFREDUCE_IB_HCA=\"%.200s\" leaves it out", hfr_param_text(HFR_PARAM_IB_HCA));
+  else if (*d->unable)
+    snprintf(p->why_not, sizeof p->why_not, "%s", d->unable);
+  else if (p->attr.link_layer != HFR_IB_LINK_LAYER_INFINIBAND && p->attr.link_layer != HFR_IB_LINK_LAYER_ETHERNET)
+    snprintf(p->why_not, sizeof p->why_not, "its link layer is neither InfiniBand nor Ethernet");
   else if (p->attr.state != HFR_IB_PORT_ACTIVE)
     snprintf(p->why_not, sizeof p->why_not, "the port is %s", state_name(p->attr.state));
   else if (pkey >= p->attr.pkey_tbl_len)

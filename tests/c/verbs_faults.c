@@ -112,6 +112,24 @@ static int works(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return wrong;
 }
 
+/* What cannot carry RDMA is no error where TCP may do its work: all ranks fall back, and say why. */
+static int falls_back(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  const struct fault *f = arg;
+  int wrong = 0;
+  hfreduceComm_t comm;
+  if (rank == n - 1) setenv("FAKE_VERBS", f->script, 1);
+  setenv("HFREDUCE_TRANSPORT", "verbs,tcp", 1);
+  hfr_param_reload();
+  hfreduceResult_t r = hfreduceCommInitRank(&comm, n, *id, rank);
+  if (r) return fprintf(stderr, "%s: rank %d: %s\n", f->name, rank, hfreduceGetLastError(NULL)), 1;
+  r = sums(comm, rank, n, 5, &wrong);
+  wrong += r != hfreduceSuccess || strcmp(transports(comm), "tcp") != 0;
+  if (wrong)
+    fprintf(stderr, "%s: rank %d: error %d, %s: %s\n", f->name, rank, (int)r, transports(comm), hfreduceGetLastError(comm));
+  hfreduceCommDestroy(comm);
+  return wrong;
+}
+
 static const char *word = "";
 static int chosen(const char *name) { return strstr(name, word) != NULL; }
 
@@ -151,8 +169,9 @@ static void test_coming_up(void) {
       {"port down", "down=0 down=1", "the port is down", START},
       {"no slots", "reg_mr=4:12", "cannot register", LINK},
       {"no channel", "create_comp_channel=1:24", "create a completion channel", LINK},
-      {"no completion queue", "create_cq=1:12", "create a completion queue", LINK},
-      {"no queue pair", "create_qp=0:12", "create a queue pair", LINK},
+      {"no completion queue", "create_cq=3:12", "create a completion queue", LINK},
+      {"no reliable queue pair", "create_qp=0:95", "the device makes no reliable queue pair: Operation not supported", START},
+      {"neither InfiniBand nor Ethernet", "layer=0", "its link layer is neither", START},
       {"not INIT", "modify_qp=1:22", "initialize a queue pair", LINK},
       {"not RTR", "modify_qp=2:110", "connect a queue pair", LINK},
       {"not RTS", "modify_qp=3:22", "start a queue pair", LINK},
@@ -162,6 +181,32 @@ static void test_coming_up(void) {
       {"sends end", "post_send=40:12", "took no send", LINK},
   };
   for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) run("1,1", fails, &calls[i]);
+}
+
+/* Set an attribute of a device; "" takes it away. */
+static void attribute(const char *device, const char *name, const char *value) {
+  char path[300];
+  snprintf(path, sizeof path, "%.200s/%s/%s", getenv("HFREDUCE_TEST_SYSFS"), device, name);
+  if (!*value) {
+    unlink(path);
+    return;
+  }
+  FILE *file = fopen(path, "w");
+  if (!file) abort();
+  fprintf(file, "%s\n", value);
+  fclose(file);
+}
+
+/* Ports that cannot carry reliable connections: TCP, or another device. */
+static void test_unable(void) {
+  run("1,1", falls_back, &(struct fault){"unable: datagrams only", "create_qp=0:95", "", LINK});
+  run("1,1", falls_back, &(struct fault){"unable: no link layer", "layer=0", "", LINK});
+  run("1,1", works, &(struct fault){"unable: the first device only", "layer0=0", "", LINK});
+  for (int i = 0; i < 2; i++) attribute(i ? "fake1" : "fake0", "node_type", "4: RNIC");
+  run("1,1", fails, &(struct fault){"unable: iWARP", "", "no channel adapter of InfiniBand or RoCE (node type 4: RNIC)", START});
+  for (int i = 0; i < 2; i++) attribute(i ? "fake1" : "fake0", "node_type", "1: CA");
+  run("1,1", works, &(struct fault){"unable: but channel adapters are", "", "", LINK});
+  for (int i = 0; i < 2; i++) attribute(i ? "fake1" : "fake0", "node_type", "");
 }
 
 /* The port or the device goes while in use. */
@@ -317,6 +362,7 @@ int main(int argc, char **argv) {
   test_leaving();
   test_computing();
   test_coming_up();
+  test_unable();
   test_statuses(quick);
   test_unwaited();
   test_events();

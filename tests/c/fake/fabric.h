@@ -167,5 +167,5 @@ int fake_script_event(int number);       /* to happen before this send; -1: none
 int64_t fake_script_delay_ns(void);      /* of the next completion */
 uint32_t fake_script_inline(void);       /* the most that fits */
 int fake_script_port_down(int device);   /* at first */
-int fake_script_link_layer(void);
+int fake_script_link_layer(int device);
 #endif

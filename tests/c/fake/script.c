@@ -11,7 +11,7 @@
  *   delay=US seed=S  completions become visible up to so many microseconds late, in order within a queue pair only
  *   inline=BYTES     what fits inline (create_qp refuses more); preset 220
  *   down=DEVICE      its port is down (0, 1, ...)
- *   layer=L          link layer: 1 InfiniBand, 2 Ethernet (preset)
+ *   layer=L          link layer: 1 InfiniBand, 2 Ethernet (preset), 0 neither; layerD=L: of device D
  */
 #include "fabric.h"
 
@@ -95,7 +95,15 @@ int64_t fake_script_delay_ns(void) {
 }
 
 uint32_t fake_script_inline(void) { return (uint32_t)number_of("inline", DEFAULT_INLINE); }
-int fake_script_link_layer(void) { return number_of("layer", HFR_IB_LINK_LAYER_ETHERNET); }
+
+/* The rule of one device (its number follows the name), else that of all. */
+static int number_for(const char *what, int device, int preset) {
+  char name[32];
+  snprintf(name, sizeof name, "%.24s%d", what, device);
+  return number_of(name, number_of(what, preset));
+}
+
+int fake_script_link_layer(int device) { return number_for("layer", device, HFR_IB_LINK_LAYER_ETHERNET); }
 
 int fake_script_port_down(int device) {
   for (int i = 0; i < nrules; i++)

@@ -119,7 +119,7 @@ int ibv_query_port(struct hfr_ib_context *context, uint8_t port, struct hfr_ib_p
                                     .max_msg_sz = 1u << 30,
                                     .pkey_tbl_len = 1,
                                     .lid = (uint16_t)(device + 1),
-                                    .link_layer = (uint8_t)fake_script_link_layer()};
+                                    .link_layer = (uint8_t)fake_script_link_layer(device)};
   fake_unlock();
   return 0;
 }
