@@ -27,7 +27,8 @@
   X(CHECKSUM, "HFREDUCE_CHECKSUM", INT, "1", 0, 1, "1: CRC32C on every message over TCP")                                        \
   X(TRANSPORT, "HFREDUCE_TRANSPORT", TEXT, "", 0, 0, "transports between nodes, in order of preference (empty: automatic)")      \
   X(IB_HCA, "HFREDUCE_IB_HCA", TEXT, "", 0, 0, "RDMA ports by device prefix; ^a,b excludes, =a is exact, a:1 is port 1 of a")    \
-  X(IB_GID_INDEX, "HFREDUCE_IB_GID_INDEX", INT, "-1", -1, 1023, "GID of the RDMA port (-1: RoCE v2 with an IPv4 address first)") \
+  X(IB_GID_INDEX, "HFREDUCE_IB_GID_INDEX", INT, "-1", -1, 1023,                                                                  \
+    "GID of the RDMA port (-1: RoCE v2 with an IPv4 address first; not for InfiniBand)")                                         \
   X(IB_SL, "HFREDUCE_IB_SL", INT, "0", 0, 15, "service level of RDMA connections")                                               \
   X(IB_TC, "HFREDUCE_IB_TC", INT, "0", 0, 255, "traffic class of RDMA connections (RoCE: the IP header's)")                      \
   X(IB_TIMEOUT, "HFREDUCE_IB_TIMEOUT", INT, "18", 1, 31, "RDMA acknowledge timeout: 4.096 us times two to the power of this")    \

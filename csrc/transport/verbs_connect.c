@@ -211,6 +211,16 @@ static int check_hello(struct hfr_verbs_link *l) {
   return -1;
 }
 
+/* RoCE is addressed by GID. InfiniBand by LID within a subnet, unless the port wants the GID's header in any case. */
+static int by_gid(const struct hfr_verbs_link *l) {
+  static const uint8_t none[16];
+  const struct hfr_ib_port *port = &l->base->port;
+  const uint8_t *gid = l->theirs.gid;
+  int subnets_differ = memcmp(gid, none, 16) && memcmp(gid, port->gid.raw, sizeof port->gid.global.subnet_prefix) != 0;
+  return port->attr.link_layer == HFR_IB_LINK_LAYER_ETHERNET || port->attr.flags & HFR_IB_PORT_GRH_REQUIRED ||
+         (port->gid_index >= 0 && subnets_differ);
+}
+
 static int connect_qp(struct hfr_verbs_link *l, int i) {
   const struct hfr_ib *ib = l->base->ib;
   const struct hfr_ib_port *port = &l->base->port;
@@ -224,7 +234,7 @@ static int connect_qp(struct hfr_verbs_link *l, int i) {
                                 .min_rnr_timer = 12};
   attr.ah_attr =
       (struct hfr_ib_ah_attr){.dlid = h->lid, .sl = (uint8_t)hfr_param_int(HFR_PARAM_IB_SL), .port_num = (uint8_t)port->number};
-  if (l->mine.link_layer == HFR_IB_LINK_LAYER_ETHERNET || hfr_param_is_set(HFR_PARAM_IB_GID_INDEX)) {
+  if (by_gid(l)) {
     attr.ah_attr.is_global = 1;
     memcpy(attr.ah_attr.grh.dgid.raw, h->gid, 16);
     attr.ah_attr.grh.sgid_index = (uint8_t)port->gid_index;

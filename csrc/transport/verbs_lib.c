@@ -328,13 +328,14 @@ static int gid_score(const union hfr_ib_gid *gid, const char *type) {
   return 4 * v2 + (is_mapped_ipv4(gid) ? 2 : !link_local);
 }
 
+/* InfiniBand has one GID that counts, its first: an index that is meant for RoCE ports is nothing to it. */
 static void choose_gid(const struct device *d, struct hfr_ib_port *p) {
-  int wanted = (int)hfr_param_int(HFR_PARAM_IB_GID_INDEX), best = -1, score = -1, limit = p->attr.gid_tbl_len;
+  int infiniband = p->attr.link_layer == HFR_IB_LINK_LAYER_INFINIBAND;
+  int wanted = infiniband ? 0 : (int)hfr_param_int(HFR_PARAM_IB_GID_INDEX), best = -1, score = -1, limit = p->attr.gid_tbl_len;
   char there[240] = "";
   size_t used = 0;
   union hfr_ib_gid gid;
   char type[24], text[48];
-  if (wanted < 0 && p->attr.link_layer == HFR_IB_LINK_LAYER_INFINIBAND) limit = limit < 1 ? limit : 1; /* addressed by LID */
   for (int i = 0; i < limit && i < 1024; i++) {
     if (!read_gid(d, p->number, i, &gid, type)) continue;
     gid_text(&gid, text);
@@ -349,7 +350,7 @@ static void choose_gid(const struct device *d, struct hfr_ib_port *p) {
     memcpy(p->gid_text, text, sizeof text);
   }
   p->gid_index = best;
-  if (best >= 0 || *p->why_not) return;
+  if (best >= 0 || infiniband || *p->why_not) return;
   if (wanted >= 0)
     snprintf(p->why_not, sizeof p->why_not, "HFREDUCE_IB_GID_INDEX is %d; its GIDs: %s", wanted, *there ? there : "none");
   else if (p->attr.link_layer == HFR_IB_LINK_LAYER_ETHERNET)

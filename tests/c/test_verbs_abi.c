@@ -50,7 +50,11 @@ FIELD(port_attr, lid);
 FIELD(port_attr, active_width);
 FIELD(port_attr, active_speed);
 FIELD(port_attr, link_layer);
+FIELD(port_attr, flags);
 FIELD(port_attr, port_cap_flags2);
+#ifdef IBV_QPF_GRH_REQUIRED
+SAME((int)HFR_IB_PORT_GRH_REQUIRED == (int)IBV_QPF_GRH_REQUIRED);
+#endif
 VALUE(PORT_DOWN);
 VALUE(PORT_INIT);
 VALUE(PORT_ARMED);
@@ -206,6 +210,7 @@ VALUE(EVENT_DEVICE_FATAL);
 VALUE(EVENT_PORT_ACTIVE);
 VALUE(EVENT_PORT_ERR);
 VALUE(FORK_UNNEEDED);
+VALUE(NODE_CA);
 
 int main(void) {
   CHECK(sizeof(struct hfr_ib_wc) == sizeof(struct ibv_wc));

@@ -130,6 +130,12 @@ static int falls_back(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return wrong;
 }
 
+/* Each rank has one port of its own, so all goes from one to the other. */
+static int across(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  setenv("HFREDUCE_IB_HCA", rank % 2 ? "=fake1" : "=fake0", 1);
+  return works(rank, n, id, arg);
+}
+
 static const char *word = "";
 static int chosen(const char *name) { return strstr(name, word) != NULL; }
 
@@ -207,6 +213,16 @@ static void test_unable(void) {
   for (int i = 0; i < 2; i++) attribute(i ? "fake1" : "fake0", "node_type", "1: CA");
   run("1,1", works, &(struct fault){"unable: but channel adapters are", "", "", LINK});
   for (int i = 0; i < 2; i++) attribute(i ? "fake1" : "fake0", "node_type", "");
+}
+
+/* InfiniBand's ways to name a port. */
+static void test_addresses(void) {
+  run("1,1", across, &(struct fault){"address: LID", "layer=1", "", LINK});
+  run("1,1", across, &(struct fault){"address: the header is required", "layer=1 grh=1", "", LINK});
+  run("1,1", across, &(struct fault){"address: two subnets", "layer=1 prefix0=1 prefix1=2", "", LINK});
+  setenv("NCCL_IB_GID_INDEX", "3", 1);
+  run("1,1", across, &(struct fault){"address: an index meant for RoCE", "layer=1", "", LINK});
+  unsetenv("NCCL_IB_GID_INDEX");
 }
 
 /* The port or the device goes while in use. */
@@ -363,6 +379,7 @@ int main(int argc, char **argv) {
   test_computing();
   test_coming_up();
   test_unable();
+  test_addresses();
   test_statuses(quick);
   test_unwaited();
   test_events();

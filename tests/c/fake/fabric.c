@@ -184,7 +184,9 @@ void fake_break(struct fake_pair *p) {
 /* ---------------------------------------------------------------- delivery */
 
 void fake_gid(int device, int index, union hfr_ib_gid *gid) {
+  int infiniband = fake_script_link_layer(device) == HFR_IB_LINK_LAYER_INFINIBAND;
   memset(gid, 0, sizeof *gid);
+  if (infiniband && index) return; /* its table has one */
   if (index) {
     gid->raw[10] = gid->raw[11] = 0xff;
     gid->raw[12] = 127;
@@ -192,24 +194,28 @@ void fake_gid(int device, int index, union hfr_ib_gid *gid) {
   } else {
     gid->raw[0] = 0xfe;
     gid->raw[1] = 0x80;
+    gid->raw[7] = (uint8_t)(infiniband ? fake_script_subnet(device) : 0);
     gid->raw[15] = (uint8_t)(0x10 + device);
   }
 }
 
-static int is_gid_of(const union hfr_ib_gid *gid, int device) {
-  static const union hfr_ib_gid none; /* addressed by LID */
+/* Do packets that p sends come to the device? */
+static int reaches(const struct fake_pair *p, int device) {
+  static const union hfr_ib_gid none;
   union hfr_ib_gid each;
+  if (fake_script_link_layer(p->device) != fake_script_link_layer(device)) return 0;
+  if (!p->global) return p->dlid == (uint32_t)device + 1 && fake_script_subnet(p->device) == fake_script_subnet(device);
   for (int i = 0; i < 2; i++) {
     fake_gid(device, i, &each);
-    if (!memcmp(&each, gid, sizeof each)) return 1;
+    if (!memcmp(&each, &p->dgid, sizeof each)) return memcmp(&each, &none, sizeof none) != 0;
   }
-  return !memcmp(gid, &none, sizeof none);
+  return 0;
 }
 
 /* Whom p's packets reach, if it takes them as p's. */
 static struct fake_pair *peer_of(const struct fake_pair *p) {
   struct fake_pair *o = &fake_fabric->pair[p->dest % FAKE_QPS];
-  int fits = o->qp_num == p->dest && o->dest == p->qp_num && o->rq_psn == p->sq_psn && is_gid_of(&p->dgid, o->device) &&
+  int fits = o->qp_num == p->dest && o->dest == p->qp_num && o->rq_psn == p->sq_psn && reaches(p, o->device) &&
              (o->state == HFR_IB_QPS_RTR || o->state == HFR_IB_QPS_RTS) && !o->port_down && fake_alive(o->pid);
   return fits ? o : NULL;
 }

@@ -55,7 +55,8 @@ struct fake_pair {
   uint32_t qp_num, pd;
   int device, state, port_down, broken; /* broken: its device died */
   int send_cq, recv_cq, access;
-  uint32_t dest, sq_psn, rq_psn;
+  uint32_t dest, dlid, sq_psn, rq_psn;
+  int global; /* addressed by dgid, else by dlid */
   union hfr_ib_gid dgid;
   uint32_t max_recv, rq_first, rq_count;
   uint64_t rq_id[FAKE_RQ];
@@ -168,4 +169,6 @@ int64_t fake_script_delay_ns(void);      /* of the next completion */
 uint32_t fake_script_inline(void);       /* the most that fits */
 int fake_script_port_down(int device);   /* at first */
 int fake_script_link_layer(int device);
+int fake_script_subnet(int device);
+int fake_script_grh_required(int device);
 #endif

@@ -94,11 +94,14 @@ static int change(struct fake_qp *q, struct fake_pair *p, const struct hfr_ib_qp
           a->dest_qp_num >> 24 || a->rq_psn >> 24 || a->ah_attr.port_num != 1)
         return EINVAL;
       if (a->ah_attr.is_global && a->ah_attr.grh.sgid_index > 1) return EINVAL;
-      if (!a->ah_attr.is_global && fake_script_link_layer(p->device) == HFR_IB_LINK_LAYER_ETHERNET) return EINVAL;
+      if (!a->ah_attr.is_global &&
+          (fake_script_link_layer(p->device) == HFR_IB_LINK_LAYER_ETHERNET || fake_script_grh_required(p->device)))
+        return EINVAL;
       p->dest = a->dest_qp_num;
       p->rq_psn = a->rq_psn;
-      memset(&p->dgid, 0, sizeof p->dgid);
-      if (a->ah_attr.is_global) p->dgid = a->ah_attr.grh.dgid;
+      p->dlid = a->ah_attr.dlid;
+      p->global = a->ah_attr.is_global;
+      p->dgid = a->ah_attr.grh.dgid;
       break;
     case HFR_IB_QPS_RTS:
       if (p->state != HFR_IB_QPS_RTR || wanted != TO_RTS || a->sq_psn >> 24) return EINVAL;

@@ -11,6 +11,8 @@
  *   delay=US seed=S  completions become visible up to so many microseconds late, in order within a queue pair only
  *   inline=BYTES     what fits inline (create_qp refuses more); preset 220
  *   down=DEVICE      its port is down (0, 1, ...)
+ *   prefix=P         an InfiniBand port is of this subnet, preset 0; prefixD=P as for layer. LIDs do not reach beyond it
+ *   grh=1            an InfiniBand port requires the global route header
  *   layer=L          link layer: 1 InfiniBand, 2 Ethernet (preset), 0 neither; layerD=L: of device D
  */
 #include "fabric.h"
@@ -103,6 +105,8 @@ static int number_for(const char *what, int device, int preset) {
   return number_of(name, number_of(what, preset));
 }
 
+int fake_script_subnet(int device) { return number_for("prefix", device, 0); }
+int fake_script_grh_required(int device) { return number_for("grh", device, 0); }
 int fake_script_link_layer(int device) { return number_for("layer", device, HFR_IB_LINK_LAYER_ETHERNET); }
 
 int fake_script_port_down(int device) {

@@ -119,14 +119,17 @@ int ibv_query_port(struct hfr_ib_context *context, uint8_t port, struct hfr_ib_p
                                     .max_msg_sz = 1u << 30,
                                     .pkey_tbl_len = 1,
                                     .lid = (uint16_t)(device + 1),
-                                    .link_layer = (uint8_t)fake_script_link_layer(device)};
+                                    .link_layer = (uint8_t)fake_script_link_layer(device),
+                                    .flags = fake_script_grh_required(device) ? HFR_IB_PORT_GRH_REQUIRED : 0};
   fake_unlock();
   return 0;
 }
 
 int ibv_query_gid(struct hfr_ib_context *context, uint8_t port, int index, union hfr_ib_gid *gid) {
   if (port != 1 || index < 0 || index > 1) return errno = EINVAL, -1;
+  if (!fake_lock()) return -1;
   fake_gid(fake_device_of(context), index, gid);
+  fake_unlock();
   return 0;
 }
 
