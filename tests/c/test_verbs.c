@@ -29,6 +29,24 @@ static void test_match(void) {
           cases[i].device, cases[i].port);
 }
 
+/* What the ranks agree on is in every rank's offer, in the order of the first. */
+static void test_meet(void) {
+  static const struct {
+    uint8_t first[HFR_TRANSPORTS_MAX], other[HFR_TRANSPORTS_MAX], met[HFR_TRANSPORTS_MAX];
+  } cases[] = {{{1, 2}, {1, 2}, {1, 2}}, {{1, 2}, {2, 1}, {1, 2}}, {{2, 1}, {1, 2}, {2, 1}},
+               {{1, 2}, {2}, {2}},       {{1, 2}, {1}, {1}},       {{1}, {2}, {0}},
+               {{2}, {1, 2}, {2}},       {{1, 2}, {0}, {0}},       {{0}, {1, 2}, {0}}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    uint8_t common[HFR_TRANSPORTS_MAX];
+    char got[64], want[64];
+    memcpy(common, cases[i].first, sizeof common);
+    hfr_transport_meet(common, cases[i].other);
+    hfr_transport_list(common, got);
+    hfr_transport_list(cases[i].met, want);
+    CHECK(!memcmp(common, cases[i].met, sizeof common), "case %zu: %s, not %s", i, got, want);
+  }
+}
+
 static void test_params(void) {
   setenv("NCCL_IB_HCA", "^mlx5_3", 1);
   setenv("NCCL_IB_GID_INDEX", "3", 1);
@@ -172,9 +190,16 @@ static int falls_back(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return wrong;
 }
 
+/* Ranks that are alike but for the last, which offers TCP alone: all use that. */
+static int last_without(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  setenv("HFREDUCE_TRANSPORT", rank == n - 1 ? "tcp" : "verbs,tcp", 1);
+  return falls_back(rank, n, id, arg);
+}
+
 static void test_choice(int have) {
   setenv("HFREDUCE_TRANSPORT", have ? "tcp,verbs" : "verbs,tcp", 1);
   CHECK(run_processes("1,1", falls_back, NULL, 30) == 0);
+  CHECK(run_processes("1,1,1", last_without, NULL, 30) == 0);
   setenv("HFREDUCE_TRANSPORT", "pigeon", 1);
   CHECK(run_processes("1,1", refused, "between nodes there are: verbs, tcp", 30) == 0);
   setenv("HFREDUCE_TRANSPORT", "verbs", 1);
@@ -185,6 +210,7 @@ static void test_choice(int have) {
 int main(int argc, char **argv) {
   struct hfr_ib_port port;
   test_match();
+  test_meet();
   test_params();
   test_describe();
   int have = !hfr_ib_choose(0, &port);
