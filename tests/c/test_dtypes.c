@@ -106,10 +106,47 @@ static int all_dtypes(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return wrong;
 }
 
+/* The average of one number that every rank has, of which even two exceed what the datatype can hold. Powers of two, so that no
+ * step rounds. */
+static int wide_averages(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  static const struct {
+    hfreduceDataType_t dtype;
+    int value;
+  } cases[] = {{hfreduceFloat16, 32768}, {hfreduceFloat8e4m3, 256}, {hfreduceFloat8e5m2, 32768}};
+  enum { COUNT = 2048 };
+  hfreduceComm_t comm;
+  char *a = malloc(COUNT * 2), *b = malloc(COUNT * 2);
+  int wrong = 0;
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  for (size_t k = 0; k < sizeof cases / sizeof *cases; k++) {
+    hfreduceDataType_t dtype = cases[k].dtype;
+    size_t bytes = COUNT * hfr_dtype_size(dtype);
+    for (size_t i = 0; i < COUNT; i++) put(a, dtype, i, cases[k].value);
+    memset(b, 0, bytes);
+    OK(hfreduceAllReduce(a, b, COUNT, dtype, hfreduceAvg, comm, NULL));
+    wrong += memcmp(a, b, bytes) != 0;
+    memset(b, 0, bytes);
+    OK(hfreduceReduce(a, b, COUNT, dtype, hfreduceAvg, 1, comm, NULL));
+    wrong += rank == 1 && memcmp(a, b, bytes) != 0;
+    memset(b, 0, bytes);
+    OK(hfreduceReduceScatter(a, b, COUNT / (size_t)n, dtype, hfreduceAvg, comm, NULL));
+    wrong += memcmp(a, b, bytes / (size_t)n) != 0;
+    if (wrong) fprintf(stderr, "rank %d: averages of %s are not %d\n", rank, hfr_dtype_name(dtype), cases[k].value);
+  }
+  OK(hfreduceCommDestroy(comm));
+  free(a);
+  free(b);
+  return wrong;
+}
+
 int main(int argc, char **argv) {
+  static const char *const powers[] = {"2", "1,1", "2,2"};
   static char *preset[] = {"3", "1,1", "2,1", "1,1,1,1,1", "2,2,2,2"};
   char **layouts = argc > 1 ? argv + 1 : preset;
   size_t n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   for (size_t i = 0; i < n; i++) CHECK(run_processes(layouts[i], all_dtypes, NULL, 120) == 0, "nodes %s", layouts[i]);
+  for (size_t i = 0; i < sizeof powers / sizeof *powers; i++)
+    CHECK(run_processes(powers[i], wide_averages, NULL, 60) == 0, "averages, nodes %s", powers[i]);
   return check_done();
 }
