@@ -249,11 +249,58 @@ static int arrays(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+struct caller {
+  hfreduceComm_t comm;
+  float y;
+  hfreduceResult_t result;
+};
+
+static void *sum_one(void *arg) {
+  struct caller *c = arg;
+  c->result = hfreduceAllReduce(&c->y, &c->y, 1, hfreduceFloat32, hfreduceSum, c->comm, NULL);
+  return NULL;
+}
+
+/* A work of two communicators whose halves end on two threads: one drives the first, and goes on to wait there for a call of its
+ * own; the progress thread drives the second. Who finds the work ended finds both results. */
+static int halves(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 64 };
+  hfreduceComm_t comm, other;
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  OK(hfreduceCommSplit(comm, 0, rank, &other, NULL));
+  for (int round = 0; round < 8; round++) {
+    float x[2][COUNT];
+    hfreduceWork_t work;
+    pthread_t thread;
+    struct caller caller = {comm, 1, hfreduceSuccess};
+    int done = 0;
+    for (int i = 0; i < COUNT; i++) x[0][i] = 1, x[1][i] = 2;
+    if (rank) pause_ms(20); /* rank 0's thread is inside */
+    OK(hfreduceGroupStart());
+    OK(hfreduceAllReduce(x[0], x[0], COUNT, hfreduceFloat32, hfreduceSum, comm, NULL));
+    OK(hfreduceAllReduce(x[1], x[1], COUNT, hfreduceFloat32, hfreduceSum, other, NULL));
+    OK(hfreduceGroupEndAsync(&work));
+    if (!rank) WANT(pthread_create(&thread, NULL, sum_one, &caller) == 0);
+    while (!done) OK(hfreduceWorkTest(work, &done));
+    WANT(all_ones(x[0], COUNT, (float)n) && all_ones(x[1], COUNT, (float)(2 * n)));
+    if (rank) sum_one(&caller);
+    if (!rank) pthread_join(thread, NULL);
+    OK(caller.result);
+    WANT(caller.y == (float)n);
+    OK(hfreduceWorkDestroy(work));
+  }
+  OK(hfreduceCommDestroy(other));
+  OK(hfreduceCommDestroy(comm));
+  return 0;
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
-  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests}, {"lookers", lookers}, {"arrays", arrays}};
+  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests},
+              {"lookers", lookers},   {"arrays", arrays}, {"halves", halves}};
   static char *preset[] = {"1", "2", "3", "1,1", "2,1"};
   size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   char **layouts = argc > 1 ? argv + 1 : preset;
