@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -377,6 +378,24 @@ def test_strangers_make_no_root_fail(tmp_path: Path) -> None:
         with Rank(1, address, tmp_path) as rank:
             assert rank.end()[2:] == ("joined", "2"), rank.log.read_text()
         assert root.end()[2:] == ("joined", "2"), root.log.read_text()
+
+
+def test_who_is_refused_is_named_by_address_though_it_has_gone(tmp_path: Path) -> None:
+    with reserved_address() as address, Rank(0, address, tmp_path) as root:
+        host, port = address.split(":")
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), 10) as visit:
+                visit.settimeout(20)
+                assert read(visit, GREETING.size)[:4] == b"HFRS"
+                root.process.send_signal(signal.SIGSTOP)
+                visit.sendall(struct.pack("<4sI56x", b"HFRC", 1))  # the hello of the first protocol
+                visit.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+                break
+            assert time.monotonic() < end, "nobody listens"
+            time.sleep(0.05)
+        root.process.send_signal(signal.SIGCONT)
+        root.wait_for("refused a connection while ranks are joining: an older protocol of hfreduce from 127.0.0.1")
 
 
 def test_a_refusal_is_told_though_silence_came_after_it() -> None:

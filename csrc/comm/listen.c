@@ -54,18 +54,10 @@ static int deliver(struct hfr_watch *w) {
   return -1;
 }
 
-/* The address that a connection comes from. */
+/* The address that a connection comes from, as it was when it was accepted: a peer that has closed it meanwhile has none. */
 static const char *caller(const struct hfr_watch *w, char text[INET6_ADDRSTRLEN]) {
-  union {
-    struct sockaddr any;
-    struct sockaddr_in v4;
-    struct sockaddr_in6 v6;
-  } peer;
-  socklen_t len = sizeof peer;
-  const char *host = NULL;
-  if (!getpeername(w->fd, &peer.any, &len))
-    host = peer.any.sa_family == AF_INET ? inet_ntop(AF_INET, &peer.v4.sin_addr, text, INET6_ADDRSTRLEN)
-                                         : inet_ntop(AF_INET6, &peer.v6.sin6_addr, text, INET6_ADDRSTRLEN);
+  const char *host =
+      w->addr.family ? inet_ntop(w->addr.family == 4 ? AF_INET : AF_INET6, w->addr.ip, text, INET6_ADDRSTRLEN) : NULL;
   return host ? host : strcpy(text, "?");
 }
 
@@ -149,7 +141,13 @@ static void warn_of_descriptors(void) {
 
 void hfr_listen_accept(struct hfr_watch *w) {
   for (;;) {
-    int fd = accept4(w->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    union {
+      struct sockaddr any;
+      struct sockaddr_in v4;
+      struct sockaddr_in6 v6;
+    } peer = {.any.sa_family = AF_UNSPEC};
+    socklen_t bytes = sizeof peer;
+    int fd = accept4(w->fd, &peer.any, &bytes, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0) {
       if (errno == EMFILE || errno == ENFILE) warn_of_descriptors();
       return;
@@ -159,6 +157,9 @@ void hfr_listen_accept(struct hfr_watch *w) {
       close(fd);
       return;
     }
+    p->addr.family = peer.any.sa_family == AF_INET ? 4 : peer.any.sa_family == AF_INET6 ? 6 : 0;
+    memcpy(p->addr.ip, p->addr.family == 4 ? (void *)&peer.v4.sin_addr : (void *)&peer.v6.sin6_addr,
+           p->addr.family == 4 ? 4 : 16);
     hfr_auth_server(&p->auth, fd, find_secret, NULL);
     if (++hfr_rt.pending > MAX_PENDING) expire_oldest();
   }

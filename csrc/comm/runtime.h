@@ -23,7 +23,7 @@ struct hfr_watch {
   enum hfr_watch_kind kind;
   int fd, slot;
   int64_t since_ns;
-  struct hfr_addr addr; /* LISTENER */
+  struct hfr_addr addr; /* LISTENER; PENDING: the peer's, without its port */
   int users;            /* LISTENER: communicators and roots that are reached through it */
   struct hfr_auth auth; /* PENDING */
   struct hfr_conn conn; /* JOINER */
