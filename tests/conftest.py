@@ -1,4 +1,4 @@
-"""A time limit for every test; `run_ranks`, a function on N ranks (ranks.py); `guest`, a command in a virtual machine (rdma.py)."""
+"""A time limit for every test; which tests share a worker, and what each file took; `run_ranks`, a function on N ranks (ranks.py); `guest`, a command in a virtual machine (rdma.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,34 @@ class TooLong(BaseException):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): time limit of this test")
     config.addinivalue_line("markers", "guest(command, devices, limit): what runs in a virtual machine; see rdma.in_guest")
+    config.addinivalue_line("markers", "xdist_group(name): tests that share a worker, where pytest-xdist runs some at a time")
     config.addinivalue_line("markers", "slow: takes much time or memory; skip with -m 'not slow'")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests whose file keeps something for all of them, or that share a virtual machine, share a worker, too."""
+    for item in items:
+        if (guest := item.get_closest_marker("guest")) is not None:
+            item.add_marker(pytest.mark.xdist_group(f"machine-{guest.kwargs['devices']}"))
+        elif getattr(item.module, "SHARED", False):  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))  # type: ignore[attr-defined]
+
+
+_seconds: Counter[str] = Counter()  # by file
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[report.location[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each file took, with its fixtures; two of them may have run at a time."""
+    if _seconds:
+        terminalreporter.section("seconds by file")
+        for name, seconds in _seconds.most_common():
+            if seconds >= 1:
+                terminalreporter.write_line(f"{seconds:7.1f}  {name}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import platform
-import subprocess
-from pathlib import Path
+import shutil
 
 import pytest
+from programs import BUILD_LIMIT, ROOT, build, building, need_compiler
 
 np = pytest.importorskip("numpy")
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is the reference for fp8 and bf16; it is not installed")
 
 # NaN and overflow are what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.limit(BUILD_LIMIT + 60)]
+SHARED = True  # many small tests
 
-ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ("scalar", "neon") if platform.machine() == "aarch64" else ("scalar", "avx2", "avx512")
 # hfreduceDataType_t -> numpy dtype
 DTYPES = {
@@ -41,18 +40,14 @@ NAMES = {code: dtype.name for code, dtype in DTYPES.items()}
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Compile csrc/simd and what it stands on with exported wrappers, and load it."""
-    spec = importlib.util.spec_from_file_location("hfreduce_build", ROOT / "csrc" / "build.py")
-    assert spec and spec.loader
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    out = tmp_path_factory.mktemp("simd")
+    need_compiler()
     files = sorted((ROOT / "csrc" / "simd").glob("*.c")) + sorted((ROOT / "csrc" / "base").glob("*.c"))
-    objects = build.compile_objects(out, [*files, ROOT / "tests" / "c" / "simd_export.c"])
-    target = out / "libsimd_test.so"
-    link = ["gcc", "-shared", "-o", str(target), *map(str, objects), "-lpthread", "-lm"]
-    done = subprocess.run(link, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lib = ctypes.CDLL(str(target))
+    with building("plain") as out:  # the objects are those of the C programs
+        objects = build.compile_objects(out, [*files, ROOT / "tests" / "c" / "simd_export.c"])
+        target = build.link_shared(out / "libsimd_test.so", objects, [], sanitize="", cc=None)
+        own = tmp_path_factory.mktemp("simd") / target.name  # nobody links this one anew
+        shutil.copy(target, own)
+    lib = ctypes.CDLL(str(own))
     lib.test_level.restype = lib.test_dtype_name.restype = ctypes.c_char_p
     lib.test_reduce.argtypes = (
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]

@@ -489,13 +489,12 @@ def test_mismatch_on_different_channels(run_ranks: Any, nodes: tuple[int, ...]) 
 
 
 def unequal_pair(rank: int, sent: int, received: int, dtype: str) -> None:
-    with joined(rank, 2, 1, timeout=5) as comm:
-        with pytest.raises(MismatchError, match="rank"):
-            if rank == 0:
-                comm.send(np.ones(sent, np.float32), 1)
-                comm.barrier()  # a small send may be over before its receive is posted; what follows must fail
-            else:
-                comm.recv(np.zeros(received, dtype), 0)
+    with joined(rank, 2, 1, timeout=5) as comm, pytest.raises(MismatchError, match="rank"):
+        if rank == 0:
+            comm.send(np.ones(sent, np.float32), 1)
+            comm.barrier()  # a small send may be over before its receive is posted; what follows must fail
+        else:
+            comm.recv(np.zeros(received, dtype), 0)
 
 
 @pytest.mark.limit(40)

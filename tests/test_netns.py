@@ -42,6 +42,7 @@ def load_tool() -> Any:
 
 
 tool = load_tool()
+SHARED = True  # the hosts
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from hfreduce.torch import shim
 
 # The first test of each fixture compiles, or runs all that the ranks do.
 pytestmark = pytest.mark.limit(300)
+SHARED = True  # the built shim
 
 # --- building and finding ---
 

@@ -29,6 +29,7 @@ from programs import (
 #: Seconds that a program may run. Building comes on top.
 RUN_LIMIT = 120
 pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
+SHARED = True  # the fake, which is linked anew
 
 #: Variant, program, arguments. Ranks are processes that have no threads when they fork.
 CONFORMANCE = [
