@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hfreduce._version import __version__
 
 if TYPE_CHECKING:
-    from hfreduce.communicator import Communicator, PreMulSum
+    from hfreduce.communicator import Communicator
     from hfreduce.connection import Connection
     from hfreduce.errors import (
         AbortedError,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hfreduce.grouping import Group, group
     from hfreduce.launch import init
     from hfreduce.memory import empty, zeros
+    from hfreduce.premul import PreMulSum
     from hfreduce.reducer import GradientReducer
     from hfreduce.types import DTYPE_NAMES, OP_NAMES
     from hfreduce.unique_id import UniqueId, get_unique_id
@@ -87,7 +88,7 @@ _WHERE = {
     "MismatchError": "errors",
     "OP_NAMES": "types",
     "PeerLostError": "errors",
-    "PreMulSum": "communicator",
+    "PreMulSum": "premul",
     "SystemError_": "errors",
     "UniqueId": "unique_id",
     "Work": "work",

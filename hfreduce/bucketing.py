@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hfreduce._ffi import ffi, lib
-from hfreduce.communicator import Communicator
+from hfreduce._ffi import lib
+from hfreduce.communicator import Communicator, core_of
 from hfreduce.errors import InvalidArgumentError, InvalidUsageError, MismatchError
 from hfreduce.grouping import current, open_groups
 from hfreduce.work import Work
@@ -36,12 +36,7 @@ ALIGNMENT = 64
 #: (pointer, count, datatype, op) of an all_reduce in place.
 Segment = tuple[Any, int, int, int]
 
-_group_start = lib.hfreduceGroupStart
-_group_end = lib.hfreduceGroupEndAsync
 _all_reduce = lib.hfreduceAllReduce
-_NULL = ffi.NULL
-_new = ffi.new
-_WORK = ffi.typeof("hfreduceWork_t *")
 
 
 def plan(nbytes: Sequence[int], kinds: Sequence[Hashable], order: Sequence[int], bucket_bytes: int) -> list[list[int]]:
@@ -102,24 +97,16 @@ def require_same(comm: Communicator, lines: Sequence[str], what: str) -> None:
     )
 
 
-def launch(comm: Communicator, segments: Sequence[Segment], keep: Any, stream: Any = _NULL) -> Work:
+def launch(comm: Communicator, segments: Sequence[Segment], keep: Any, stream: Any = None) -> Work:
     """Start all_reduces in place, together, as one Work; straight through the C interface, as each microsecond counts.
 
     stream: cdata, where the memory is a device's.
     """
-    handle = comm._handle
     if open_groups and current() is not None:
         raise InvalidUsageError("a bucket's all_reduce cannot start inside `with group()`")
-    _group_start()
-    code = 0
-    for pointer, count, datatype, op in segments:
-        code = code or _all_reduce(pointer, pointer, count, datatype, op, handle, stream)
-    error = comm._failure(code) if code else None
-    work = _new(_WORK)
-    code = _group_end(work)
-    if error is not None or code:
-        raise error if error is not None else comm._failure(code)
-    return Work(work[0], keep, None, comm._running)
+    handle = core_of(comm)
+    calls = [(_all_reduce, (pointer, pointer, count, datatype, op)) for pointer, count, datatype, op in segments]
+    return Work(handle.launch(calls, stream), keep, None, handle.running)
 
 
 class Bucket:

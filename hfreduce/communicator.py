@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
-import weakref
-from collections import deque
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -15,15 +11,17 @@ import numpy as np
 
 from hfreduce import grouping as _group
 from hfreduce._ffi import ffi, lib
+from hfreduce._handle import NULL, Handle
+from hfreduce.arguments import alike, counts_of, equal_parts, integer, places, rank_of, same_dtype, seconds, sums_to, tag_of
 from hfreduce.buffer import Buffer, resolve
 from hfreduce.connection import Connection, connections
 from hfreduce.device import common_stream
-from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageError, check, last_error, text
+from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageError, text
 from hfreduce.params import default_timeout
-from hfreduce.types import DTYPE_NAMES, OPS, dtype_code, numpy_dtype, op_code
-from hfreduce.unique_id import UniqueId
-from hfreduce.waiting import PATIENCE, join, leave
-from hfreduce.work import Sender, Work, reap, salvage, take
+from hfreduce.premul import PreMulSum
+from hfreduce.types import OPS, op_code
+from hfreduce.unique_id import UniqueId, get_unique_id
+from hfreduce.work import Sender, Work
 
 # Bound once: the fast paths make no attribute chain.
 _ndarray = np.ndarray
@@ -35,8 +33,7 @@ _ALL_REDUCE, _REDUCE, _REDUCE_SCATTER = (
 )
 _barrier = lib.hfreduceBarrier
 _INVALID_ARGUMENT = lib.hfreduceInvalidArgument
-_IN_PROGRESS = lib.hfreduceInProgress
-_NULL = ffi.NULL
+_SIZES = ffi.typeof("size_t[]")
 _open_groups = _group.open_groups
 
 
@@ -54,80 +51,7 @@ class _Nothing:
 
 # The type that takes the fast path.
 _fast_type: Any = _ndarray if _known_layout() else _Nothing
-_NO_BUFFER = Buffer(_NULL, 0, 0, None)
-
-
-class PreMulSum:
-    """An op that multiplies this rank's input by a factor before summing.
-
-    Made by Communicator.pre_mul_sum, freed when dropped.
-    """
-
-    def __init__(self, comm: Communicator, factor: Any, dtype: Any) -> None:
-        self._comm = weakref.ref(comm)
-        self.code = -1
-        code = dtype_code(dtype)
-        self.dtype = DTYPE_NAMES[code]
-        self.factor = factor
-        scalar_type = np.dtype(np.float32) if self.dtype.startswith("float8") else numpy_dtype(code)
-        try:
-            scalar = np.asarray(factor, dtype=scalar_type).reshape(())
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidArgumentError(f"factor: {factor!r} is not a {scalar_type.name} number ({error})") from None
-        memory = ffi.new("char[]", scalar.tobytes())
-        result = ffi.new("hfreduceRedOp_t *")
-        handle = comm._open()
-        check(lib.hfreduceRedOpCreatePreMulSum(result, memory, code, lib.hfreduceScalarHostImmediate, handle), handle)
-        self.code = int(result[0])
-
-    def resolve(self, comm: Communicator) -> int:
-        """Its number, for a call on `comm`."""
-        if self._comm() is not comm:
-            raise InvalidArgumentError(
-                "op: this pre_mul_sum was made by another communicator; make one with this one's pre_mul_sum"
-            )
-        return self.code
-
-    def __del__(self) -> None:
-        comm = self._comm()
-        if comm is not None and self.code >= 0 and comm._handle != _NULL:
-            lib.hfreduceRedOpDestroy(self.code, comm._handle)
-
-    def __repr__(self) -> str:
-        return f"<hfreduce.PreMulSum {self.factor} {self.dtype}>"
-
-
-def _destroy(handle: Any, running: deque[Work], pid: int) -> None:
-    """Leave and free. Runs at close, when a communicator is dropped, or at exit; a forked child leaves its parent's alone."""
-    if os.getpid() != pid:
-        return
-    # The program died of an exception, or a signal handler's ended the wait: nobody will wait for it again.
-    died = getattr(sys, "last_value", None) is not None
-    if running and any((died or work.interrupted) and not work.done() for work in tuple(running)):
-        lib.hfreduceCommAbort(handle)
-    try:
-        leave(handle)
-    finally:
-        running.clear()
-
-
-def _seconds(timeout: Any) -> float:
-    try:
-        seconds = float(timeout)
-    except (TypeError, ValueError):
-        raise InvalidArgumentError(f"timeout: {timeout!r} is not a number of seconds") from None
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise InvalidArgumentError(f"timeout: {timeout!r} is not a positive, finite number of seconds")
-    return seconds
-
-
-def _integer(value: Any, name: str) -> int:
-    if type(value) is int:
-        return value
-    try:
-        return int(value.__index__())
-    except AttributeError:
-        raise InvalidArgumentError(f"{name}: {value!r} is not an integer") from None
+_NO_BUFFER = Buffer(NULL, 0, 0, None)
 
 
 class Communicator:
@@ -161,7 +85,6 @@ class Communicator:
 
     __slots__ = (
         "__weakref__",
-        "_finalizer",
         "_handle",
         "_host",
         "_local_nranks",
@@ -170,7 +93,6 @@ class Communicator:
         "_nodes",
         "_nranks",
         "_rank",
-        "_running",
         "_timeout",
         "_transports",
     )
@@ -185,38 +107,32 @@ class Communicator:
         (300), and no more than timeout. name: appears in errors and logs. An exception of a signal handler (KeyboardInterrupt) ends
         the call; those who have joined then get AbortedError.
         """
-        self._handle: Any = _NULL
-        rank, nranks = _integer(rank, "rank"), _integer(nranks, "nranks")
+        self._handle = Handle()
+        rank, nranks = integer(rank, "rank"), integer(nranks, "nranks")
         if nranks < 1:
             raise InvalidArgumentError(f"nranks: {nranks} is less than 1")
-        if not 0 <= rank < nranks:
-            raise InvalidArgumentError(f"rank: {rank} is not from 0 to {nranks - 1} (nranks is {nranks})")
-        seconds = default_timeout() if timeout is None else _seconds(timeout)
-        raw = ffi.new("hfreduceUniqueId *")
-        if unique_id is not None:
-            ffi.memmove(raw, UniqueId(unique_id), ffi.sizeof("hfreduceUniqueId"))
-        elif nranks == 1:
-            check(lib.hfreduceGetUniqueIdLocal(raw))
-        else:
+        rank_of(rank, nranks, "rank")
+        limit = default_timeout() if timeout is None else seconds(timeout)
+        if unique_id is None and nranks > 1:
             raise InvalidArgumentError("unique_id: None is for a single rank; send get_unique_id() of one rank to all of them")
-        config, keep = _config(seconds, name)
-        handle = ffi.new("hfreduceComm_t *")
-        check(join(config, handle, lambda: lib.hfreduceCommInitRankConfig(handle, nranks, raw[0], rank, config)))
-        del keep
-        self._adopt(handle[0], seconds)
+        self._handle.join(nranks, get_unique_id(local=True) if unique_id is None else UniqueId(unique_id), rank, limit, name)
+        self._look(limit)
 
-    def _adopt(self, handle: Any, timeout: float) -> None:
-        info = ffi.new("hfreduceCommInfo_t *")
-        check(lib.hfreduceCommGetInfo(handle, info), handle)
+    @classmethod
+    def _of(cls, handle: Handle, timeout: float) -> Communicator:
+        """The communicator of a handle that a split or shrink has made."""
+        comm = Communicator.__new__(Communicator)
+        comm._handle = handle
+        comm._look(timeout)
+        return comm
+
+    def _look(self, timeout: float) -> None:
+        info = self._handle.info()
         self._rank, self._nranks = int(info.rank), int(info.nranks)
         self._local_rank, self._local_nranks = int(info.local_rank), int(info.local_nranks)
         self._node, self._nodes = int(info.node), int(info.nnodes)
         self._host, self._transports = text(info.host), text(info.transports)
         self._timeout = timeout
-        self._running: deque[Work] = deque()
-        self._handle = handle
-        check(lib.hfreduceCommSetPatience(handle, PATIENCE), handle)
-        self._finalizer = weakref.finalize(self, _destroy, handle, self._running, os.getpid())
 
     # --- what it is ---
 
@@ -266,9 +182,9 @@ class Communicator:
         A look, not a synchronization: of a running operation it shows what has gone so far. May be called from any thread.
         """
         try:
-            return connections(self._open())
+            return connections(self._handle.open())
         except InvalidArgumentError:
-            self._open()  # it was closed meanwhile
+            self._handle.open()  # it was closed meanwhile
             raise
 
     @property
@@ -277,16 +193,15 @@ class Communicator:
         return self._timeout
 
     @timeout.setter
-    def timeout(self, seconds: float) -> None:
-        value = _seconds(seconds)
-        handle = self._open()
-        check(lib.hfreduceCommSetTimeout(handle, value), handle)
+    def timeout(self, limit: float) -> None:
+        value = seconds(limit)
+        self._handle.set_timeout(value)
         self._timeout = value
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return bool(self._handle == _NULL)
+        return self._handle.closed
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InvalidUsageError(
@@ -296,7 +211,7 @@ class Communicator:
         )
 
     def __repr__(self) -> str:
-        if self._handle == _NULL:
+        if self._handle.closed:
             return "<hfreduce.Communicator closed>"
         return (
             f"<hfreduce.Communicator rank {self._rank} of {self._nranks}, node {self._node} of {self._nodes} ({self._host}), "
@@ -307,32 +222,33 @@ class Communicator:
 
     def all_reduce(self, x: Any, out: Any = None, op: Any = "sum", *, async_op: bool = False, stream: Any = None) -> Any:
         """Reduce x over all ranks with op into out on every rank; in place when out is None. out has x's count and dtype."""
+        core = self._handle
         # Most calls are of this kind, and small ones take less than a microsecond in all: each look-up here shows. What is wrong
         # (a negative code), or special, the general path finds out and says. So in the other collectives.
-        if out is None and type(x) is _fast_type and not (async_op or _open_groups or self._running or stream is not None):
+        if out is None and type(x) is _fast_type and not (async_op or _open_groups or core.running or stream is not None):
             try:
-                code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), 0, 0, self._handle)
+                code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), 0, 0, core.pointer)
             except BaseException:
-                self._salvage(x, x)
+                core.salvage(x, x)
                 raise
             if code == 0:
                 return x
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, x, x)
+                return core.not_at_once(code, x, x)
         elif (
             type(x) is _fast_type
             and type(out) is _fast_type
-            and not (async_op or _open_groups or self._running or stream is not None)
+            and not (async_op or _open_groups or core.running or stream is not None)
         ):
             try:
-                code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, self._handle)
+                code = _fast(_ALL_REDUCE.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, core.pointer)
             except BaseException:
-                self._salvage((x, out), out)
+                core.salvage((x, out), out)
                 raise
             if code == 0:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, (x, out), out)
+                return core.not_at_once(code, (x, out), out)
         elif (
             async_op
             and type(x) is _fast_type
@@ -341,14 +257,14 @@ class Communicator:
             and not _open_groups
         ):
             call = _ALL_REDUCE.get(op, -1) if type(op) is str else -1
-            work = _fast_launch(call, id(x), 0 if out is None else id(out), 0, self._handle)
+            work = _fast_launch(call, id(x), 0 if out is None else id(out), 0, core.pointer)
             if work:
-                return Work(work, (x, out), x if out is None else out, self._running)
+                return Work(work, (x, out), x if out is None else out, core.running)
             code = lib.hfr_ndarray_why()
             if code > 0 and code != _INVALID_ARGUMENT:
-                raise self._failure(code)
+                raise core.failure(code)
         source, target, result = self._in_place_or_out(x, out, stream)
-        return self._issue(
+        return core.issue(
             lib.hfreduceAllReduce,
             (source.pointer, target.pointer, source.elements, source.dtype, self._op(op)),
             (source.keep, target.keep, op),
@@ -364,30 +280,31 @@ class Communicator:
 
         Elsewhere out is ignored and x is only read. out has x's count and dtype. Returns the array written on root, x elsewhere.
         """
+        core = self._handle
         if (
             type(x) is _fast_type
             and type(root) is int
             and 0 <= root < self._nranks
             and (out is None or root != self._rank or type(out) is _fast_type)
             and type(op) is str
-            and not (async_op or _open_groups or self._running or stream is not None)
+            and not (async_op or _open_groups or core.running or stream is not None)
         ):
             result = x if out is None or root != self._rank else out
             try:
-                code = _fast(_REDUCE.get(op, -1), id(x), 0 if result is x else id(result), root, self._handle)
+                code = _fast(_REDUCE.get(op, -1), id(x), 0 if result is x else id(result), root, core.pointer)
             except BaseException:
-                self._salvage((x, result), result)
+                core.salvage((x, result), result)
                 raise
             if code == 0:
                 return result
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, (x, result), result)
-        root = self._root(root)
+                return core.not_at_once(code, (x, result), result)
+        root = rank_of(root, self._nranks, "root")
         if root == self._rank:
             source, target, result = self._in_place_or_out(x, out, stream)
         else:
             source, target, result = resolve(x, "x", writable=False, stream=stream), _NO_BUFFER, x
-        return self._issue(
+        return core.issue(
             lib.hfreduceReduce,
             (source.pointer, target.pointer, source.elements, source.dtype, self._op(op), root),
             (source.keep, target.keep, op),
@@ -401,31 +318,32 @@ class Communicator:
 
         With out, x is only read, and only on root.
         """
+        core = self._handle
         if (
             type(x) is _fast_type
             and type(root) is int
             and 0 <= root < self._nranks
             and (out is None or type(out) is _fast_type)
-            and not (async_op or _open_groups or self._running or stream is not None)
+            and not (async_op or _open_groups or core.running or stream is not None)
         ):
             result = x if out is None else out
             try:
-                code = _fast(_BROADCAST, id(x), 0 if result is x else id(out), root, self._handle)
+                code = _fast(_BROADCAST, id(x), 0 if result is x else id(out), root, core.pointer)
             except BaseException:
-                self._salvage((x, result), result)
+                core.salvage((x, result), result)
                 raise
             if code == 0:
                 return result
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, (x, result), result)
-        root = self._root(root)
+                return core.not_at_once(code, (x, result), result)
+        root = rank_of(root, self._nranks, "root")
         if out is None:
             source = target = resolve(x, "x", writable=root != self._rank, stream=stream)
             result = x
         else:
             target, result = resolve(out, "out", writable=True, stream=stream), out
-            source = self._like(resolve(x, "x", writable=False, stream=stream), target) if root == self._rank else target
-        return self._issue(
+            source = alike(resolve(x, "x", writable=False, stream=stream), target) if root == self._rank else target
+        return core.issue(
             lib.hfreduceBroadcast,
             (source.pointer, target.pointer, target.elements, target.dtype, root),
             (source.keep, target.keep),
@@ -439,23 +357,24 @@ class Communicator:
 
         In place: x is out's own part.
         """
+        core = self._handle
         if (
             type(x) is _fast_type
             and type(out) is _fast_type
-            and not (async_op or _open_groups or self._running or stream is not None)
+            and not (async_op or _open_groups or core.running or stream is not None)
         ):
             try:
-                code = _fast(_ALL_GATHER, id(x), id(out), 0, self._handle)
+                code = _fast(_ALL_GATHER, id(x), id(out), 0, core.pointer)
             except BaseException:
-                self._salvage((x, out), out)
+                core.salvage((x, out), out)
                 raise
             if code == 0:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, (x, out), out)
+                return core.not_at_once(code, (x, out), out)
         source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
-        self._parts(source, "x", target, "out")
-        return self._issue(
+        equal_parts(source, "x", target, "out", self._nranks)
+        return core.issue(
             lib.hfreduceAllGather,
             (source.pointer, target.pointer, source.elements, source.dtype),
             (source.keep, target.keep),
@@ -469,23 +388,24 @@ class Communicator:
 
         x has nranks times out's count. In place: out is x's own part.
         """
+        core = self._handle
         if (
             type(x) is _fast_type
             and type(out) is _fast_type
-            and not (async_op or _open_groups or self._running or stream is not None)
+            and not (async_op or _open_groups or core.running or stream is not None)
         ):
             try:
-                code = _fast(_REDUCE_SCATTER.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, self._handle)
+                code = _fast(_REDUCE_SCATTER.get(op, -1) if type(op) is str else -1, id(x), id(out), 0, core.pointer)
             except BaseException:
-                self._salvage((x, out), out)
+                core.salvage((x, out), out)
                 raise
             if code == 0:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, (x, out), out)
+                return core.not_at_once(code, (x, out), out)
         source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
-        self._parts(target, "out", source, "x")
-        return self._issue(
+        equal_parts(target, "out", source, "x", self._nranks)
+        return core.issue(
             lib.hfreduceReduceScatter,
             (source.pointer, target.pointer, target.elements, target.dtype, self._op(op)),
             (source.keep, target.keep, op),
@@ -509,24 +429,25 @@ class Communicator:
         Without counts the nranks parts are equal, and out may be x. With both, send_counts[p] and recv_counts[p] are the
         elements for and from rank p, the parts lie one after the other, and x and out must not overlap.
         """
+        core = self._handle
         if (
             type(x) is _fast_type
             and type(out) is _fast_type
             and send_counts is None
             and recv_counts is None
-            and not (async_op or _open_groups or self._running or stream is not None)
+            and not (async_op or _open_groups or core.running or stream is not None)
         ):
             try:
-                code = _fast(_ALL_TO_ALL, id(x), id(out), 0, self._handle)
+                code = _fast(_ALL_TO_ALL, id(x), id(out), 0, core.pointer)
             except BaseException:
-                self._salvage((x, out), out)
+                core.salvage((x, out), out)
                 raise
             if code == 0:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
-                return self._not_at_once(code, (x, out), out)
+                return core.not_at_once(code, (x, out), out)
         source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
-        self._same_dtype(source, target)
+        same_dtype(source, target)
         if send_counts is None and recv_counts is None:
             if source.elements != target.elements:
                 raise InvalidArgumentError(
@@ -537,7 +458,7 @@ class Communicator:
                     f"x: {source.elements} elements are not divisible by nranks {self._nranks}; pad it, or give "
                     f"send_counts and recv_counts"
                 )
-            return self._issue(
+            return core.issue(
                 lib.hfreduceAlltoAll,
                 (source.pointer, target.pointer, source.elements // self._nranks, source.dtype),
                 (source.keep, target.keep),
@@ -545,9 +466,14 @@ class Communicator:
                 async_op,
                 common_stream(stream, source.stream, target.stream),
             )
-        send, send_displs = self._counts(send_counts, "send_counts", source.elements, "x")
-        recv, recv_displs = self._counts(recv_counts, "recv_counts", target.elements, "out")
-        return self._issue(
+        if send_counts is None or recv_counts is None:
+            missing = "send_counts" if send_counts is None else "recv_counts"
+            raise InvalidArgumentError(f"{missing}: give both send_counts and recv_counts, or neither")
+        sends, recvs = counts_of(send_counts, "send_counts", self._nranks), counts_of(recv_counts, "recv_counts", self._nranks)
+        sums_to(sends, "send_counts", source.elements, "x")
+        sums_to(recvs, "recv_counts", target.elements, "out")
+        send, send_displs, recv, recv_displs = (ffi.new(_SIZES, n) for n in (sends, places(sends), recvs, places(recvs)))
+        return core.issue(
             lib.hfreduceAlltoAllv,
             (source.pointer, send, send_displs, target.pointer, recv, recv_displs, source.dtype),
             (source.keep, target.keep, send, send_displs, recv, recv_displs),
@@ -561,7 +487,7 @@ class Communicator:
 
         Elsewhere out is ignored. In place: the root's x is out's own part. Returns out on root, None elsewhere.
         """
-        root = self._root(root)
+        root = rank_of(root, self._nranks, "root")
         source, target = resolve(x, "x", writable=False, stream=stream), _NO_BUFFER
         if root == self._rank:
             if out is None:
@@ -569,8 +495,8 @@ class Communicator:
                     f"out: the root needs an array of nranks * {source.elements} = {self._nranks * source.elements} elements"
                 )
             target = resolve(out, "out", writable=True, stream=stream)
-            self._parts(source, "x", target, "out")
-        return self._issue(
+            equal_parts(source, "x", target, "out", self._nranks)
+        return self._handle.issue(
             lib.hfreduceGather,
             (source.pointer, target.pointer, source.elements, source.dtype, root),
             (source.keep, target.keep),
@@ -584,7 +510,7 @@ class Communicator:
 
         Elsewhere x is ignored and may be None. In place: the root's out is x's own part.
         """
-        root = self._root(root)
+        root = rank_of(root, self._nranks, "root")
         source, target = _NO_BUFFER, resolve(out, "out", writable=True, stream=stream)
         if root == self._rank:
             if x is None:
@@ -592,8 +518,8 @@ class Communicator:
                     f"x: the root needs an array of nranks * {target.elements} = {self._nranks * target.elements} elements"
                 )
             source = resolve(x, "x", writable=False, stream=stream)
-            self._parts(target, "out", source, "x")
-        return self._issue(
+            equal_parts(target, "out", source, "x", self._nranks)
+        return self._handle.issue(
             lib.hfreduceScatter,
             (source.pointer, target.pointer, target.elements, target.dtype, root),
             (source.keep, target.keep),
@@ -607,11 +533,11 @@ class Communicator:
 
         It may wait for the receive. Returns x.
         """
-        peer = self._root(peer, "peer")
+        peer = rank_of(peer, self._nranks, "peer")
         source = resolve(x, "x", writable=False, stream=stream)
-        return self._issue(
+        return self._handle.issue(
             lib.hfreduceSendTag,
-            (source.pointer, source.elements, source.dtype, peer, _tag(tag)),
+            (source.pointer, source.elements, source.dtype, peer, tag_of(tag)),
             source.keep,
             x,
             async_op,
@@ -624,11 +550,11 @@ class Communicator:
         As in MPI, messages with other tags do not stand in its way; a message that fits several receives goes to the one
         posted first.
         """
-        peer = self._root(peer, "peer")
+        peer = rank_of(peer, self._nranks, "peer")
         target = resolve(x, "x", writable=True, stream=stream)
-        return self._issue(
+        return self._handle.issue(
             lib.hfreduceRecvTag,
-            (target.pointer, target.elements, target.dtype, peer, _tag(tag)),
+            (target.pointer, target.elements, target.dtype, peer, tag_of(tag)),
             target.keep,
             x,
             async_op,
@@ -644,9 +570,9 @@ class Communicator:
         target, sender = resolve(x, "x", writable=True, stream=stream), Sender()
         where = common_stream(stream, target.stream, None)
         waits = where is not None and not async_op and not (_open_groups and _group.current() is not None)
-        result = self._issue(
+        result = self._handle.issue(
             lib.hfreduceRecvAny,
-            (target.pointer, target.elements, target.dtype, _tag(tag), sender.cell),
+            (target.pointer, target.elements, target.dtype, tag_of(tag), sender.cell),
             (target.keep, sender),
             sender,
             async_op or waits,
@@ -660,29 +586,30 @@ class Communicator:
 
     def barrier(self, *, async_op: bool = False, stream: Any = None) -> Any:
         """Wait until all ranks have come here."""
-        if not (async_op or _open_groups or self._running or stream is not None):
+        core = self._handle
+        if not (async_op or _open_groups or core.running or stream is not None):
             try:
-                code = _barrier(self._handle, _NULL)
+                code = _barrier(core.pointer, NULL)
             except BaseException:
-                self._salvage((), None)
+                core.salvage((), None)
                 raise
-            return None if code == 0 else self._not_at_once(code, (), None)
-        return self._issue(lib.hfreduceBarrier, (), (), None, async_op, common_stream(stream, None, None))
+            return None if code == 0 else core.not_at_once(code, (), None)
+        return core.issue(lib.hfreduceBarrier, (), (), None, async_op, common_stream(stream, None, None))
 
     def group(self, *, async_op: bool = False) -> _group.Group:
         """Launch the calls made inside `with comm.group():` together: needed for a send and a receive that depend on each other.
 
         async_op=True: leaving it does not wait; `work` of the group is then their common Work.
         """
-        self._open()
-        return _group.Group(async_op=async_op, running=self._running)
+        self._handle.open()
+        return _group.Group(async_op=async_op, running=self._handle.running)
 
     def pre_mul_sum(self, factor: Any, dtype: Any) -> PreMulSum:
         """Make an op for arrays of `dtype` that multiplies this rank's input by factor before summing.
 
         Local; ranks may differ in factor.
         """
-        return PreMulSum(self, factor, dtype)
+        return PreMulSum(self._handle, factor, dtype)
 
     # --- other communicators, and the end ---
 
@@ -694,21 +621,11 @@ class Communicator:
         color None or -1: take part in the call but in no new communicator; the result is then None. timeout None: this one's. An
         exception of a signal handler ends the call, and aborts this communicator unless all ranks' colors were known.
         """
-        color = -1 if color is None else _integer(color, "color")
-        seconds = self._timeout if timeout is None else _seconds(timeout)
-        config, keep = _config(seconds, name)
-        handle = ffi.new("hfreduceComm_t *")
-        mine = self._open()
-        place = _integer(key, "key")
-        code = join(config, handle, lambda: lib.hfreduceCommSplit(mine, color, place, handle, config))
-        if code:
-            raise self._failure(code)
-        del keep
-        if handle[0] == _NULL:
-            return None
-        comm = Communicator.__new__(Communicator)
-        comm._adopt(handle[0], seconds)
-        return comm
+        color, key = -1 if color is None else integer(color, "color"), integer(key, "key")
+        limit = self._timeout if timeout is None else seconds(timeout)
+        new = Handle()
+        self._handle.split(color, key, new, limit, name)
+        return None if new.closed else Communicator._of(new, limit)
 
     def duplicate(self) -> Communicator:
         """Make a communicator of the same ranks, whose operations are independent of this one's. Collective."""
@@ -725,33 +642,19 @@ class Communicator:
         works after a rank has died. abort: first end what runs on this one, as `abort` does. timeout None: this one's. This
         one stays; close it.
         """
-        ranks = [_integer(rank, "exclude") for rank in exclude]
-        seconds = self._timeout if timeout is None else _seconds(timeout)
-        config, keep = _config(seconds, name)
-        handle = ffi.new("hfreduceComm_t *")
-        flags = lib.hfreduceShrinkAbort if abort else lib.hfreduceShrinkDefault
-        mine, left_out = self._open(), ffi.new("int[]", ranks)
-        check(join(config, handle, lambda: lib.hfreduceCommShrink(mine, left_out, len(ranks), handle, config, flags)))
-        del keep
-        comm = Communicator.__new__(Communicator)
-        comm._adopt(handle[0], seconds)
-        return comm
+        ranks = [integer(rank, "exclude") for rank in exclude]
+        limit = self._timeout if timeout is None else seconds(timeout)
+        new = Handle()
+        self._handle.shrink(ranks, abort, new, limit, name)
+        return Communicator._of(new, limit)
 
     def async_error(self) -> HfreduceError | None:
         """The error that broke this communicator, or None. May be called from any thread."""
-        handle = self._open()
-        error = ffi.new("hfreduceResult_t *")
-        code = lib.hfreduceCommGetAsyncError(handle, error)
-        if code:
-            raise self._failure(code)
-        return last_error(int(error[0]), handle) if error[0] else None
+        return self._handle.async_error()
 
     def abort(self) -> None:
         """End every wait on this communicator, here and on all ranks, with AbortedError. May be called from any thread."""
-        handle = self._handle
-        code = _INVALID_ARGUMENT if handle == _NULL else lib.hfreduceCommAbort(handle)
-        if code and code != _INVALID_ARGUMENT:  # closed: nothing waits
-            raise self._failure(code)
+        self._handle.abort()
 
     def close(self) -> None:
         """Wait for what was issued, 30 s at most, leave, and free. Never fails on a broken communicator; closing twice is legal.
@@ -759,161 +662,29 @@ class Communicator:
         Not collective, but peers that still wait for this rank get an error. An exception of a signal handler (KeyboardInterrupt)
         ends the wait as `abort` does.
         """
-        if self._handle != _NULL:
-            self._handle = _NULL
-            self._finalizer()
+        self._handle.close()
 
     def __enter__(self) -> Communicator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not all(work.done() for work in tuple(self._running)):
+        if error is not None and not all(work.done() for work in tuple(self._handle.running)):
             self.abort()  # what still runs will never be waited for
         self.close()
 
     # --- parts of the calls above ---
 
-    def _issue(self, function: Any, arguments: tuple[Any, ...], keep: Any, result: Any, async_op: bool, stream: Any) -> Any:
-        """Call `function` with the arguments, the handle and `stream`, which is cdata, or None for host memory without one."""
-        handle = self._open()
-        where = _NULL if stream is None else stream
-        outer = _group.current() if _open_groups else None
-        if outer is None and not async_op:
-            try:
-                code = function(*arguments, handle, where)
-            except BaseException:
-                self._salvage(keep, result)
-                raise
-            if self._running:
-                reap(self._running)
-            if code == _IN_PROGRESS:
-                return self._wait_out(keep, result)
-            if code:
-                raise self._failure(code, stream)
-            return result
-        if outer is not None:
-            if async_op:
-                raise InvalidUsageError("async_op is not for calls inside a group: use group(async_op=True) and its `work`")
-            code = function(*arguments, handle, where)
-            if code:
-                raise self._failure(code, stream)
-            outer.add(keep, result, self._running)
-            return result
-        code = lib.hfreduceGroupStart()
-        if code:
-            raise self._failure(code)
-        code = function(*arguments, handle, where)
-        error = self._failure(code, stream) if code else None
-        work = ffi.new("hfreduceWork_t *")
-        code = lib.hfreduceGroupEndAsync(work)
-        if error is not None or code:
-            raise error if error is not None else self._failure(code)
-        return Work(work[0], (keep,), result, self._running, ordered=stream is not None and type(result) is not Sender)
-
-    def _not_at_once(self, code: int, keep: Any, result: Any) -> Any:
-        """What a fast path does with a code other than success."""
-        if code == _IN_PROGRESS:
-            return self._wait_out(keep, result)
-        raise self._failure(code)
-
-    def _salvage(self, keep: Any, result: Any) -> None:
-        """A signal handler raised as a blocking call came back: what it left running goes on as async work, and keeps its arrays."""
-        salvage(keep, result, self._running)
-
-    def _wait_out(self, keep: Any, result: Any) -> Any:
-        """Wait for what the C call began and has not ended; an exception from a signal handler leaves it running, as async work."""
-        return take(keep, result, self._running).wait()
-
-    def _open(self) -> Any:
-        """The handle, or InvalidUsageError when closed."""
-        handle = self._handle
-        if handle == _NULL:
-            raise InvalidUsageError("the communicator is closed")
-        return handle
-
-    def _failure(self, code: int, stream: Any = None) -> HfreduceError:
-        """The exception for a call that returned `code`, on `stream` where there was one."""
-        if self._handle == _NULL and code == _INVALID_ARGUMENT:  # for C it is no communicator any more
-            return InvalidUsageError("the communicator is closed")
-        error = last_error(code, self._handle)
-        if stream is not None and code == _INVALID_ARGUMENT:  # who gave an array on a device need not know of a stream
-            handle = int(ffi.cast("uintptr_t", stream))
-            error.args = (f"{error} (on stream {handle:#x}, as calls on device memory are)",)
-        return error
-
     def _op(self, op: Any) -> int:
-        return op.resolve(self) if isinstance(op, PreMulSum) else op_code(op)
-
-    def _root(self, root: Any, name: str = "root") -> int:
-        if type(root) is int and 0 <= root < self._nranks:
-            return root
-        rank = _integer(root, name)
-        if not 0 <= rank < self._nranks:
-            raise InvalidArgumentError(f"{name}: {rank} is not from 0 to {self._nranks - 1} (nranks is {self._nranks})")
-        return rank
+        return op.resolve(self._handle) if isinstance(op, PreMulSum) else op_code(op)
 
     def _in_place_or_out(self, x: Any, out: Any, stream: Any) -> tuple[Buffer, Buffer, Any]:
         if out is None:
             buffer = resolve(x, "x", writable=True, stream=stream)
             return buffer, buffer, x
         target = resolve(out, "out", writable=True, stream=stream)
-        return self._like(resolve(x, "x", writable=False, stream=stream), target), target, out
-
-    def _like(self, source: Buffer, target: Buffer) -> Buffer:
-        if source.dtype != target.dtype:
-            self._same_dtype(source, target)
-        if source.elements != target.elements:
-            raise InvalidArgumentError(f"out: has {target.elements} elements, x has {source.elements}; they must be equal")
-        return source
-
-    def _same_dtype(self, source: Buffer, target: Buffer) -> None:
-        if source.dtype != target.dtype:
-            raise InvalidArgumentError(f"out: dtype {DTYPE_NAMES[target.dtype]} differs from x's {DTYPE_NAMES[source.dtype]}")
-
-    def _parts(self, part: Buffer, part_name: str, whole: Buffer, whole_name: str) -> None:
-        if part.dtype != whole.dtype:
-            raise InvalidArgumentError(
-                f"{whole_name}: dtype {DTYPE_NAMES[whole.dtype]} differs from {part_name}'s {DTYPE_NAMES[part.dtype]}"
-            )
-        if whole.elements != part.elements * self._nranks:
-            divisible = "" if whole.elements % self._nranks == 0 else f" (and {whole.elements} is not divisible by nranks)"
-            raise InvalidArgumentError(
-                f"{whole_name}: has {whole.elements} elements; with {part.elements} in {part_name} it must have nranks * "
-                f"{part.elements} = "
-                f"{part.elements * self._nranks}{divisible}"
-            )
-
-    def _counts(self, counts: Sequence[int] | None, name: str, total: int, array: str) -> tuple[Any, Any]:
-        if counts is None:
-            raise InvalidArgumentError(f"{name}: give both send_counts and recv_counts, or neither")
-        values = [_integer(count, name) for count in counts]
-        if len(values) != self._nranks:
-            raise InvalidArgumentError(f"{name}: has {len(values)} entries, nranks is {self._nranks}")
-        if any(value < 0 for value in values):
-            raise InvalidArgumentError(f"{name}: {values} has a negative entry")
-        if sum(values) != total:
-            raise InvalidArgumentError(f"{name}: sums to {sum(values)}, but {array} has {total} elements")
-        displs, place = [], 0
-        for value in values:
-            displs.append(place)
-            place += value
-        return ffi.new("size_t[]", values), ffi.new("size_t[]", displs)
+        return alike(resolve(x, "x", writable=False, stream=stream), target), target, out
 
 
-def _tag(tag: Any) -> int:
-    if type(tag) is int and 0 <= tag < 2**31:
-        return tag
-    value = _integer(tag, "tag")
-    if not 0 <= value < 2**31:
-        raise InvalidArgumentError(f"tag: {value} is not from 0 to {2**31 - 1}")
-    return value
-
-
-def _config(timeout: float, name: str | None) -> tuple[Any, Any]:
-    """A hfreduceConfig_t and what must live beside it."""
-    config = ffi.new("hfreduceConfig_t *")
-    lib.hfreduceConfigInit(config)
-    config.timeout = timeout
-    keep = _NULL if name is None else ffi.new("char[]", name.encode())
-    config.name = keep
-    return config, keep
+def core_of(comm: Communicator) -> Handle:
+    """The handle under a communicator, for the faces that issue calls of their own on it."""
+    return comm._handle

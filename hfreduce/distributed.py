@@ -315,7 +315,7 @@ class NCCLBackend:
     def barrier(self) -> None:
         """Wait, on the host, until all ranks have come here. What is on streams is not waited for."""
         if self._mpi is None:
-            self._comm._call(lib.hfreduceBarrier, stream=0)
+            nccl.issue(self._comm, lib.hfreduceBarrier, stream=0)
         else:
             self._mpi.Barrier()
 
@@ -338,7 +338,7 @@ class NCCLBackend:
             raise NcclError(lib.hfreduceInvalidArgument, str(error)) from None
         handle = 0 if where is None else int(ffi.cast("uintptr_t", where))
         pointers = (first.pointer,) if second is None else (first.pointer, second.pointer)
-        self._comm._call(function, *pointers, *more, stream=handle)
+        nccl.issue(self._comm, function, *pointers, *more, stream=handle)
 
     def _two(self, in_array: Any, out_array: Any, stream: Any) -> tuple[Buffer, Buffer]:
         source = _memory(in_array, "in_array", stream, writable=False)

@@ -24,6 +24,12 @@ def current() -> Group | None:
     return stack[0] if stack else None
 
 
+def cancel() -> None:
+    """End this thread's innermost open group of the C core; nothing of the outermost one is launched."""
+    lib.hfreduceGroupCancel(lib.hfreduceInvalidUsage)
+    lib.hfreduceGroupEnd()
+
+
 class Group:
     """Context manager: the calls inside are launched together at the end of the outermost group of this thread.
 
@@ -73,8 +79,7 @@ class Group:
         keep, self._keep = self._keep, []
         communicators, self._all = self._all, []
         if error is not None:
-            lib.hfreduceGroupCancel(lib.hfreduceInvalidUsage)
-            lib.hfreduceGroupEnd()
+            cancel()
             if not outermost:
                 stack[0]._given_up = error
         elif self._given_up is not None:  # only the outermost one's: its body swallowed the exception of a group inside

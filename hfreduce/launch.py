@@ -28,9 +28,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from hfreduce import sealing
+from hfreduce import arguments, sealing
 from hfreduce._ffi import lib
-from hfreduce.communicator import Communicator, _seconds
+from hfreduce.communicator import Communicator
 from hfreduce.errors import DeadlineError, InvalidArgumentError, InvalidUsageError
 from hfreduce.params import default_timeout, join_timeout, warn_after
 from hfreduce.unique_id import UniqueId, get_unique_id
@@ -62,7 +62,7 @@ def init(timeout: float | None = None) -> Communicator:
     """
     global _calls
     tag, _calls = _calls, _calls + 1
-    seconds = default_timeout() if timeout is None else _seconds(timeout)
+    seconds = default_timeout() if timeout is None else arguments.seconds(timeout)
     launch = detect(os.environ)
     if launch.nranks == 1:
         return Communicator(0, 1, timeout=seconds)

@@ -6,23 +6,21 @@ returns when its result is there, or, inside a group, when the group has ended.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-import os
 import threading
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from hfreduce import grouping
 from hfreduce._ffi import ffi, lib
-from hfreduce.errors import HfreduceError, last_error, text
+from hfreduce._handle import NULL, Handle, call_or_abort
+from hfreduce.errors import AbortedError, HfreduceError, InvalidUsageError, last_error, text
 from hfreduce.unique_id import UniqueId
 from hfreduce.unique_id import get_unique_id as _new_unique_id
-from hfreduce.waiting import PATIENCE, join, leave
-from hfreduce.work import salvage, take
 
 __all__ = [
     "NCCL_AVG",
@@ -90,8 +88,6 @@ NCCL_FLOAT8E5M2: int = lib.hfreduceFloat8e5m2
 # The NCCL whose interface hfreduce stands in for (2.32.3): the same in Python as in C.
 _VERSION = 23203
 
-_NULL = ffi.NULL
-
 # --- errors ---
 
 _NAMES = {
@@ -133,8 +129,17 @@ def check_status(status: int) -> None:
         raise NcclError(status)
 
 
-def _error(error: HfreduceError) -> NcclError:
+def _error(error: HfreduceError, handle: Handle | None = None) -> NcclError:
+    """The error under NCCL's number: an own abort is a wrong use, another rank's a remote error, as in libnccl (csrc/nccl/error.c).
+
+    handle: of the communicator that the call was on.
+    """
+    if handle is not None and handle.closed and isinstance(error, InvalidUsageError):
+        return _destroyed()
     code = lib.hfreduceInternalError if error.code is None else error.code
+    if isinstance(error, AbortedError) and error.peer is not None:
+        own = error.peer == (error.rank if handle is None else handle.rank)
+        code = lib.hfreduceInvalidUsage if own else code
     return NcclError(_NEAREST.get(code, code), str(error))
 
 
@@ -144,12 +149,14 @@ def _check(code: int) -> None:
         raise _error(last_error(code))
 
 
-def _check_on(handle: Any, code: int) -> None:
-    """As `_check`, after a call on a communicator's handle, which is NULL when there is none."""
-    if code and handle == _NULL:
-        raise _invalid("the communicator is destroyed (or was begun in a group that has not ended yet); make a new one")
+def _check_on(handle: Handle, pointer: Any, code: int) -> None:
+    """As `_check`, after a call on a handle's pointer, which was NULL where there was no communicator."""
     if code:
-        raise _error(last_error(code, handle))
+        raise _destroyed() if pointer == NULL else _error(last_error(code, pointer), handle)
+
+
+def _destroyed() -> NcclError:
+    return _invalid("the communicator is destroyed (or was begun in a group that has not ended yet); make a new one")
 
 
 def _invalid(message: str) -> NcclError:
@@ -186,7 +193,7 @@ class _Group(threading.local):
     def __init__(self) -> None:
         self.depth = 0
         self.joins: list[Callable[..., None]] = []
-        self.held: list[NcclCommunicator] = []
+        self.held: list[Handle] = []
 
 
 _group = _Group()
@@ -215,36 +222,20 @@ def groupEnd() -> None:
         try:
             _together(joins)
         except BaseException:
-            lib.hfreduceGroupCancel(lib.hfreduceInvalidUsage)
-            lib.hfreduceGroupEnd()
+            grouping.cancel()
             raise
-        _check(_waiting(held, lib.hfreduceGroupEnd))
+        _check(_wait(held, lib.hfreduceGroupEnd))
     finally:
-        for comm in held:
-            comm._leave()
+        for handle in held:
+            handle.let_go()
 
 
-def _waiting(comms: Sequence[NcclCommunicator], call: Callable[..., int], *arguments: Any) -> int:
-    """The result of a C call that waits. If a signal handler's exception leaves it running, the communicators are aborted.
-
-    For the caller's buffers are only addresses here, and may go.
-    """
-    work = None
+def _wait(handles: Sequence[Handle], call: Callable[..., int], *arguments: Any) -> int:
+    """The result of a C call that waits; a signal handler's exception aborts the communicators."""
     try:
-        code = call(*arguments)
-        if code == lib.hfreduceInProgress:
-            work = take(comms, None, deque())
-            work.wait()
-            return int(lib.hfreduceSuccess)
-        return code
+        return call_or_abort(handles, call, *arguments)
     except HfreduceError as error:
-        raise _error(error) from None
-    except BaseException:
-        if work is not None or salvage(comms, None, deque()) is not None:
-            for comm in comms:
-                if comm._handle != _NULL:
-                    lib.hfreduceCommAbort(comm._handle)
-        raise
+        raise _error(error, handles[0] if len(handles) == 1 else None) from None
 
 
 def _together(joins: Sequence[Callable[..., None]]) -> None:
@@ -291,28 +282,12 @@ class NcclConfig:
     def __init__(self, split_share: int = 0, *, timeout: float | None = None, name: str | None = None) -> None:
         """timeout: seconds that an operation, and joining, may take at most. name: appears in errors and logs."""
         self._split_share = operator.index(split_share)
-        self._timeout = 0.0 if timeout is None else float(timeout)
-        self._name = name
+        self._settings = 0.0 if timeout is None else float(timeout), name
 
     @property
     def split_share(self) -> int:
         """As given."""
         return self._split_share
-
-    def _fill(self) -> tuple[Any, Any]:
-        """A hfreduceConfig_t, and what must live as long."""
-        config = ffi.new("hfreduceConfig_t *")
-        lib.hfreduceConfigInit(config)
-        config.timeout = self._timeout
-        name = _NULL if self._name is None else ffi.new("char[]", self._name.encode())
-        config.name = name
-        return config, name
-
-
-def _destroy(handle: Any, pid: int) -> None:
-    """Leave and free: at destroy, when a communicator is dropped, or at exit; a forked child leaves its parent's alone."""
-    if os.getpid() == pid:
-        leave(handle)
 
 
 def _address(pointer: Any) -> Any:
@@ -339,14 +314,12 @@ class NcclCommunicator:
     One thread at a time uses a communicator; only `abort` and `check_async_error` may be called beside.
     """
 
-    _handle: Any = _NULL
+    _handle: Handle
     _device: int | None = None
-    _finalizer: Any = None
-    _inside: list[None]  # one for each call that runs or is queued: the handle outlives them
 
     def __new__(cls, *arguments: Any, **named: Any) -> NcclCommunicator:
         self = super().__new__(cls)
-        self._inside = []
+        self._handle = Handle()
         return self
 
     def __init__(self, ndev: int, commId: Any, rank: int, config: NcclConfig | None = None) -> None:
@@ -418,89 +391,66 @@ class NcclCommunicator:
     def _begin(self, join: Callable[..., None]) -> None:
         if _group.depth:
             _group.joins.append(join)
-            self._enter()
-            _group.held.append(self)
+            self._handle.hold()
+            _group.held.append(self._handle)
         else:
             join()
 
     def _join(
         self, ndev: int, unique_id: UniqueId, rank: int, config: NcclConfig | None, stop: threading.Event | None = None
     ) -> None:
-        settings, keep = (NcclConfig() if config is None else config)._fill()
-        raw = ffi.new("hfreduceUniqueId *")
-        ffi.memmove(raw, unique_id, ffi.sizeof("hfreduceUniqueId"))
-        handle = ffi.new("hfreduceComm_t *")
-        _check(join(settings, handle, lambda: lib.hfreduceCommInitRankConfig(handle, ndev, raw[0], rank, settings), stop))
-        del keep
-        self._adopt(handle[0])
+        settings = (NcclConfig() if config is None else config)._settings
+        try:
+            self._handle.join(ndev, unique_id, rank, *settings, stop)
+        except HfreduceError as error:
+            raise _error(error) from None
 
     def _split(
         self, color: int, key: int, new: NcclCommunicator, config: NcclConfig | None, stop: threading.Event | None = None
     ) -> None:
-        settings, keep = (NcclConfig() if config is None else config)._fill()
-        made = ffi.new("hfreduceComm_t *")
-        handle = self._enter()
+        settings = (NcclConfig() if config is None else config)._settings
+        self._handle.hold()
         try:
-            _check_on(handle, join(settings, made, lambda: lib.hfreduceCommSplit(handle, color, key, made, settings), stop))
+            self._handle.split(color, key, new._handle, *settings, stop)
+        except HfreduceError as error:
+            raise _error(error, self._handle) from None
         finally:
-            self._leave()
-        del keep
-        if made[0] != _NULL:
-            new._adopt(made[0])
-
-    def _adopt(self, handle: Any) -> None:
-        _check(lib.hfreduceCommSetPatience(handle, PATIENCE))
-        self._finalizer = weakref.finalize(self, _destroy, handle, os.getpid())
-        self._handle = handle
-
-    # A handle must not be freed under a call: one that runs in another thread while this one aborts, or that a group has queued.
-    # A call is noted before it reads the handle, and the handle goes before the notes are read: one of the two sees the other.
-    # Lists grow and shrink atomically, which a counter does not.
-
-    def _enter(self) -> Any:
-        self._inside.append(None)
-        return self._handle
-
-    def _leave(self) -> None:
-        self._inside.pop()
-        self._free_unless_used()
-
-    def _free_unless_used(self) -> None:
-        if self._handle == _NULL and not self._inside and self._finalizer is not None:
-            self._finalizer()  # only once, whoever comes first
+            self._handle.let_go()
 
     def destroy(self) -> None:
         """Wait for what was issued, leave, and free. Never fails on a broken communicator; again is legal.
 
         Not collective, but peers that still wait for this rank get an error.
         """
-        self._handle = _NULL
-        self._free_unless_used()
+        self._handle.close()
 
     def abort(self) -> None:
-        """End every wait on this communicator, here and on all ranks, and destroy it. May be called from any thread."""
-        handle = self._enter()
+        """End every wait on this communicator, here and on all ranks, and destroy it. May be called from any thread.
+
+        What waited for it on this rank gets NCCL_ERROR_INVALID_USAGE, on the others NCCL_ERROR_REMOTE_ERROR.
+        """
+        self._handle.hold()
         try:
-            if handle != _NULL:
-                lib.hfreduceCommAbort(handle)
-            self._handle = _NULL
+            with contextlib.suppress(HfreduceError):
+                self._handle.abort()
+            self._handle.close()
         finally:
-            self._leave()
+            self._handle.let_go()
 
     # --- what it is ---
 
     @property
     def comm(self) -> int:
         """The handle (a hfreduceComm_t) as an integer; 0 after destroy."""
-        return int(ffi.cast("uintptr_t", self._handle))
+        return int(ffi.cast("uintptr_t", self._handle.pointer))
 
     def _number(self, function: Any) -> int:
         value = ffi.new("int *")
-        handle = self._enter()
+        pointer = self._handle.hold()
         try:
-            _check_on(handle, function(handle, value))
+            _check_on(self._handle, pointer, function(pointer, value))
         finally:
-            self._leave()
+            self._handle.let_go()
         return int(value[0])
 
     def device_id(self) -> int:
@@ -518,60 +468,49 @@ class NcclCommunicator:
 
     def check_async_error(self) -> None:
         """Raise the error that broke this communicator, if one did. May be called from any thread."""
-        handle = self._enter()
+        self._handle.hold()
         try:
-            error = ffi.new("hfreduceResult_t *")
-            _check_on(handle, lib.hfreduceCommGetAsyncError(handle, error))
-            _check_on(handle, int(error[0]))
+            error = self._handle.async_error()
+        except HfreduceError as refused:
+            raise _error(refused, self._handle) from None
         finally:
-            self._leave()
+            self._handle.let_go()
+        if error is not None:
+            raise _error(error, self._handle)
 
     # --- operations ---
 
-    def _call(self, function: Any, *arguments: Any, stream: int) -> None:
-        where = _address(stream)
-        handle = self._enter()
-        queued = False
-        try:
-            _check_on(handle, _waiting((self,), function, *arguments, handle, where))
-            queued = _group.depth > 0
-        finally:
-            if queued:
-                _group.held.append(self)
-            else:
-                self._leave()
-
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
         """Reduce `count` elements of all ranks' sendbuf with op into every rank's recvbuf."""
-        self._call(lib.hfreduceAllReduce, _address(sendbuf), _address(recvbuf), count, datatype, op, stream=stream)
+        issue(self, lib.hfreduceAllReduce, _address(sendbuf), _address(recvbuf), count, datatype, op, stream=stream)
 
     def reduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int, stream: int) -> None:
         """Reduce `count` elements of all ranks' sendbuf with op into root's recvbuf."""
-        self._call(lib.hfreduceReduce, _address(sendbuf), _address(recvbuf), count, datatype, op, root, stream=stream)
+        issue(self, lib.hfreduceReduce, _address(sendbuf), _address(recvbuf), count, datatype, op, root, stream=stream)
 
     def broadcast(self, sendbuff: int, recvbuff: int, count: int, datatype: int, root: int, stream: int) -> None:
         """Copy `count` elements of root's sendbuff to every rank's recvbuff."""
-        self._call(lib.hfreduceBroadcast, _address(sendbuff), _address(recvbuff), count, datatype, root, stream=stream)
+        issue(self, lib.hfreduceBroadcast, _address(sendbuff), _address(recvbuff), count, datatype, root, stream=stream)
 
     def bcast(self, buff: int, count: int, datatype: int, root: int, stream: int) -> None:
         """Copy `count` elements of root's buff to every rank's."""
-        self._call(lib.hfreduceBcast, _address(buff), count, datatype, root, stream=stream)
+        issue(self, lib.hfreduceBcast, _address(buff), count, datatype, root, stream=stream)
 
     def reduceScatter(self, sendbuf: int, recvbuf: int, recvcount: int, datatype: int, op: int, stream: int) -> None:
         """Reduce size() * recvcount elements of all ranks' sendbuf with op; part r goes to rank r's recvbuf."""
-        self._call(lib.hfreduceReduceScatter, _address(sendbuf), _address(recvbuf), recvcount, datatype, op, stream=stream)
+        issue(self, lib.hfreduceReduceScatter, _address(sendbuf), _address(recvbuf), recvcount, datatype, op, stream=stream)
 
     def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
         """Put `count` elements of every rank's sendbuf, in rank order, into every rank's recvbuf, of size() * count."""
-        self._call(lib.hfreduceAllGather, _address(sendbuf), _address(recvbuf), count, datatype, stream=stream)
+        issue(self, lib.hfreduceAllGather, _address(sendbuf), _address(recvbuf), count, datatype, stream=stream)
 
     def send(self, sendbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
         """Send `count` elements to rank peer, which receives as many. It may wait for that."""
-        self._call(lib.hfreduceSend, _address(sendbuf), count, datatype, peer, stream=stream)
+        issue(self, lib.hfreduceSend, _address(sendbuf), count, datatype, peer, stream=stream)
 
     def recv(self, recvbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
         """Receive the `count` elements that rank peer sends."""
-        self._call(lib.hfreduceRecv, _address(recvbuf), count, datatype, peer, stream=stream)
+        issue(self, lib.hfreduceRecv, _address(recvbuf), count, datatype, peer, stream=stream)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise NcclError(
@@ -581,9 +520,24 @@ class NcclCommunicator:
         )
 
     def __repr__(self) -> str:
-        if self._handle == _NULL:
+        if self._handle.closed:
             return f"<hfreduce.nccl.{type(self).__name__} destroyed or not made yet>"
         return f"<hfreduce.nccl.{type(self).__name__} rank {self.rank_id()} of {self.size()}>"
+
+
+def issue(comm: NcclCommunicator, function: Any, *arguments: Any, stream: int) -> None:
+    """Call a C function of the communicator with these arguments, its pointer and the stream; a group has it queued."""
+    where, handle = _address(stream), comm._handle
+    pointer = handle.hold()
+    queued = False
+    try:
+        _check_on(handle, pointer, _wait((handle,), function, *arguments, pointer, where))
+        queued = _group.depth > 0
+    finally:
+        if queued:
+            _group.held.append(handle)
+        else:
+            handle.let_go()
 
 
 def _local_unique_id() -> bytes:

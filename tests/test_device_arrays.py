@@ -20,6 +20,7 @@ import pytest
 import hfreduce
 from hfreduce import HfreduceError, InvalidArgumentError, device, dlpack
 from hfreduce._ffi import ffi, lib
+from hfreduce._handle import Handle
 from hfreduce.buffer import resolve
 from hfreduce.communicator import Communicator
 from hfreduce.work import Work
@@ -314,7 +315,7 @@ def test_wrong_protocol() -> None:
 
 
 class Recorder:
-    """Stands in for Communicator._issue."""
+    """Stands in for Handle.issue."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -333,7 +334,7 @@ def comm() -> Iterator[Communicator]:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(Communicator, "_issue", lambda self, *arguments: recorder(*arguments))
+    monkeypatch.setattr(Handle, "issue", lambda self, *arguments: recorder(*arguments))
     return recorder
 
 
@@ -494,12 +495,12 @@ def ordered_work(comm: Communicator) -> None:
         return
     comm.barrier()
     code = lib.hfreduceGroupStart() or lib.hfreduceAllReduce(
-        ffi.cast("void *", address(x)), ffi.cast("void *", address(x)), 3, 8, 0, comm._handle, ffi.NULL
+        ffi.cast("void *", address(x)), ffi.cast("void *", address(x)), 3, 8, 0, comm._handle.pointer, ffi.NULL
     )
     handle = ffi.new("hfreduceWork_t *")
     assert not code and not lib.hfreduceGroupEndAsync(handle)
     kept = [x]
-    work = Work(handle[0], kept, x, comm._running, ordered=True)
+    work = Work(handle[0], kept, x, comm._handle.running, ordered=True)
     assert work.wait() is x and not work.done()
     with pytest.raises(hfreduce.InProgressError):
         work.wait(timeout=0.05)
@@ -514,10 +515,10 @@ def test_work_on_a_stream_is_not_waited_for(run_ranks: Any) -> None:
 
 def ordered_failure(comm: Communicator) -> None:
     x = np.zeros(3)
-    code = lib.hfreduceGroupStart() or lib.hfreduceRecv(ffi.cast("void *", address(x)), 3, 8, 0, comm._handle, ffi.NULL)
+    code = lib.hfreduceGroupStart() or lib.hfreduceRecv(ffi.cast("void *", address(x)), 3, 8, 0, comm._handle.pointer, ffi.NULL)
     handle = ffi.new("hfreduceWork_t *")
     assert not code and not lib.hfreduceGroupEndAsync(handle)
-    work = Work(handle[0], [x], None, comm._running, ordered=True)
+    work = Work(handle[0], [x], None, comm._handle.running, ordered=True)
     comm.abort()
     end = time.monotonic() + 5
     while not work.done() and time.monotonic() < end:

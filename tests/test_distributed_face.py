@@ -16,9 +16,10 @@ import pytest
 import ranks
 from test_device_arrays import Cuda, CudaTyped, Pack, address, number
 
+from hfreduce import nccl
 from hfreduce._ffi import lib
 from hfreduce.distributed import NCCLBackend, init_process_group
-from hfreduce.nccl import NcclCommunicator, NcclError
+from hfreduce.nccl import NcclError
 
 ARGUMENT, USAGE, TIMEOUT = 4, 5, 8
 
@@ -411,7 +412,7 @@ def test_ranks_disagree(run_ranks: Any) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(NcclCommunicator, "_call", lambda self, *arguments, stream: made.append((*arguments, stream)))
+    monkeypatch.setattr(nccl, "issue", lambda comm, *arguments, stream: made.append((*arguments, stream)))
     return made
 
 

@@ -871,7 +871,7 @@ def interrupted_early(comm: Any, way: str) -> tuple[int, float]:
     with pytest.raises(Interrupted):
         calls[way]()
     signal.signal(signal.SIGUSR1, before)
-    running = list(comm._running)
+    running = list(comm._handle.running)
     for work in running:
         work.wait()
     return len(running), float(x[0])

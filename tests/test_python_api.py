@@ -562,7 +562,7 @@ def test_fast_path_takes_what_it_understands(name: str) -> None:
 
     assert _known_layout(), "NumPy's arrays lie otherwise than csrc/python/ndarray.h says: small calls are slow"
     with hfreduce.Communicator(0, 1) as comm:
-        handle, dtype = comm._handle, np.dtype(name)
+        handle, dtype = comm._handle.pointer, np.dtype(name)
         plain = (dtype.isnative and dtype.kind in "iuf" and dtype.itemsize != 2) or dtype == np.float16
         for x in (np.ones(7, dtype), np.ones((2, 3, 4), dtype), np.ones((), dtype), np.ones((0, 4), dtype)):
             for call in range(6):  # in place, and from one array to another
@@ -625,6 +625,19 @@ def test_the_list_of_public_names_says_where_each_is() -> None:
         name: f"hfreduce.{module}" for name, module in hfreduce._WHERE.items()
     }
     assert sorted(hfreduce.__all__) == sorted({*hfreduce._WHERE, "__version__"})
+
+
+def test_nobody_reaches_into_a_communicator() -> None:
+    """Faces use the handle's public methods: `comm._x` stands only in the module of the class that has the name."""
+    homes = {"communicator.py", "nccl.py"}
+    for path in Path(str(hfreduce.__file__)).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            of = node.value
+            name = of.id if isinstance(of, ast.Name) else of.attr if isinstance(of, ast.Attribute) else ""
+            if name in ("comm", "_comm", "handle", "_handle"):
+                assert path.name in homes and name == "comm", f"{path.name}:{node.lineno}: {name}.{node.attr}"
 
 
 def test_docstrings_are_whole() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hfreduce._ffi import lib
-from hfreduce.communicator import Communicator
+from hfreduce._handle import Handle
+from hfreduce.communicator import Communicator, core_of
 from hfreduce.errors import (
     DeadlineError,
     HfreduceError,
@@ -46,6 +47,7 @@ class Group:
     """The operations. `_setup` takes the place of a constructor: torch's bases have their own."""
 
     _comm: Communicator
+    _handle: Handle
     _native: Any = None  # the shim, where the group is built on it
 
     def _setup(
@@ -56,7 +58,7 @@ class Group:
         name: str = "",
         global_ranks: Sequence[int] = (),
     ) -> None:
-        self._comm = comm
+        self._comm, self._handle = comm, core_of(comm)
         self._store = store
         self._rank, self._size = comm.rank, comm.nranks
         self._default_seconds = self._seconds = comm.timeout
@@ -148,7 +150,7 @@ class Group:
         return False
 
     def _wait_for_pending_works(self) -> None:
-        for work in list(self._comm._running):
+        for work in list(self._handle.running):
             work.exception()
 
     def _set_sequence_number_for_group(self) -> None:
@@ -181,7 +183,7 @@ class Group:
         if comm.closed:
             return
         end = time.monotonic() + min(_SHUTDOWN_GRACE, self._default_seconds)
-        while not all(work.done() for work in comm._running):
+        while not all(work.done() for work in self._handle.running):
             if time.monotonic() > end:
                 comm.abort()
                 break
@@ -254,13 +256,12 @@ class Group:
             device = device_of((keep, outputs))
             if device is not None:
                 return self._run_in_order(device, name, calls, (keep, outputs), outputs, opts, finish, source)
-        comm = self._comm
         if self._coalescing is None and opts is not None and not getattr(opts, "asyncOp", True):
             self._deadline(None)
             self._record(name, shapes, dtype, None)
             if len(calls) == 1:
                 function, arguments = calls[0]
-                comm._issue(function, arguments, keep, None, False, None)
+                self._handle.issue(function, arguments, keep, None, False, None)
             elif calls:
                 self._group(calls, keep).wait()
             if finish is not None:
@@ -270,7 +271,7 @@ class Group:
         core: CoreWork | None
         if len(calls) == 1:
             function, arguments = calls[0]
-            core = comm._issue(function, arguments, keep, None, True, None)
+            core = self._handle.issue(function, arguments, keep, None, True, None)
         else:
             core = self._group(calls, keep)
         self._record(name, shapes, dtype, core)
@@ -304,10 +305,9 @@ class Group:
         return work
 
     def _group(self, calls: Sequence[Call], keep: Any, stream: Any = None) -> CoreWork:
-        comm = self._comm
-        with comm.group(async_op=True) as group:
+        with self._comm.group(async_op=True) as group:
             for function, arguments in calls:
-                comm._issue(function, arguments, keep, None, False, stream)
+                self._handle.issue(function, arguments, keep, None, False, stream)
         assert group.work is not None
         return group.work
 
@@ -320,7 +320,7 @@ class Group:
         raw = mine.encode()[:511]
         mine_bytes[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         everybody = torch.empty(512 * self._size, dtype=torch.uint8)
-        self._comm._issue(
+        self._handle.issue(
             lib.hfreduceAllGather,
             (address(mine_bytes), address(everybody), 512, lib.hfreduceUint8),
             (mine_bytes, everybody),

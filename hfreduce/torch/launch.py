@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from hfreduce import launch
 from hfreduce._ffi import ffi, lib
-from hfreduce.communicator import Communicator
+from hfreduce.communicator import Communicator, core_of
 from hfreduce.errors import HfreduceError, InvalidUsageError, check
 from hfreduce.torch import job
 from hfreduce.torch.backend import NAME
@@ -81,5 +81,5 @@ def _common_store(comm: Communicator, shared: job.Job) -> Any:
 def _address(comm: Communicator) -> str:
     """The address of this process, without its port, at which the communicator's other ranks reach it."""
     text = ffi.new("char[]", 80)
-    check(lib.hfreduceCommGetAddress(comm._handle, text, len(text)))
+    check(lib.hfreduceCommGetAddress(core_of(comm).pointer, text, len(text)))
     return str(ffi.string(text).decode().rpartition(":")[0].strip("[]"))

@@ -41,7 +41,7 @@ class Moves(Group):
         """All ranks' flat tensors one after the other; rank r has counts[r] elements. Waits."""
         out = mine.new_empty(sum(counts))
         call = self._gatherv(mine, out, counts)
-        self._comm._issue(call[0], call[1], (mine, out), None, False, None)
+        self._handle.issue(call[0], call[1], (mine, out), None, False, None)
         return out
 
     def _gatherv(self, mine: Any, out: Any, counts: Sequence[int]) -> Call:

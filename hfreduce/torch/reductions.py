@@ -55,18 +55,20 @@ class Reductions(Moves):
         scalar_type = torch.float32 if buffer.dtype.itemsize == 1 and buffer.dtype.is_floating_point else part_dtype(buffer.dtype)
         scalar = torch.tensor([how.factor], dtype=scalar_type)
         number = ffi.new("hfreduceRedOp_t *")
-        handle = self._comm._open()
-        made = lib.hfreduceRedOpCreatePreMulSum(number, address(scalar), how.code, lib.hfreduceScalarHostImmediate, handle)
-        check(made, handle)
+        pointer = self._handle.open()
+        made = lib.hfreduceRedOpCreatePreMulSum(number, address(scalar), how.code, lib.hfreduceScalarHostImmediate, pointer)
+        check(made, pointer)
         op_number = int(number[0])  # the call takes its factor along: the op can go once it is issued
-        return buffer, how, op_number, [lambda: check(lib.hfreduceRedOpDestroy(op_number, handle), handle)]
+        return buffer, how, op_number, [lambda: check(lib.hfreduceRedOpDestroy(op_number, pointer), pointer)]
 
     def _all_gathered(self, tensor: Any) -> Any:
         """Every rank's tensor, as the rows of one. Waits."""
         source = dense(tensor)
         rows = source.new_empty((self._size, *source.shape))
         code, count = moved(source)
-        self._comm._issue(lib.hfreduceAllGather, (address(source), address(rows), count, code), (source, rows), None, False, None)
+        self._handle.issue(
+            lib.hfreduceAllGather, (address(source), address(rows), count, code), (source, rows), None, False, None
+        )
         return rows
 
     def _fold(self, tensor: Any, how: Reduction, target: Any, name: str, opts: Any) -> Work:
@@ -98,23 +100,23 @@ class Reductions(Moves):
                     and not tensor.is_neg()
                     and len(tensors) == 1
                 ):
-                    comm = self._comm
+                    handle = self._handle
                     if opts.asyncOp:
                         self._deadline(opts)
                         place = ffi.cast("void *", tensor.data_ptr())
-                        core = comm._issue(_all_reduce, (place, place, tensor.numel(), code, number), tensor, None, True, None)
+                        core = handle.issue(_all_reduce, (place, place, tensor.numel(), code, number), tensor, None, True, None)
                         self._record("all_reduce", tensor.shape, tensor.dtype, core)
                         return Work(self, core, [tensor])
                     if self._seconds != self._default_seconds:
                         self._deadline(None)
                     self._record("all_reduce", tensor.shape, tensor.dtype, None)
-                    result = _tensor_all_reduce(tensor.data_ptr(), tensor.numel(), code, number, comm._handle)
+                    result = _tensor_all_reduce(tensor.data_ptr(), tensor.numel(), code, number, handle.pointer)
                     if result == 0:
                         return DONE
                     if result == lib.hfreduceInProgress:
-                        comm._wait_out(tensor, None)
+                        handle.wait_out(tensor, None)
                         return DONE
-                    raise comm._failure(result)
+                    raise handle.failure(result)
         except HfreduceError as error:
             raise self._as_torch(error) from None
         except (AttributeError, IndexError, TypeError):
