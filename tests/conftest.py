@@ -17,7 +17,7 @@ import rdma
 # Ranks that wait for each other in vain say so before the test's limit. Read by this process and all that it starts.
 os.environ.setdefault("HFREDUCE_TIMEOUT", "30")
 
-#: Seconds that a test may take unless marked @pytest.mark.limit(seconds).
+#: Seconds, times ranks.PATIENCE, that a test may take unless marked @pytest.mark.limit(seconds).
 LIMIT = float(os.environ.get("HFREDUCE_TEST_LIMIT", "120"))
 
 
@@ -26,7 +26,9 @@ class TooLong(BaseException):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "limit(seconds): time limit of this test")
+    config.addinivalue_line(
+        "markers", "limit(seconds): time limit of this test on quiet cores; ranks.PATIENCE times that is given"
+    )
     config.addinivalue_line("markers", "guest(command, devices, limit): what runs in a virtual machine; see rdma.in_guest")
     config.addinivalue_line("markers", "xdist_group(name): tests that share a worker, where pytest-xdist runs some at a time")
     config.addinivalue_line("markers", "slow: takes much time or memory; skip with -m 'not slow'")
@@ -62,7 +64,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     """End a test that hangs: with an exception in Python code, with the whole run if it hangs in C."""
     marker = item.get_closest_marker("limit")
-    limit = float(marker.args[0]) if marker else LIMIT
+    limit = (float(marker.args[0]) if marker else LIMIT) * ranks.PATIENCE
 
     def late(number: int, frame: Any) -> None:
         faulthandler.dump_traceback(sys.__stderr__)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ranks import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "tests" / "c"
@@ -93,14 +94,14 @@ def built(program: str, variant: str = "plain") -> Path:
 
 
 def run_to_end(command: list[str], folder: Path, limit: float, env: dict[str, str]) -> tuple[int | None, str]:
-    """Run a program in `folder`, and end it and its ranks after `limit` seconds; its exit status (None: it still ran), its output.
+    """Run a program in `folder`, and end it and its ranks after `limit` seconds, times PATIENCE; its exit status (None: it still ran), its output.
 
     Output goes to a file: ranks that outlive the program cannot hold a pipe open.
     """
     with (folder / "output").open("w+", errors="replace") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=folder, start_new_session=True)
         try:
-            code: int | None = process.wait(limit)
+            code: int | None = process.wait(limit * PATIENCE)
         except subprocess.TimeoutExpired:
             code = None
         finally:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ROOT, SOURCES, built, environment, need_compiler, shorten
+from programs import PATIENCE, ROOT, SOURCES, built, environment, need_compiler, shorten
 
 TOOLS = ROOT / "tests" / "tools"
 VM = str(TOOLS / "rdma-vm")
 #: What each machine ran, with times and output.
 LOGS = ROOT / "build" / "rdma"
-#: Seconds that a machine may run, with all its cases.
+#: Seconds, times PATIENCE, that a machine may run, with all its cases.
 BATCH_LIMIT = 600
 
 
@@ -58,7 +58,7 @@ class Guest:
 
 
 def in_guest(command: str, *, devices: int = 1, limit: float = 30) -> Any:
-    """Mark a test: bash runs `command` in the guest, with the test's parameters put in by str.format, under a limit in seconds.
+    """Mark a test: bash runs `command` in the guest, with the test's parameters put in by str.format, under a limit in seconds, times PATIENCE.
 
     The C programs of tests/c are on its PATH, {python} is this Python with hfreduce.
     """
@@ -102,9 +102,9 @@ def _run_batch(batch: list[tuple[pytest.Item, Any]], devices: int) -> None:
     folders = {built(path.stem).parent for path in SOURCES.glob("*.c") if path.stem in words}
     path = ":".join([*map(str, folders), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     with tempfile.TemporaryDirectory(prefix="hfreduce-rdma-") as folder:
-        cases = [[item.name, command, mark["limit"]] for (item, mark), command in zip(batch, commands)]
+        cases = [[item.name, command, mark["limit"] * PATIENCE] for (item, mark), command in zip(batch, commands)]
         Path(folder, "cases.json").write_text(json.dumps(cases))
-        start = [VM, "-t", str(BATCH_LIMIT), "-d", str(devices), "--rw", folder, "--"]
+        start = [VM, "-t", str(int(BATCH_LIMIT * PATIENCE)), "-d", str(devices), "--rw", folder, "--"]
         done = subprocess.run(
             [*start, sys.executable, str(TOOLS / "rdma_guest.py"), folder],
             env=environment(PATH=path),

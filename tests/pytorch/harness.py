@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import PATIENCE
 
 #: Seconds that one run may take unless the test says otherwise.
 TIMEOUT = float(os.environ.get("HFREDUCE_TEST_TORCH_TIMEOUT", "60"))
 #: Seconds that the other ranks get to end once one has failed: enough for "peer lost" to reach them.
-GRACE = 5.0
+GRACE = 15.0
 #: Modules that the server imports before it forks.
 PRELOAD = (
     "torch.distributed.fsdp",
@@ -238,7 +239,7 @@ class Ranks:
         """Call function(*args) on nranks ranks that share a default process group; return the values by rank.
 
         function must be one that pickle finds by name. backend None: the one under test; "": no process group, nranks is 1.
-        timeout: seconds after which ranks that have not ended are made to say where they stand, and all are killed.
+        timeout: seconds, times PATIENCE, after which ranks that have not ended are made to say where they stand, and all are killed.
         AssertionError tells what became of every rank if any failed.
         """
         __tracebackhide__ = True
@@ -253,7 +254,7 @@ class Ranks:
                 except BrokenPipeError:
                     text = f"rank {rank} died after the run before, {self._end_of(self._ranks[rank])}"
                     raise AssertionError(text) from None
-            texts, values = self._collect(nranks, time.monotonic() + timeout)
+            texts, values = self._collect(nranks, time.monotonic() + timeout * PATIENCE)
         except BaseException:
             self.kill()
             raise
