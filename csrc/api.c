@@ -64,6 +64,29 @@ hfreduceResult_t hfreduceParamGet(int index, hfreduceParam_t *param) {
   return hfreduceSuccess;
 }
 
+int hfreduceTypeCount(void) {
+  int n = 0;
+  hfreduceDataType_t dtype;
+  while (hfr_dtype_at(n, &dtype)) n++;
+  return n;
+}
+
+hfreduceResult_t hfreduceTypeGet(int index, hfreduceType_t *type) {
+  if (!type) return hfr_fail(hfreduceInvalidArgument, "hfreduceTypeGet: type is NULL");
+  hfreduceDataType_t number;
+  const struct hfr_dtype *d = hfr_dtype_at(index, &number);
+  if (!d)
+    return hfr_fail(hfreduceInvalidArgument, "hfreduceTypeGet: index %d; there are %d datatypes", index, hfreduceTypeCount());
+  *type = (hfreduceType_t){.name = d->name,
+                           .datatype = number,
+                           .factor = d->factor,
+                           .computed = d->computed,
+                           .size = d->size,
+                           .is_float = d->kind == HFR_KIND_Float,
+                           .ops = d->ops};
+  return hfreduceSuccess;
+}
+
 void hfreduceLog(hfreduceLogLevel_t level, const char *text) { hfr_log_write((enum hfr_log_level)level, "%s", text); }
 
 size_t hfreduceDescribe(char *text, size_t size) {
@@ -135,15 +158,12 @@ static hfreduceResult_t check_overlap(const char *f, const void *send, size_t se
   return hfr_fail(hfreduceInvalidArgument, "%s: sendbuff and recvbuff overlap, but not as in-place operation allows", f);
 }
 
-static uint8_t scalar_bytes(hfreduceDataType_t dtype) {
-  int fp8 = dtype == hfreduceFloat8e4m3 || dtype == hfreduceFloat8e5m2;
-  return fp8 ? 4 : (uint8_t)hfr_dtype_size(dtype);
-}
-
 /* The op as the engine wants it: premultiplied sums resolved. */
 static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedOp_t op, hfreduceDataType_t dtype,
                                    struct hfr_call *call) {
   if ((int)op >= 0 && (int)op < hfreduceNumOps) {
+    if (!(hfr_dtype(dtype)->ops >> op & 1))
+      return hfr_fail(hfreduceInvalidArgument, "%s: op %d is not defined for %s", f, (int)op, hfr_dtype_name(dtype));
     call->op = op;
     return hfreduceSuccess;
   }
@@ -160,9 +180,9 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
   if (!r) {
     call->op = hfreduceSum;
     call->premul = 1;
-    memcpy(call->scalar, c->ops[i].at ? c->ops[i].at : c->ops[i].scalar, scalar_bytes(dtype));
+    call->scalar_bytes = hfr_dtype(dtype)->factor_size;
+    memcpy(call->scalar, c->ops[i].at ? c->ops[i].at : c->ops[i].scalar, call->scalar_bytes);
     call->scalar_from = c->ops[i].from;
-    call->scalar_bytes = scalar_bytes(dtype);
   }
   pthread_mutex_unlock(&c->ops_lock);
   return r;
@@ -439,7 +459,7 @@ static hfreduceResult_t create_op(hfreduceRedOp_t *op, void *scalar, hfreduceDat
     int there = residence == hfreduceScalarDevice, by_device = memory.kind != HFR_MEMORY_HOST;
     comm->ops[slot] = (struct hfr_premul){
         .used = 1, .dtype = datatype, .at = there && !by_device ? scalar : NULL, .from = by_device ? scalar : NULL};
-    if (!there) memcpy(comm->ops[slot].scalar, scalar, scalar_bytes(datatype));
+    if (!there) memcpy(comm->ops[slot].scalar, scalar, hfr_dtype(datatype)->factor_size);
     *op = (hfreduceRedOp_t)(hfreduceNumOps + slot);
   }
   pthread_mutex_unlock(&comm->ops_lock);

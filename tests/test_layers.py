@@ -17,6 +17,7 @@ CSRC = ROOT / "csrc"
 FLOORS = [
     {"include"},
     {"base"},
+    {"call"},
     {"topo", "simd", "device"},
     {"node"},
     {"transport"},

@@ -133,8 +133,7 @@ hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *lay
   if (layout->nranks == 1) return plan_alone(p);
   /* Partial sums of narrow floats travel between nodes in their own type: scale before they are rounded, or fp16 overflows where
    * the average would not. */
-  p->avg_pre = call->op == hfreduceAvg && layout->nnodes > 1 &&
-               (call->dtype == hfreduceFloat16 || call->dtype == hfreduceFloat8e4m3 || call->dtype == hfreduceFloat8e5m2);
+  p->avg_pre = call->op == hfreduceAvg && layout->nnodes > 1 && hfr_dtype(call->dtype)->spills;
   p->direct = layout->max_local == 1 && !call->premul && !p->avg_pre;
   hfreduceResult_t r;
   switch (call->coll) {

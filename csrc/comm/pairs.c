@@ -166,14 +166,12 @@ void hfr_pairs_destroy(struct hfreduceComm *c) {
 
 /* ---------------------------------------------------------------- calls */
 
-static int is_float(hfreduceDataType_t dtype) { return dtype >= hfreduceFloat16; }
-
 int hfr_pairs_want(struct hfreduceComm *c, const struct hfr_call *call, const struct hfr_ordered *o, hfreduceResult_t *result) {
   const struct hfr_pairs *p = atomic_load(&c->pairs);
   *result = hfreduceSuccess;
   if (!p || call->coll != HFR_ALL_REDUCE || call->premul || call->count * hfr_dtype_size(call->dtype) < p->least) return 0;
   /* A pair alone has no CPU that divides. */
-  if (call->op == hfreduceAvg && p->half->nranks == 1 && !is_float(call->dtype)) return 0;
+  if (call->op == hfreduceAvg && p->half->nranks == 1 && !hfr_dtype_is_float(call->dtype)) return 0;
   if (!o->on || !o->staged[0] || !o->staged[1] || o->stream.capture) return 0;
   if (o->stream.device == p->device && o->stream.context == p->context) return 1;
   *result =
@@ -187,8 +185,7 @@ int hfr_pairs_want(struct hfreduceComm *c, const struct hfr_call *call, const st
 
 /* Sums of fp16 and fp8 may overflow where the average would not. */
 float hfr_pairs_scale(const struct hfreduceComm *c, const struct hfr_call *call) {
-  int narrow = is_float(call->dtype) && hfr_dtype_size(call->dtype) < 4;
-  return call->op == hfreduceAvg && (narrow || hfr_pairs_half(c)->nranks == 1) ? 0.5f : 1;
+  return call->op == hfreduceAvg && (hfr_dtype(call->dtype)->small || hfr_pairs_half(c)->nranks == 1) ? 0.5f : 1;
 }
 
 struct hfr_call hfr_pairs_half_call(const struct hfreduceComm *c, const struct hfr_call *call) {

@@ -4,6 +4,8 @@
  */
 #include "cuda.h"
 
+#include "../call/dtype.h"
+
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -140,13 +142,11 @@ static struct {
 } loaded = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static hfreduceResult_t find_functions(const struct hfr_cu *cu, hfr_cu_module module, struct hfr_kernels *k) {
-  static const char *const type[hfreduceNumTypes] = {"int8",    "uint8",   "int32",   "uint32",   "int64",         "uint64",
-                                                     "float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"};
   static const char *const op[OPS] = {"sum", "prod", "max", "min"};
   char name[64];
   for (int t = 0; t < hfreduceNumTypes; t++)
     for (int o = 0; o < OPS; o++) {
-      snprintf(name, sizeof name, "hfr_pair_%s_%s", type[t], op[o]);
+      snprintf(name, sizeof name, "hfr_pair_%s_%s", hfr_dtype_name((hfreduceDataType_t)t), op[o]);
       int r = cu->module_function(&k->pair[t][o], module, name);
       if (r) return hfr_cuda_fail("cuModuleGetFunction", r);
       /* Now: a kernel that is loaded at its first launch may wait for what is in the streams before it. */

@@ -266,14 +266,6 @@ enum hfr_oneshot {
 enum hfr_oneshot hfr_oneshot(struct hfr_engine *engine, const struct hfr_call *call, hfreduceResult_t *result);
 /* May another rank take this way for the call? Then its data must lie in the slots. */
 int hfr_oneshot_takes(const struct hfr_engine *engine, const struct hfr_call *call);
-/* What a rank says of a call; its number comes when it begins. */
-static inline struct hfr_fingerprint hfr_call_fingerprint(const struct hfr_call *call) {
-  return (struct hfr_fingerprint){.count = call->count,
-                                  .root = call->coll == HFR_P2P ? call->tag : call->root,
-                                  .coll = (uint8_t)call->coll,
-                                  .op = (uint8_t)(call->premul ? 5 : call->op),
-                                  .dtype = (uint8_t)call->dtype};
-}
 
 /* --- completion.c --- */
 /* A work has ended: tell its queue. */
@@ -284,7 +276,6 @@ struct hfreduceWork *hfr_work_new(uint32_t nrequests);
 void hfr_work_put(struct hfreduceWork *work);
 
 /* A message that names both sides of a disagreement. */
-void hfr_describe_fingerprint(const struct hfr_fingerprint *fp, char *text, size_t size);
 void hfr_fail_mismatch(struct hfr_engine *engine, const struct hfr_fingerprint *mine, int peer,
                        const struct hfr_fingerprint *theirs);
 /* Patience of one wait: spins, then yields, then sleeps. */

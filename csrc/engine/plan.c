@@ -3,12 +3,6 @@
 
 #include <stdlib.h>
 
-const char *hfr_coll_name(int coll) {
-  static const char *const name[HFR_NCOLL] = {"all_reduce", "reduce",  "broadcast", "all_gather", "reduce_scatter", "all_to_all",
-                                              "gather",     "scatter", "barrier",   "send/recv",  "pair exchange"};
-  return coll >= 0 && coll < HFR_NCOLL ? name[coll] : "?";
-}
-
 struct hfr_stage *hfr_plan_add(struct hfr_plan *plan, int role, enum hfr_stage_kind kind, int64_t niter, const char *name) {
   if (plan->nstages == plan->cap) {
     int cap = plan->cap ? 2 * plan->cap : 16;

@@ -8,50 +8,12 @@
  */
 #ifndef HFR_ENGINE_PLAN_H_
 #define HFR_ENGINE_PLAN_H_
+#include "../call/call.h"
 #include "../node/arena.h"
 #include "../simd/simd.h"
 #include "../topo/layout.h"
 #include "../topo/tree.h"
 #include "../transport/transport.h"
-
-enum hfr_coll {
-  HFR_ALL_REDUCE,
-  HFR_REDUCE,
-  HFR_BROADCAST,
-  HFR_ALL_GATHER,
-  HFR_REDUCE_SCATTER,
-  HFR_ALL_TO_ALL,
-  HFR_GATHER,
-  HFR_SCATTER,
-  HFR_BARRIER,
-  HFR_P2P,
-  HFR_PAIR, /* two ranks whose devices exchange segments: no plan, engine/pairing.c */
-  HFR_NCOLL
-};
-const char *hfr_coll_name(int coll);
-
-#define HFR_ANY_SOURCE (-1)
-
-/* A call with its arguments checked. */
-struct hfr_call {
-  enum hfr_coll coll;
-  int receiving; /* HFR_P2P: this side receives */
-  int tag;       /* HFR_P2P */
-  int *source;   /* receiving: told whose message it was; may be NULL */
-  const void *send;
-  void *recv;
-  size_t count; /* elements a rank, as in the public call; 0 for an uneven all_to_all */
-  hfreduceDataType_t dtype;
-  hfreduceRedOp_t op; /* sum .. avg; a premultiplied sum is hfreduceSum with premul set */
-  int root;           /* or peer (HFR_ANY_SOURCE: whoever sends); -1 */
-  int premul;
-  uint8_t scalar[8];
-  const void *scalar_from; /* the factor lies there, and is read when the operation starts; NULL: it is in `scalar` */
-  uint8_t scalar_bytes;
-  int over;     /* avg divides by so many; 0: the ranks of the communicator */
-  int windowed; /* the buffers are reached in segments: no copy covers all of them at once */
-  const size_t *sendcounts, *senddispls, *recvcounts, *recvdispls; /* uneven all_to_all, else NULL; owned by the request */
-};
 
 /* What all ranks of a communicator agree on beside the layout. */
 enum hfr_algo { HFR_ALGO_AUTO, HFR_ALGO_TREE, HFR_ALGO_DIRECT, HFR_ALGO_RING };

@@ -170,6 +170,17 @@ typedef struct {
   const char *alias; /* NCCL's name for it, understood where ours is not set; NULL: none */
 } hfreduceParam_t;
 
+/* What a datatype is. */
+typedef struct {
+  const char *name;            /* "float32", "float8_e4m3fn": as NumPy and ml_dtypes spell it; lives as long as the process */
+  hfreduceDataType_t datatype; /* its number */
+  hfreduceDataType_t factor;   /* the type of the factor that hfreduceRedOpCreatePreMulSum takes for it */
+  hfreduceDataType_t computed; /* the type that reductions compute in before they round once */
+  int size;                    /* bytes of an element */
+  int is_float;
+  unsigned int ops; /* bit hfreduceSum, hfreduceProd, ...: the ops that are defined for it */
+} hfreduceType_t;
+
 /* --- library --- */
 hfreduceResult_t hfreduceGetVersion(int *version);
 const char *hfreduceGetErrorString(hfreduceResult_t result);
@@ -181,6 +192,9 @@ hfreduceResult_t hfreduceGetErrorInfo(hfreduceComm_t comm, hfreduceErrorInfo_t *
 /* Number of parameters, and the i-th. InvalidArgument past the end. */
 int hfreduceParamCount(void);
 hfreduceResult_t hfreduceParamGet(int index, hfreduceParam_t *param);
+/* Number of datatypes, and the i-th. InvalidArgument past the end. */
+int hfreduceTypeCount(void);
+hfreduceResult_t hfreduceTypeGet(int index, hfreduceType_t *type);
 /* What was built and what this machine has, one "key: value" a line; returns the length it needs, writes at most size bytes. */
 size_t hfreduceDescribe(char *text, size_t size);
 

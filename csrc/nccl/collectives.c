@@ -106,7 +106,8 @@ HFR_NCCL_DEFINE(ncclResult_t, ncclRecv,
 
 /* ---------------------------------------------------------------- user-made ops */
 
-/* An fp8 number as a float. e4m3 has no infinities, e5m2 is IEEE's. */
+/* An fp8 number as a float: NCCL takes the factor of an fp8 sum in the type itself, hfreduce in the one that hfreduceTypeGet
+   names, float32. e4m3 has no infinities, e5m2 is IEEE's. */
 static float fp8_value(uint8_t bits, int mantissa_bits) {
   int bias = mantissa_bits == 3 ? 7 : 15, top = mantissa_bits == 3 ? 15 : 31;
   int exponent = bits >> mantissa_bits & top, mantissa = bits & ((1 << mantissa_bits) - 1);

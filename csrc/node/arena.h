@@ -13,25 +13,13 @@
 #ifndef HFR_NODE_ARENA_H_
 #define HFR_NODE_ARENA_H_
 #include "../base/status.h"
+#include "../call/call.h"
 #include "writer.h"
 #include <stdatomic.h>
 
 /* START: sequence number of the collective a rank has begun. IN, RED, OUT: chunks staged, reduced, taken out, since the arena was
    made. VER: sequence number of the last collective that all nodes agreed on (written by local rank 0). */
 enum hfr_ctr { HFR_CTR_START, HFR_CTR_IN, HFR_CTR_RED, HFR_CTR_OUT, HFR_CTR_VER, HFR_NCTR, HFR_CTR_NONE = 255 };
-
-/* What a rank says it is doing; compared by its peers before any data is used. */
-struct hfr_fingerprint {
-  uint64_t seq;
-  uint64_t count;
-  int32_t root; /* or the tag of a send/recv; -1: none */
-  uint8_t coll, op, dtype;
-  uint8_t way; /* 1: by pairs of devices (engine/pairing.c) */
-};
-static inline int hfr_fingerprint_equal(const struct hfr_fingerprint *a, const struct hfr_fingerprint *b) {
-  return a->seq == b->seq && a->count == b->count && a->root == b->root && a->coll == b->coll && a->op == b->op &&
-         a->dtype == b->dtype && a->way == b->way;
-}
 
 #define HFR_SLOTS_MAX 64 /* of a rank and kind */
 

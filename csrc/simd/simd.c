@@ -11,22 +11,6 @@
 #include "../base/param.h"
 #include "simd_internal.h"
 
-/* ---- datatypes ---- */
-
-static const struct {
-  const char *name;
-  size_t size;
-} dtypes[] = {
-#define HFR_ROW(type, name, size) [hfreduce##type] = {name, size},
-    HFR_DTYPES(HFR_ROW)
-#undef HFR_ROW
-};
-
-static int dtype_known(hfreduceDataType_t dtype) { return (unsigned)dtype < hfreduceNumTypes; }
-size_t hfr_dtype_size(hfreduceDataType_t dtype) { return dtype_known(dtype) ? dtypes[dtype].size : 0; }
-const char *hfr_dtype_name(hfreduceDataType_t dtype) { return dtype_known(dtype) ? dtypes[dtype].name : "?"; }
-static int dtype_is_float(hfreduceDataType_t dtype) { return dtype_known(dtype) && dtype >= hfreduceFloat16; }
-
 /* ---- levels ---- */
 
 #if defined(__x86_64__)
@@ -131,7 +115,7 @@ static uint64_t float_pattern(double x, hfreduceDataType_t dtype) {
 /* Multiplying by the reciprocal of a power of two rounds exactly as dividing does, and is several times faster. */
 static void scale_prepare(struct hfr_simd_scale *out, const struct hfr_scale *scale, int nsrc, hfreduceDataType_t dtype) {
   memset(out, 0, sizeof *out);
-  if (!dtype_is_float(dtype)) return;
+  if (!hfr_dtype_is_float(dtype)) return;
   if (scale->npre > 0) {
     out->npre = scale->npre < nsrc ? scale->npre : nsrc;
     out->pre = float_pattern(scale->pre, dtype);
@@ -161,21 +145,22 @@ static void scale_prepare(struct hfr_simd_scale *out, const struct hfr_scale *sc
     x = (type)(x < 0 ? 0 - magnitude : magnitude);                      \
     memcpy(p + i * sizeof x, &x, sizeof x);                             \
   }
+#define HFR_DIVIDE_Int HFR_DIVIDE_SIGNED
+#define HFR_DIVIDE_Uint HFR_DIVIDE_UNSIGNED
+#define HFR_DIVIDE_Float(type) /* the kernels have done it */
+#define HFR_DIVIDE(suffix, name, storage, kind, ...) \
+  case hfreduce##suffix: HFR_DIVIDE_##kind(storage) break;
 static void divide_integers(unsigned char *p, size_t count, hfreduceDataType_t dtype, uint64_t div) {
   switch (dtype) {
-    case hfreduceInt8: HFR_DIVIDE_SIGNED(int8_t) break;
-    case hfreduceUint8: HFR_DIVIDE_UNSIGNED(uint8_t) break;
-    case hfreduceInt32: HFR_DIVIDE_SIGNED(int32_t) break;
-    case hfreduceUint32: HFR_DIVIDE_UNSIGNED(uint32_t) break;
-    case hfreduceInt64: HFR_DIVIDE_SIGNED(int64_t) break;
-    default: HFR_DIVIDE_UNSIGNED(uint64_t) break;
+    HFR_DTYPES(HFR_DIVIDE)
+    default: break;
   }
 }
 
 void hfr_reduce(void *dst, const void *const *src, int nsrc, size_t count, hfreduceDataType_t dtype, enum hfr_op op,
                 const struct hfr_scale *scale) {
   struct hfr_simd_scale ready, *vector_scale = NULL;
-  const size_t bytes = count * dtypes[dtype].size;
+  const size_t bytes = count * hfr_dtype_size(dtype);
   if (scale && (scale->npre > 0 || scale->div > 1)) {
     scale_prepare(&ready, scale, nsrc, dtype);
     if (ready.npre || ready.post) vector_scale = &ready;
@@ -185,7 +170,7 @@ void hfr_reduce(void *dst, const void *const *src, int nsrc, size_t count, hfred
   } else {
     kernels()->reduce[dtype][op](dst, (const unsigned char *const *)src, nsrc, bytes, vector_scale);
   }
-  if (scale && scale->div > 1 && !dtype_is_float(dtype)) divide_integers(dst, count, dtype, scale->div);
+  if (scale && scale->div > 1 && !hfr_dtype_is_float(dtype)) divide_integers(dst, count, dtype, scale->div);
 }
 
 /* ---- premul and conversions ---- */
@@ -199,16 +184,16 @@ static uint64_t integer_pattern(const void *scalar, size_t size) {
 
 void hfr_premul(void *dst, const void *src, size_t count, hfreduceDataType_t dtype, const void *scalar) {
   struct hfr_simd_scale scale = {.npre = 1};
-  if (dtype == hfreduceFloat16 || dtype == hfreduceBfloat16) {
+  const struct hfr_dtype *d = hfr_dtype(dtype);
+  if (d->small && d->factor == dtype) {
     float f;
     kernels()->widen(&f, scalar, 1, dtype);
     scale.pre = float_pattern(f, dtype);
   } else {
-    int is_fp8 = dtype == hfreduceFloat8e4m3 || dtype == hfreduceFloat8e5m2;
-    scale.pre = integer_pattern(scalar, is_fp8 ? sizeof(float) : dtypes[dtype].size);
+    scale.pre = integer_pattern(scalar, d->factor_size);
   }
   const unsigned char *const one[1] = {src};
-  kernels()->reduce[dtype][HFR_OP_SUM](dst, one, 1, count * dtypes[dtype].size, &scale);
+  kernels()->reduce[dtype][HFR_OP_SUM](dst, one, 1, count * hfr_dtype_size(dtype), &scale);
 }
 
 int hfr_can_stream(void) { return kernels()->stream != NULL; }
@@ -269,8 +254,8 @@ static void store_floats(unsigned char *dst, const float *in, size_t n, hfreduce
 
 hfreduceResult_t hfr_convert(void *dst, hfreduceDataType_t dst_dtype, const void *src, hfreduceDataType_t src_dtype,
                              size_t count) {
-  if (!dtype_is_float(dst_dtype) || !dtype_is_float(src_dtype)) return hfreduceInvalidArgument;
-  const size_t in = dtypes[src_dtype].size, out = dtypes[dst_dtype].size;
+  if (!hfr_dtype_is_float(dst_dtype) || !hfr_dtype_is_float(src_dtype)) return hfreduceInvalidArgument;
+  const size_t in = hfr_dtype_size(src_dtype), out = hfr_dtype_size(dst_dtype);
   if (dst_dtype == src_dtype) {
     if (count) memcpy(dst, src, count * in);
     return hfreduceSuccess;

@@ -3,13 +3,9 @@
    level. Any alignment of any pointer (also not a multiple of the element size). */
 #ifndef HFR_SIMD_SIMD_H_
 #define HFR_SIMD_SIMD_H_
-#include "../include/hfreduce.h"
+#include "../call/dtype.h"
 
 enum hfr_op { HFR_OP_SUM, HFR_OP_PROD, HFR_OP_MAX, HFR_OP_MIN }; /* equal to hfreduceSum .. hfreduceMin */
-
-/* Bytes of an element; 0 for an unknown datatype. */
-size_t hfr_dtype_size(hfreduceDataType_t dtype);
-const char *hfr_dtype_name(hfreduceDataType_t dtype); /* "float32", "float8_e4m3fn", ...; "?" if unknown */
 
 /* Scaling inside a reduction. The result of an element is
      acc = src[0] op ... op src[npre-1];  if (npre) acc *= pre;  acc = acc op src[npre] op ... ;  if (div > 1) acc /= div;  round
@@ -28,7 +24,7 @@ struct hfr_scale {
 void hfr_reduce(void *dst, const void *const *src, int nsrc, size_t count, hfreduceDataType_t dtype, enum hfr_op op,
                 const struct hfr_scale *scale);
 
-/* dst[i] = src[i] * *scalar. scalar is of the datatype (float32 for the two fp8 types); small floats multiply in float32 and
+/* dst[i] = src[i] * *scalar. scalar is of the type that call/dtype.h says; small floats multiply in float32 and
  * round once. dst may equal src. */
 void hfr_premul(void *dst, const void *src, size_t count, hfreduceDataType_t dtype, const void *scalar);
 

@@ -3,21 +3,6 @@
 #define HFR_SIMD_SIMD_INTERNAL_H_
 #include "simd.h"
 
-/* X(hfreduce suffix, name, bytes), in the order of hfreduceDataType_t. */
-#define HFR_DTYPES(X)               \
-  X(Int8, "int8", 1)                \
-  X(Uint8, "uint8", 1)              \
-  X(Int32, "int32", 4)              \
-  X(Uint32, "uint32", 4)            \
-  X(Int64, "int64", 8)              \
-  X(Uint64, "uint64", 8)            \
-  X(Float16, "float16", 2)          \
-  X(Float32, "float32", 4)          \
-  X(Float64, "float64", 8)          \
-  X(Bfloat16, "bfloat16", 2)        \
-  X(Float8e4m3, "float8_e4m3fn", 1) \
-  X(Float8e5m2, "float8_e5m2", 1)
-
 enum hfr_simd_post { HFR_POST_NONE, HFR_POST_MUL, HFR_POST_DIV };
 
 /* struct hfr_scale made ready for vectors: constants are bit patterns of the accumulation type, repeated to fill 64 bits. */
