@@ -19,6 +19,7 @@ from hfreduce import grouping
 from hfreduce._ffi import ffi, lib
 from hfreduce._handle import NULL, Handle, call_or_abort
 from hfreduce.errors import AbortedError, HfreduceError, InvalidUsageError, last_error, text
+from hfreduce.types import TYPES
 from hfreduce.unique_id import UniqueId
 from hfreduce.unique_id import get_unique_id as _new_unique_id
 
@@ -562,7 +563,6 @@ def _unique_id(value: Any) -> UniqueId:
 
 def _bytesize(datatype: int) -> int:
     """Bytes of an element of `datatype`."""
-    sizes = (1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1)
-    if not 0 <= datatype < len(sizes):
+    if datatype not in TYPES:
         raise ValueError(f"Unknown datatype {datatype}")
-    return sizes[datatype]
+    return TYPES[datatype].size

@@ -10,7 +10,7 @@ import numpy as np
 from hfreduce._ffi import ffi, lib
 from hfreduce._handle import Handle
 from hfreduce.errors import InvalidArgumentError, check
-from hfreduce.types import DTYPE_NAMES, dtype_code, numpy_dtype
+from hfreduce.types import DTYPE_NAMES, TYPES, dtype_code, numpy_dtype
 
 
 class PreMulSum:
@@ -25,7 +25,7 @@ class PreMulSum:
         code = dtype_code(dtype)
         self.dtype = DTYPE_NAMES[code]
         self.factor = factor
-        scalar_type = np.dtype(np.float32) if self.dtype.startswith("float8") else numpy_dtype(code)
+        scalar_type = numpy_dtype(TYPES[code].factor)
         try:
             scalar = np.asarray(factor, dtype=scalar_type).reshape(())
         except (TypeError, ValueError, OverflowError) as error:

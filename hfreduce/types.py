@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfreduce._ffi import lib
+from hfreduce._ffi import ffi, lib
 from hfreduce.errors import InvalidArgumentError
 
-# numpy's (or ml_dtypes') name, torch's name, code
-_TABLE: tuple[tuple[str, str, int], ...] = (
-    ("int8", "int8", lib.hfreduceInt8),
-    ("uint8", "uint8", lib.hfreduceUint8),
-    ("int32", "int32", lib.hfreduceInt32),
-    ("uint32", "uint32", lib.hfreduceUint32),
-    ("int64", "int64", lib.hfreduceInt64),
-    ("uint64", "uint64", lib.hfreduceUint64),
-    ("float16", "float16", lib.hfreduceFloat16),
-    ("float32", "float32", lib.hfreduceFloat32),
-    ("float64", "float64", lib.hfreduceFloat64),
-    ("bfloat16", "bfloat16", lib.hfreduceBfloat16),
-    ("float8_e4m3fn", "float8_e4m3fn", lib.hfreduceFloat8e4m3),
-    ("float8_e5m2", "float8_e5m2", lib.hfreduceFloat8e5m2),
-)
+
+class Type(NamedTuple):
+    """A datatype as csrc/call/dtype.h has it."""
+
+    name: str  #: numpy's (or ml_dtypes') name; torch's is the same
+    code: int  #: hfreduceDataType_t
+    size: int  #: bytes of an element
+    factor: int  #: hfreduceDataType_t of a premultiplied sum's factor
+    is_float: bool
+
+
+def _read_types() -> dict[int, Type]:
+    found = {}
+    one = ffi.new("hfreduceType_t *")
+    for index in range(lib.hfreduceTypeCount()):
+        lib.hfreduceTypeGet(index, one)
+        name = ffi.string(one.name).decode()
+        found[int(one.datatype)] = Type(name, int(one.datatype), int(one.size), int(one.factor), bool(one.is_float))
+    return found
+
+
+#: hfreduceDataType_t -> what it is.
+TYPES: dict[int, Type] = _read_types()
 #: The supported datatypes by name, in the order of their codes.
-DTYPE_NAMES: tuple[str, ...] = tuple(name for name, _, _ in _TABLE)
+DTYPE_NAMES: tuple[str, ...] = tuple(each.name for each in TYPES.values())
 #: The ops by name, in the order of their codes.
 OP_NAMES: tuple[str, ...] = ("sum", "prod", "max", "min", "avg")
 
-_FROM_NUMPY = 9  # the first nine are numpy's own, the rest are ml_dtypes'
-_BY_NAME: dict[str, int] = {name: code for name, _, code in _TABLE}
-_TORCH: dict[str, int] = {f"torch.{name}": code for _, name, code in _TABLE}
+_BY_NAME: dict[str, int] = {each.name: each.code for each in TYPES.values()}
+_TORCH: dict[str, int] = {f"torch.{name}": code for name, code in _BY_NAME.items()}
 
 #: numpy dtype -> code; ml_dtypes' entries are added when first seen. The communicators' fast path reads it.
-DTYPES: dict[Any, int] = {np.dtype(name): code for name, _, code in _TABLE[:_FROM_NUMPY]}
+DTYPES: dict[Any, int] = {np.dtype(name): code for name, code in _BY_NAME.items() if hasattr(np, name)}
+#: The codes of numpy's own dtypes; the rest are ml_dtypes'.
+FROM_NUMPY: frozenset[int] = frozenset(DTYPES.values())
 #: What `op` may be, apart from an op made by Communicator.pre_mul_sum -> code.
 OPS: dict[Any, int] = {
     "sum": lib.hfreduceSum,
@@ -90,8 +99,8 @@ def dtype_code(dtype: Any, argument: str = "dtype") -> int:
 
 def numpy_dtype(code: int) -> np.dtype[Any]:
     """The numpy dtype of a hfreduceDataType_t; bfloat16 and the two float8 need the package ml_dtypes."""
-    name = DTYPE_NAMES[code]
-    if code < _FROM_NUMPY:
+    name = TYPES[code].name
+    if code in FROM_NUMPY:
         return np.dtype(name)
     try:
         import ml_dtypes

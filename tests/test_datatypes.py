@@ -41,7 +41,7 @@ NAMES = {code: dtype.name for code, dtype in DTYPES.items()}
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Compile csrc/simd and what it stands on with exported wrappers, and load it."""
     need_compiler()
-    files = sorted((ROOT / "csrc" / "simd").glob("*.c")) + sorted((ROOT / "csrc" / "base").glob("*.c"))
+    files = [path for room in ("simd", "call", "base") for path in sorted((ROOT / "csrc" / room).glob("*.c"))]
     with building("plain") as out:  # the objects are those of the C programs
         objects = build.compile_objects(out, [*files, ROOT / "tests" / "c" / "simd_export.c"])
         target = build.link_shared(out / "libsimd_test.so", objects, [], sanitize="", cc=None)
@@ -108,6 +108,25 @@ def rounding_places(code: int) -> np.ndarray:
         points = np.concatenate([finite, (finite[1:] + finite[:-1]) / 2]).astype(np.float32)
         points = np.concatenate([np.nextafter(points, np.float32(-np.inf)), points, np.nextafter(points, np.float32(np.inf))])
     return np.concatenate([points, np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 3.4e38], np.float32)])
+
+
+def test_the_public_table_is_numpys() -> None:
+    """What hfreduceTypeGet says of each type, and what Python made of it."""
+    from hfreduce._ffi import ffi, lib
+    from hfreduce.types import DTYPE_NAMES, TYPES, dtype_code, numpy_dtype
+
+    assert list(TYPES) == list(DTYPES) and tuple(NAMES.values()) == DTYPE_NAMES
+    for code, dtype in DTYPES.items():
+        said = TYPES[code]
+        assert (said.name, said.size, said.is_float) == (dtype.name, dtype.itemsize, code in FLOATS)
+        assert said.factor == (7 if dtype.name.startswith("float8") else code)
+        assert numpy_dtype(code) == dtype and dtype_code(dtype) == dtype_code(said.name) == code
+    one = ffi.new("hfreduceType_t *")
+    for code in DTYPES:
+        assert lib.hfreduceTypeGet(code, one) == lib.hfreduceSuccess
+        assert one.computed == (7 if code in SMALL else code) and one.ops == 0b11111
+    assert lib.hfreduceTypeGet(-1, one) == lib.hfreduceTypeGet(lib.hfreduceTypeCount(), one) == lib.hfreduceInvalidArgument
+    assert lib.hfreduceTypeGet(0, ffi.NULL) == lib.hfreduceInvalidArgument
 
 
 def test_names(library: ctypes.CDLL) -> None:

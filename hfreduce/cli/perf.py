@@ -21,7 +21,7 @@ from hfreduce.perf import report
 from hfreduce.perf.collectives import COLLECTIVES
 from hfreduce.perf.measure import Plan, Row, measure
 from hfreduce.perf.traffic import line, traffic
-from hfreduce.types import DTYPE_NAMES, OP_NAMES, numpy_dtype
+from hfreduce.types import DTYPE_NAMES, FROM_NUMPY, OP_NAMES, TYPES, dtype_code, numpy_dtype
 
 _ALIASES = {"half": "float16", "float": "float32", "double": "float64", "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2"}
 
@@ -113,12 +113,12 @@ def _validate(args: argparse.Namespace) -> None:
 
 def _dtypes(name: str) -> list[Any]:
     if name == "all":
-        names = [n for code, n in enumerate(DTYPE_NAMES) if code < 9 or importlib.util.find_spec("ml_dtypes") is not None]
+        names = [t.name for t in TYPES.values() if t.code in FROM_NUMPY or importlib.util.find_spec("ml_dtypes") is not None]
     else:
         names = [_ALIASES.get(name, name)]
     for unknown in set(names) - set(DTYPE_NAMES):
         raise InvalidArgumentError(f"-d {unknown} is not one of {', '.join(DTYPE_NAMES)}, all")
-    return [numpy_dtype(DTYPE_NAMES.index(n)) for n in names]
+    return [numpy_dtype(dtype_code(n)) for n in names]
 
 
 def _sizes(args: argparse.Namespace) -> list[int]:

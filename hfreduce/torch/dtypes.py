@@ -1,7 +1,7 @@
 """torch's dtypes and reduction ops in the core's terms.
 
-The core reduces twelve datatypes and moves bytes. What else torch has is reduced as a type that holds it (int16 in int32), as
-its parts (complex), or as bytes with a fitting op (bool).
+The core reduces the datatypes of hfreduce.types.TYPES and moves bytes. What else torch has is reduced as a type that holds it
+(int16 in int32), as its parts (complex), or as bytes with a fitting op (bool).
 """
 
 from __future__ import annotations
@@ -13,21 +13,7 @@ import torch.distributed as dist
 
 from hfreduce._ffi import lib
 from hfreduce.errors import InvalidArgumentError
-
-_NATIVE = {
-    "int8": lib.hfreduceInt8,
-    "uint8": lib.hfreduceUint8,
-    "int32": lib.hfreduceInt32,
-    "uint32": lib.hfreduceUint32,
-    "int64": lib.hfreduceInt64,
-    "uint64": lib.hfreduceUint64,
-    "float16": lib.hfreduceFloat16,
-    "float32": lib.hfreduceFloat32,
-    "float64": lib.hfreduceFloat64,
-    "bfloat16": lib.hfreduceBfloat16,
-    "float8_e4m3fn": lib.hfreduceFloat8e4m3,
-    "float8_e5m2": lib.hfreduceFloat8e5m2,
-}
+from hfreduce.types import TYPES
 
 
 def _present(table: dict[str, Any]) -> dict[Any, Any]:
@@ -35,7 +21,7 @@ def _present(table: dict[str, Any]) -> dict[Any, Any]:
 
 
 #: dtype -> hfreduceDataType_t, where the core has the type itself.
-NATIVE: dict[Any, int] = _present(_NATIVE)
+NATIVE: dict[Any, int] = _present({each.name: each.code for each in TYPES.values()})
 #: dtype -> (hfreduceDataType_t of a part, parts an element): sums of these are sums of their parts.
 _PARTS: dict[Any, tuple[int, int]] = _present(
     {
