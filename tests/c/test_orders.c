@@ -68,6 +68,18 @@ static int small_then_large(int rank, int n, hfreduceComm_t comm, int round, con
   return 0;
 }
 
+/* The other way round. The last chunk of the large one is short: its root has put it in, and comes to the small one, while the
+ * others still read the chunk before, whose slot the small one needs. */
+static int large_then_small(int rank, int n, hfreduceComm_t comm, int round, const struct buffers *x) {
+  enum { LARGE = 5 * 1024 + 16 };
+  fill(x->a, LARGE, rank);
+  OK(hfreduceBroadcast(x->a, x->b, LARGE, hfreduceFloat32, round % n, comm, NULL));
+  OK(hfreduceAllReduce(x->a, x->b + LARGE, 200, hfreduceFloat32, hfreduceSum, comm, NULL));
+  WANT(is_of(x->b, LARGE, round % n));
+  WANT(is_sum(x->b + LARGE, 200, n));
+  return 0;
+}
+
 /* Around the ring, several messages long: its slots are used again. */
 static int messages(int rank, int n, hfreduceComm_t comm, size_t count, const struct buffers *x) {
   int next = (rank + 1) % n, before = (rank + n - 1) % n;
@@ -102,6 +114,7 @@ static int run(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   OK(hfreduceCommInitRank(&comm, n, *id, rank));
   for (int round = 0; round < rounds; round++) {
     if (small_then_large(rank, n, comm, round, &x)) return 1;
+    if (large_then_small(rank, n, comm, round, &x)) return 1;
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
       if (collectives(rank, n, comm, sizes[s], round, &x)) return 1;
       if (messages(rank, n, comm, sizes[s], &x)) return 1;
