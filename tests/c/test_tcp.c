@@ -11,10 +11,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #define LARGE 300000 /* floats: more than a message carries, and than the kernel takes at once */
 
 static _Atomic int flips;         /* payloads of which recvmsg still turns a bit */
+static _Atomic int magics;        /* headers of which it still turns one */
 static _Atomic int refusing;      /* sendmsg fails on data connections */
 static _Atomic int sends_on = -1; /* the connection on which data was sent last */
 
@@ -37,8 +39,13 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
 ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
   ssize_t (*next)(int, struct msghdr *, int) = (ssize_t(*)(int, struct msghdr *, int))dlsym(RTLD_NEXT, "recvmsg");
   ssize_t got = next(fd, message, flags);
-  if (got <= 0 || !carries_data(fd, message) || !flips) return got;
+  if (got <= 0 || !carries_data(fd, message)) return got;
   const struct iovec *v = message->msg_iov;
+  if (magics && v[0].iov_len == sizeof(struct hfr_msg_header)) {
+    ((uint8_t *)v[0].iov_base)[0] ^= 0x10;
+    magics--;
+  }
+  if (!flips) return got;
   size_t at = message->msg_iovlen > 1 ? v[0].iov_len : 0;
   if (!at && v[0].iov_len <= sizeof(struct hfr_msg_header)) return got;
   if ((size_t)got <= at) return got;
@@ -110,6 +117,46 @@ static int corrupt(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* A header that is none is no message, whatever it says of its payload, and with no checksum too. */
+static int no_header(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  const struct fault *f = arg;
+  hfreduceComm_t comm;
+  int fd;
+  float *x = malloc(LARGE * sizeof *x);
+  OK(begin(&comm, f, rank, n, id, x, &fd));
+  if (rank) magics = 1;
+  hfreduceResult_t r = call(comm, f, rank, x);
+  if (!r && !rank) r = hfreduceBarrier(comm, NULL); /* what it sent may have left before it was refused */
+  WANT(rank ? r == hfreduceCorrupt && !magics : r == hfreduceCorrupt || r == hfreduceRemoteError);
+  WANT(!rank || strstr(hfreduceGetLastError(NULL), "from rank 0") && strstr(hfreduceGetLastError(NULL), "broken header"));
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
+/* A connection is closed in one direction, and nothing else happens: who waits for data finds the end, and tells the other rank.
+ */
+static int closed(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  const struct fault *f = arg;
+  hfreduceComm_t comm;
+  hfreduceResult_t r = hfreduceSuccess;
+  int fd;
+  float *x = malloc(LARGE * sizeof *x);
+  OK(begin(&comm, f, rank, n, id, x, &fd));
+  if (rank)
+    r = call(comm, f, rank, x);
+  else
+    WANT(fd >= 0 && !shutdown(fd, SHUT_WR));
+  for (int ms = 0; !r && ms < 15000; ms++) { /* below the deadline */
+    usleep(1000);
+    OK(hfreduceCommGetAsyncError(comm, &r));
+  }
+  WANT(r == hfreduceRemoteError);
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
 /* Both ranks learn of a connection that is lost in one direction only: the receiver, too, which sees nothing of it itself. */
 static int one_way(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   const struct fault *f = arg;
@@ -148,6 +195,9 @@ int main(void) {
     size_t count;
     const char *streams;
   } shape[] = {{3, "1"}, {LARGE, "1"}, {LARGE, "3"}};
+  struct fault message = {3, "0", "1", SEND};
+  CHECK(!run_processes("1,1", no_header, &message, 60), "a broken header");
+  CHECK(!run_processes("1,1", closed, &message, 24), "a connection that ends");
   for (int way = BROADCAST; way <= SUM; way++)
     for (int s = 0; s < 3; s++) {
       struct fault f = {shape[s].count, "1", shape[s].streams, way};
