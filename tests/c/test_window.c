@@ -110,7 +110,29 @@ static void one(const struct setting *s, const struct hfr_geometry *geometry, si
   hfr_layout_fini(&layout);
 }
 
+/* A word that the device waits for goes forwards only, also past its end, and whether it is passed or given back. */
+static void test_words(void) {
+  static const struct {
+    uint32_t was, value, is;
+  } cases[] = {{4, 5, 5},           {5, 5, 5},           {6, 5, 6},
+               {0xfffffffeu, 1, 1}, {1, 0xfffffffeu, 1}, {0x7fffffffu, 0x80000001u, 0x80000001u}};
+  struct hfr_window *w = calloc(1, sizeof *w + sizeof w->segment[0]);
+  for (size_t k = 0; k < sizeof cases / sizeof *cases; k++)
+    for (int lent = 0; lent < 2; lent++) {
+      _Atomic uint32_t sent = cases[k].was, received = cases[k].was;
+      *w = (struct hfr_window){.nsegs = 1, .opened = 1};
+      w->segment[0] = (struct hfr_segment){.done = {&sent, &received}, .value = cases[k].value, .lent = (uint64_t)lent};
+      hfr_window_pass(w, 1);
+      CHECK(received == cases[k].is, "case %zu: the word is %u", k, received);
+      CHECK(sent == (lent ? cases[k].was : cases[k].is), "case %zu: before it is given back the word is %u", k, sent);
+      hfr_window_give_back(w, 1);
+      CHECK(sent == cases[k].is, "case %zu, lent %d: the word is %u", k, lent, sent);
+    }
+  free(w);
+}
+
 int main(void) {
+  test_words();
   static const char *const nodes[] = {"1", "2", "3", "11", "111", "22", "31", "213", "11111", "44", "555"};
   static const hfreduceDataType_t dtypes[] = {hfreduceInt8, hfreduceFloat16, hfreduceFloat32, hfreduceFloat64};
   for (int algo = HFR_ALGO_AUTO; algo <= HFR_ALGO_RING; algo++)
