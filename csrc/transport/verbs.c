@@ -131,7 +131,7 @@ static void take_credit(struct hfr_verbs_link *l, uint32_t count) {
 }
 
 static void received(struct hfr_verbs_link *l, const struct hfr_ib_wc *wc) {
-  struct hfr_verbs_qp *q = &l->qp[wc->wr_id];
+  struct hfr_verbs_qp *q = &l->qp[wc->wr_id & ~HFR_VERBS_RECEIVE];
   uint32_t imm = ntohl(wc->imm_data);
   if (++q->owed >= HFR_VERBS_REPOST && l->phase == HFR_VERBS_UP) {
     int n = q->owed;
@@ -156,13 +156,15 @@ int hfr_verbs_poll(struct hfr_verbs_link *l) {
   if (!l->cq) return 0;
   do {
     n = l->cq->context->poll_cq(l->cq, POLL_BATCH, wc);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+      if (wc[i].wr_id & HFR_VERBS_RECEIVE) l->qp[wc[i].wr_id & ~HFR_VERBS_RECEIVE].receives--;
       if (wc[i].status != HFR_IB_WC_SUCCESS)
         completion_failed(l, &wc[i]);
       else if (wc[i].opcode == HFR_IB_WC_RECV_RDMA_WITH_IMM)
         received(l, &wc[i]);
       else
         send_done(l, wc[i].wr_id);
+    }
     all += n > 0 ? n : 0;
     if (n < 0) {
       hfr_fail(hfreduceSystemError, "%s: its completion queue is in error; check the kernel's log", l->mine.port);

@@ -133,8 +133,9 @@ static int make_qp(struct hfr_verbs_link *l, struct hfr_verbs_qp *q) {
 int hfr_verbs_post_receives(struct hfr_verbs_link *l, struct hfr_verbs_qp *q, int n) {
   struct hfr_ib_recv_wr wr[HFR_VERBS_RQ], *bad;
   for (int i = 0; i < n; i++) /* immediates only: what is written lands in the slots */
-    wr[i] = (struct hfr_ib_recv_wr){.wr_id = (uint64_t)(q - l->qp), .next = i + 1 < n ? &wr[i + 1] : NULL};
+    wr[i] = (struct hfr_ib_recv_wr){.wr_id = HFR_VERBS_RECEIVE | (uint64_t)(q - l->qp), .next = i + 1 < n ? &wr[i + 1] : NULL};
   errno = n ? q->qp->context->post_recv(q->qp, wr, &bad) : 0;
+  if (!errno) q->receives += n;
   return errno ? failed(l, "post receives") : 0;
 }
 

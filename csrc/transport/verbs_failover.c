@@ -3,12 +3,15 @@
 
 #include "../base/log.h"
 #include "../base/param.h"
+#include "../base/thread.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-#define IN_VAIN_MAX 3 /* ports are tried in turn; so often without a message between, the peer cannot be reached */
+#define FLUSH_NS 500000000ll /* a device that still works hands posted receives back much sooner */
+#define IN_VAIN_MAX 3        /* ports are tried in turn; so often without a message between, the peer cannot be reached */
 
 uint64_t hfr_verbs_received(const struct hfr_verbs_link *l) {
   uint64_t m = l->taken;
@@ -34,12 +37,22 @@ int hfr_verbs_can_fail_over(const struct hfr_verbs_link *l) {
   return l->movable == HFR_VERBS_ASKED || l->theirs.ports > 1 || strcmp(next.name, l->base->port.name) != 0;
 }
 
-/* What had come before the failure counts; nothing comes after it. */
+static int has_receives(const struct hfr_verbs_link *l) {
+  for (int i = 0; i < HFR_VERBS_QPS; i++)
+    if (l->qp[i].qp && l->qp[i].receives > 0) return 1;
+  return 0;
+}
+
+/* What had come before the failure counts, and the sender may have been told so. Some of it may still be on its way from the
+ * device: all has been seen when the last posted receive has come back. */
 static void drain(struct hfr_verbs_link *l) {
   struct hfr_ib_qp_attr attr = {.qp_state = HFR_IB_QPS_ERR};
   for (int i = 0; i < HFR_VERBS_QPS; i++)
     if (l->qp[i].qp) l->base->ib->modify_qp(l->qp[i].qp, &attr, HFR_IB_QP_STATE);
-  while (hfr_verbs_poll(l) > 0) continue;
+  int64_t limit = hfr_now_ns() + FLUSH_NS;
+  while (hfr_verbs_poll(l) > 0 ||
+         (has_receives(l) && hfr_ib_health(&l->base->port) != HFR_IB_DEVICE_LOST && hfr_now_ns() < limit))
+    if (has_receives(l)) usleep(20);
 }
 
 /* What other links pass on from this one's slots is under way with this registration. */

@@ -26,6 +26,7 @@
 #define HFR_VERBS_HEADER 64                    /* bytes of a slot before the payload */
 #define HFR_VERBS_SQ (4 * HFR_VERBS_DEPTH)     /* sends a queue pair: data, credits, and those not yet known to be done */
 #define HFR_VERBS_RQ (4 * HFR_VERBS_DEPTH)     /* receives: as many data and credits, and those not yet posted again */
+#define HFR_VERBS_RECEIVE ((uint64_t)1 << 63)  /* of a work request's number: a receive, on the queue pair in its low bits */
 #define HFR_VERBS_REPOST (HFR_VERBS_DEPTH / 2) /* receives are posted again so many at a time */
 
 /* What the ends tell each other, little-endian; nothing in it is used unchecked. */
@@ -68,6 +69,7 @@ struct hfr_verbs_qp {
   int64_t message[HFR_VERBS_SQ]; /* of a send: whose slot it frees; -1: none */
   uint64_t next;                 /* message that comes next on it */
   int owed;                      /* receives to be posted again */
+  int receives;                  /* posted, and not completed */
 };
 
 enum hfr_verbs_phase { HFR_VERBS_CONNECT, HFR_VERBS_HELLO, HFR_VERBS_READY, HFR_VERBS_UP };
