@@ -192,7 +192,7 @@ MEND = (
 
 
 @pytest.mark.parametrize("loss", ["ip link set rdma1 down", "ip link delete rdma1", "rdma link delete rxe1"])
-@in_guest(VERBS + " steady -s 6 -t 10 -a 1,1 '{loss}'; " + MEND, devices=2, limit=60)
+@in_guest(VERBS + " steady -s 6 -t 30 -a 1,1 '{loss}'; " + MEND, devices=2, limit=60)
 def test_port_goes(guest: Guest, loss: str) -> None:
     guest.clean()
     found = ends(guest)
@@ -220,7 +220,7 @@ def test_failover(guest: Guest, layout: str, nranks: int, queue_pairs: int) -> N
     assert "goes on over rxe1:1, no longer over rxe0:1" in guest.output, str(guest)
 
 
-@in_guest(VERBS + " HFREDUCE_IB_FAILOVER=0 steady -s 6 -t 10 1,1 'ip link set rdma0 down'; " + BOTH_UP, devices=2, limit=60)
+@in_guest(VERBS + " HFREDUCE_IB_FAILOVER=0 steady -s 6 -t 30 1,1 'ip link set rdma0 down'; " + BOTH_UP, devices=2, limit=60)
 def test_no_failover(guest: Guest) -> None:
     guest.clean()
     found = ends(guest)

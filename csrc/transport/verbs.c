@@ -11,7 +11,8 @@
 #include <string.h>
 
 #define DRAIN_NS 1000000000ll
-#define PORT_GRACE_NS 500000000ll
+#define PORT_GRACE_NS 10000000000ll /* a switch that restarts a port takes seconds; what is under way is sent again for about 9 \
+                                     */
 #define POLL_BATCH 16
 
 /* The immediate: which message this is and how many of the other direction are released, 15 bits of each. The latter counts over
@@ -66,7 +67,8 @@ static void protocol_error(struct hfr_verbs_link *l, const char *what, uint32_t 
   trouble(l, HFR_VERBS_STAY);
 }
 
-/* Look at what the port tells. One that is down for a moment only does no harm if there is no other. */
+/* Look at what the port tells. With no other port to go to, one that comes back in time does no harm: the device sends again what
+ * was lost meanwhile. A peer that dies meanwhile is known by its other connections. */
 static void check_port(struct hfr_verbs_link *l) {
   enum hfr_ib_health health = hfr_ib_health(&l->base->port);
   if (health == HFR_IB_WHOLE) {

@@ -97,6 +97,25 @@ static int moves(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return wrong;
 }
 
+/* The last rank's port goes and comes back, and there is no other: that costs the time, and nothing else. */
+static int flaps(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  const struct fault *f = arg;
+  int wrong = 0;
+  hfreduceComm_t comm;
+  if (rank == n - 1) setenv("FAKE_VERBS", f->script, 1);
+  hfr_param_reload();
+  hfreduceResult_t r = hfreduceCommInitRank(&comm, n, *id, rank);
+  if (r) return fprintf(stderr, "%s: rank %d: %s\n", f->name, rank, hfreduceGetLastError(NULL)), 1;
+  int64_t began = hfr_now_ns();
+  r = sums(comm, rank, n, ROUNDS, &wrong);
+  double seconds = (double)(hfr_now_ns() - began) * 1e-9;
+  wrong += r != hfreduceSuccess || seconds < 2; /* the port was down meanwhile */
+  if (wrong)
+    fprintf(stderr, "%s: rank %d after %.1f s: error %d: %s\n", f->name, rank, seconds, (int)r, hfreduceGetLastError(comm));
+  hfreduceCommDestroy(comm);
+  return wrong;
+}
+
 /* Odd, but right: all ranks have it. */
 static int works(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   const struct fault *f = arg;
@@ -235,6 +254,8 @@ static void test_events(void) {
   run("1,1,1", fails, &(struct fault){"event: port error", "event=20:10", "RDMA from fake0:1", BOTH});
   unsetenv("HFREDUCE_IB_TIMEOUT");
   unsetenv("HFREDUCE_IB_RETRY_CNT");
+  run("1,1", flaps, &(struct fault){"event: the port is down for 2 s", "event=20:10 flap=2000", "", LINK});
+  run("2,1", flaps, &(struct fault){"event: the port is down for 2 s", "event=30:10 flap=2000", "", LINK});
 }
 
 /* With failover: at many moments, over one queue pair and several. */

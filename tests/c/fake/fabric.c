@@ -284,7 +284,9 @@ static int given_up(struct fake_qp *q, int why) {
 static void happen(struct fake_pair *p, int type) {
   int device = p->device;
   if (type == 10 || type == 9) fake_mine.port_down[device] = type == 10; /* IBV_EVENT_PORT_ERR, PORT_ACTIVE */
-  if (type == 8) fake_mine.dead[device] = 1;                             /* IBV_EVENT_DEVICE_FATAL */
+  int64_t flap = type == 10 ? fake_script_flap_ns() : 0;
+  fake_mine.port_up_ns[device] = flap ? fake_now_ns() + flap : 0;
+  if (type == 8) fake_mine.dead[device] = 1; /* IBV_EVENT_DEVICE_FATAL */
   fake_event(p, type);
   for (int i = 0; i < FAKE_QPS; i++) {
     struct fake_pair *each = &fake_fabric->pair[i];
@@ -296,6 +298,8 @@ static void happen(struct fake_pair *p, int type) {
 
 void fake_pump(struct fake_qp *q) {
   struct fake_pair *p = &fake_fabric->pair[q->index];
+  int64_t up = fake_mine.port_up_ns[p->device];
+  if (up && fake_now_ns() > up) happen(p, 9);
   for (; q->executed != q->posted; q->executed++) {
     const struct fake_send *s = &q->ring[q->executed % q->max_send];
     int event = q->stalled_ns ? -1 : fake_script_event(s->number);

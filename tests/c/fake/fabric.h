@@ -116,6 +116,7 @@ struct fake_process {
   struct fake_cq *cq[FAKE_CQS];
   struct fake_context *context[FAKE_DEVICES];
   int port_down[FAKE_DEVICES], dead[FAKE_DEVICES];
+  int64_t port_up_ns[FAKE_DEVICES]; /* when a port that is down comes back; 0: never by itself */
   int qps, cqs, regions, channels;
 };
 extern struct fake_process fake_mine;
@@ -168,6 +169,7 @@ int fake_script_event(int number);       /* to happen before this send; -1: none
 int64_t fake_script_delay_ns(void);      /* of the next completion */
 uint32_t fake_script_inline(void);       /* the most that fits */
 int fake_script_port_down(int device);   /* at first */
+int64_t fake_script_flap_ns(void);       /* how long a port that fails is down; 0: for good */
 int fake_script_link_layer(int device);
 int fake_script_subnet(int device);
 int fake_script_grh_required(int device);

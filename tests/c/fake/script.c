@@ -13,6 +13,7 @@
  *   down=DEVICE      its port is down (0, 1, ...)
  *   prefix=P         an InfiniBand port is of this subnet, preset 0; prefixD=P as for layer. LIDs do not reach beyond it
  *   grh=1            an InfiniBand port requires the global route header
+ *   flap=MS          a port that fails by an event is up again after so many milliseconds
  *   layer=L          link layer: 1 InfiniBand, 2 Ethernet (preset), 0 neither; layerD=L: of device D
  */
 #include "fabric.h"
@@ -96,6 +97,7 @@ int64_t fake_script_delay_ns(void) {
   return (int64_t)(random_state % (uint64_t)most);
 }
 
+int64_t fake_script_flap_ns(void) { return number_of("flap", 0) * 1000000ll; }
 uint32_t fake_script_inline(void) { return (uint32_t)number_of("inline", DEFAULT_INLINE); }
 
 /* The rule of one device (its number follows the name), else that of all. */
