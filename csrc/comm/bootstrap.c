@@ -353,6 +353,21 @@ static hfreduceResult_t size_lending(struct hfreduceComm *c, const struct hfr_re
   return hfreduceSuccess;
 }
 
+/* This rank's place on its node, by which the ranks of a node divide its RDMA ports. It is that of the first communicator of its
+ * process, usually of all ranks: within a group that has one rank on each node all places are 0. A process with several ranks has
+ * no one place. */
+static int place_on_node(const struct hfreduceComm *c, const struct hfr_record *table) {
+  static _Atomic uint64_t first; /* process and place + 1, so that a forked child finds its own */
+  const struct hfr_record *mine = &table[c->rank];
+  uint64_t found = (uint64_t)getpid() << 32 | (uint32_t)(c->layout.local + 1), before = 0;
+  for (int r = 0; r < c->nranks; r++)
+    if (r != c->rank && table[r].pid == mine->pid && !memcmp(table[r].machine, mine->machine, sizeof mine->machine))
+      return c->layout.local;
+  while (before >> 32 != found >> 32)
+    if (atomic_compare_exchange_weak(&first, &before, found)) return c->layout.local;
+  return (int)(before & 0xffffffffu) - 1;
+}
+
 /* Check the table's contents and take from it what all need. */
 static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_record *table) {
   int n = c->nranks;
@@ -400,6 +415,7 @@ static hfreduceResult_t adopt_table(struct hfreduceComm *c, const struct hfr_rec
                             .host = (const char(*)[64])c->hosts,
                             .arena = &c->arena,
                             .local_of = c->layout.local_of,
+                            .place = place_on_node(c, table),
                             .streams = (int)zero->streams,
                             .checksum = zero->checksum != 0};
   memcpy(c->net.secret, c->uid.secret, 16);

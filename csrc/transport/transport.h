@@ -26,6 +26,7 @@ struct hfr_net {
   const char (*host)[64];      /* of each rank */
   struct hfr_arena *arena;     /* this node's */
   const int *local_of;         /* place on its node, by rank */
+  int place;                   /* of this rank on its node, the same in all communicators of its process where that can be */
   int streams, checksum;
   int64_t timeout_ns;   /* limit for a connection to come up */
   _Atomic int *arrived; /* nranks * HFR_NVC * streams; set by the acceptor, taken (exchanged with 0) by the link */

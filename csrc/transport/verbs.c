@@ -11,8 +11,9 @@
 #include <string.h>
 
 #define DRAIN_NS 1000000000ll
-#define PORT_GRACE_NS 10000000000ll /* a switch that restarts a port takes seconds; what is under way is sent again for about 9 \
-                                     */
+#define PORT_GRACE_NS                                                                                       \
+  10000000000ll /* a switch that restarts a port takes seconds; what is under way is sent again for about 9 \
+                 */
 #define POLL_BATCH 16
 
 /* The immediate: which message this is and how many of the other direction are released, 15 bits of each. The latter counts over
@@ -460,7 +461,7 @@ static hfreduceResult_t verbs_open_link(struct hfr_net *net, int peer, int vc, s
   hfreduceResult_t r = hfreduceSuccess;
   pthread_mutex_init(&l->names, NULL);
   l->net = net;
-  if (!base) r = hfr_ib_choose(net->arena->local, &port);
+  if (!base) r = hfr_ib_choose(net->place, &port);
   if (!r) r = hfr_verbs_base_get(l, base ? &base->port : &port);
   if (r) return free(l), r;
   l->link = (struct hfr_link){.transport = &hfr_transport_verbs, .peer = peer, .vc = vc};

@@ -450,7 +450,7 @@ int hfr_ib_ports(struct hfr_ib_port *ports, int max, const char **why) {
   return n;
 }
 
-hfreduceResult_t hfr_ib_choose(int local, struct hfr_ib_port *port) {
+hfreduceResult_t hfr_ib_choose(int place, struct hfr_ib_port *port) {
   struct hfr_ib_port ports[HFR_IB_PORTS_MAX];
   const char *why;
   int n = hfr_ib_ports(ports, HFR_IB_PORTS_MAX, &why), here = numa_of_process(), near = 0;
@@ -463,7 +463,7 @@ hfreduceResult_t hfr_ib_choose(int local, struct hfr_ib_port *port) {
     return hfr_fail(hfreduceInvalidUsage, "no RDMA port can be used: %s", text);
   }
   while (near < n && !*ports[near].why_not && sort_key(&ports[near], here) == sort_key(&ports[0], here)) near++;
-  *port = ports[local % near];
+  *port = ports[place % near];
   return hfreduceSuccess;
 }
 

@@ -64,8 +64,8 @@ struct hfr_ib_port {
 /* The ports of all devices in their present state, those first that can be used, the nearest to this process' cores before the
  * others; at most max. 0: *why says why there is none. */
 int hfr_ib_ports(struct hfr_ib_port *ports, int max, const char **why);
-/* The port for the rank at place `local` of its node: the ranks of a node spread over the ports that are equally near. */
-hfreduceResult_t hfr_ib_choose(int local, struct hfr_ib_port *port);
+/* The port for the rank at place `place` of its node: the ranks of a node spread over the ports that are equally near. */
+hfreduceResult_t hfr_ib_choose(int place, struct hfr_ib_port *port);
 /* The usable port that comes after this one, by name and round, perhaps itself. *usable: how many there are. 0: none. */
 int hfr_ib_next_port(const struct hfr_ib_port *port, struct hfr_ib_port *next, int *usable);
 /* What the device has told of this port since it was opened. */

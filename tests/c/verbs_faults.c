@@ -156,6 +156,41 @@ static int across(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return works(rank, n, id, arg);
 }
 
+/* Ranks of two nodes, two on each: all of a node's ports are used, also by groups that have one rank on each node. */
+static int spreads(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  char script[40];
+  hfreduceComm_t world, made;
+  hfreduceUniqueId own = {{0}};
+  hfreduceConnection_t link;
+  int wrong = 0, count = 0;
+  (void)arg;
+  snprintf(script, sizeof script, "vector=%d", rank % 2);
+  setenv("FAKE_VERBS", script, 1);
+  hfr_param_reload();
+  if (hfreduceCommInitRank(&world, n, *id, rank) || sums(world, rank, n, 5, &wrong)) return 1;
+  for (int way = 0; way < 2 && !wrong; way++) { /* split, and made anew */
+    if (!way && hfreduceCommSplit(world, rank % 2, rank, &made, NULL)) return 1;
+    if (way && rank < 2 && hfreduceGetUniqueId(&own)) return 1;
+    for (int root = 0; way && root < 2; root++) {
+      hfreduceUniqueId each = own;
+      if (hfreduceBroadcast(&each, &each, sizeof each, hfreduceUint8, root, world, NULL)) return 1;
+      if (root == rank % 2) own = each;
+    }
+    if (way && hfreduceCommInitRank(&made, 2, own, rank / 2)) return 1;
+    wrong += sums(made, rank / 2, 2, 5, &wrong) != hfreduceSuccess;
+    if (hfreduceCommConnectionCount(made, &count) || !count) return 1;
+    for (int i = 0; i < count; i++) {
+      hfreduceCommGetConnection(made, i, &link);
+      if (!strcmp(link.local, rank % 2 ? "fake1:1" : "fake0:1")) continue;
+      fprintf(stderr, "rank %d, %s: %s\n", rank, way ? "made anew" : "split", link.local);
+      wrong++;
+    }
+    hfreduceCommDestroy(made);
+  }
+  hfreduceCommDestroy(world);
+  return wrong;
+}
+
 static const char *word = "";
 static int chosen(const char *name) { return strstr(name, word) != NULL; }
 
@@ -376,10 +411,16 @@ static void test_left(void) {
   if (chosen("left")) CHECK(run_processes("1,1", leaves, NULL, 60) == 2);
 }
 
+static void test_ports(void) {
+  if (chosen("ports")) CHECK(run_processes("2,2", spreads, NULL, 60) == 0);
+}
+
 static void test_odd(int quick) {
   static const struct fault odd[] = {
       {"nothing inline", "inline=0", "", LINK},
       {"little inline", "inline=64", "", LINK},
+      {"inline: no power of two", "inline=101 least=101", "", LINK},
+      {"inline: a small message fits", "inline=96 least=96", "", LINK},
       {"InfiniBand", "layer=1", "", LINK},
       {"late completions", "delay=500 seed=7", "", LINK},
       {"the second device", "down=0", "", LINK},
@@ -415,5 +456,6 @@ int main(int argc, char **argv) {
   test_events();
   test_failover(quick);
   test_odd(quick);
+  test_ports();
   return check_done();
 }
