@@ -15,7 +15,9 @@
 
 #define HELLO_MAGIC 0x76726668u /* "hfrv" */
 #define HELLO_VERSION 2u
-#define INLINE_BYTES 256u
+/* What can go inline differs between devices, and some count more exactly than by powers of two. A header is 64 bytes: below 72
+ * not even a message of 8 bytes fits. */
+static const uint32_t inline_steps[] = {256, 220, 101, 96, 72, 64, 0};
 
 _Static_assert(sizeof(struct hfr_msg_header) <= HFR_VERBS_HEADER, "a slot has room for the header");
 
@@ -103,21 +105,22 @@ static int make_cq(struct hfr_verbs_link *l) {
   struct hfr_ib_context *context = l->base->port.context;
   if (!(l->channel = ib->create_comp_channel(context))) return failed(l, "create a completion channel");
   if (fcntl(l->channel->fd, F_SETFL, fcntl(l->channel->fd, F_GETFL) | O_NONBLOCK)) return failed(l, "set up the channel");
-  l->cq = ib->create_cq(context, l->nqps * (HFR_VERBS_SQ + HFR_VERBS_RQ), l, l->channel, 0);
+  int vectors = context->num_comp_vectors; /* the ranks of a node wake different cores */
+  int vector = vectors > 1 ? l->net->place % vectors : 0;
+  l->cq = ib->create_cq(context, l->nqps * (HFR_VERBS_SQ + HFR_VERBS_RQ), l, l->channel, vector);
   return l->cq ? 0 : failed(l, "create a completion queue");
 }
 
-/* What can go inline differs between devices: ask for less until one agrees. */
+/* Ask for less to go inline until the device agrees. */
 static int make_qp(struct hfr_verbs_link *l, struct hfr_verbs_qp *q) {
-  for (uint32_t ask = INLINE_BYTES;; ask /= 2) {
+  for (const uint32_t *ask = inline_steps;; ask++) {
     struct hfr_ib_qp_init_attr init = {
-        .send_cq = l->cq, .recv_cq = l->cq, .cap = {HFR_VERBS_SQ, HFR_VERBS_RQ, 2, 1, ask}, .qp_type = HFR_IB_QPT_RC};
+        .send_cq = l->cq, .recv_cq = l->cq, .cap = {HFR_VERBS_SQ, HFR_VERBS_RQ, 2, 1, *ask}, .qp_type = HFR_IB_QPT_RC};
     if ((q->qp = l->base->ib->create_qp(l->base->port.pd, &init))) {
       if (init.cap.max_inline_data < l->inline_bytes) l->inline_bytes = init.cap.max_inline_data;
       break;
     }
-    if (!ask) return failed(l, "create a queue pair");
-    if (ask < HFR_VERBS_HEADER) ask = 0;
+    if (!*ask) return failed(l, "create a queue pair");
   }
   struct hfr_ib_qp_attr attr = {.qp_state = HFR_IB_QPS_INIT,
                                 .pkey_index = (uint16_t)hfr_param_int(HFR_PARAM_IB_PKEY),
@@ -142,7 +145,7 @@ int hfr_verbs_post_receives(struct hfr_verbs_link *l, struct hfr_verbs_qp *q, in
 int hfr_verbs_make_objects(struct hfr_verbs_link *l) {
   const struct hfr_ib_port *port = &l->base->port;
   l->nqps = (int)hfr_param_int(HFR_PARAM_IB_QPS_PER_CONNECTION);
-  l->inline_bytes = INLINE_BYTES;
+  l->inline_bytes = inline_steps[0];
   if (make_memory(l) || make_cq(l)) return -1;
   l->mine = (struct hfr_verbs_hello){.magic = HELLO_MAGIC,
                                      .version = HELLO_VERSION,

@@ -168,8 +168,10 @@ int fake_script_receive_status(void);    /* of the next receive; 0 */
 int fake_script_event(int number);       /* to happen before this send; -1: none */
 int64_t fake_script_delay_ns(void);      /* of the next completion */
 uint32_t fake_script_inline(void);       /* the most that fits */
-int fake_script_port_down(int device);   /* at first */
-int64_t fake_script_flap_ns(void);       /* how long a port that fails is down; 0: for good */
+uint32_t fake_script_least_inline(void);
+int fake_script_vector(void);          /* -1: any */
+int fake_script_port_down(int device); /* at first */
+int64_t fake_script_flap_ns(void);     /* how long a port that fails is down; 0: for good */
 int fake_script_link_layer(int device);
 int fake_script_subnet(int device);
 int fake_script_grh_required(int device);

@@ -99,6 +99,7 @@ static int change(struct fake_qp *q, struct fake_pair *p, const struct hfr_ib_qp
         return EINVAL;
       p->dest = a->dest_qp_num;
       p->rq_psn = a->rq_psn;
+      if (q->max_inline < fake_script_least_inline()) fake_die("a queue pair takes only %u bytes inline", q->max_inline);
       p->dlid = a->ah_attr.dlid;
       p->global = a->ah_attr.is_global;
       p->dgid = a->ah_attr.grh.dgid;

@@ -16,6 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define VECTORS 4
 #define STALL_NS 1000000 /* how often a send that cannot be delivered is tried */
 
 struct hfr_ib_device {
@@ -87,7 +88,7 @@ struct hfr_ib_context *ibv_open_device(struct hfr_ib_device *device) {
   c->base.post_send = fake_post_send;
   c->base.post_recv = fake_post_recv;
   c->base.cmd_fd = -1;
-  c->base.num_comp_vectors = 1;
+  c->base.num_comp_vectors = VECTORS;
   c->base.async_fd = fake_async_listen(c->device);
   fake_mine.port_down[c->device] = fake_script_port_down(c->device);
   fake_mine.context[c->device] = c;
@@ -286,9 +287,12 @@ void ibv_ack_cq_events(struct hfr_ib_cq *cq, unsigned count) {
 struct hfr_ib_cq *ibv_create_cq(struct hfr_ib_context *context, int cqe, void *cq_context, struct hfr_ib_comp_channel *channel,
                                 int comp_vector) {
   struct fake_cq *cq = calloc(1, sizeof *cq);
-  (void)comp_vector;
   if (!cq || fake_fails("create_cq", fake_device_of(context))) return free(cq), NULL;
-  int at = cqe < 1 || cqe > FAKE_CQE ? (errno = EINVAL, -1) : fake_free_entry(fake_fabric->cq, sizeof *fake_fabric->cq, FAKE_CQS);
+  if (channel && fake_script_vector() >= 0 && comp_vector != fake_script_vector())
+    fake_die("a completion queue is of vector %d", comp_vector);
+  int at = cqe < 1 || cqe > FAKE_CQE || comp_vector < 0 || comp_vector >= VECTORS
+               ? (errno = EINVAL, -1)
+               : fake_free_entry(fake_fabric->cq, sizeof *fake_fabric->cq, FAKE_CQS);
   if (at < 0) return fake_unlock(), free(cq), NULL;
   struct fake_completions *shared = &fake_fabric->cq[at];
   *cq = (struct fake_cq){
