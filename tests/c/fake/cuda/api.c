@@ -63,6 +63,8 @@ static void read_script(void) {
       fake.depth = value;
     else if (!strcmp(word, "stale=crash"))
       fake.stale_crash = 1;
+    else if (sscanf(word, "block=%d", &value) == 1)
+      fake.block = value;
     else if (!strcmp(word, "memops=0"))
       fake.mem_ops = 0, fake.version = 11040;
     else if (sscanf(word, "fail=%47[^:]:%d:%d", f.call, &f.number, &f.result) == 3 && nfaults < FAULTS_MAX)
@@ -84,6 +86,19 @@ void fake_delay(void) {
   random_state = x;
   struct timespec t = {0, (long)(x % (uint64_t)fake.delay_us) * 1000};
   nanosleep(&t, NULL);
+}
+
+void fake_blocks(void) {
+  while (fake.block && fake.waits) pthread_cond_wait(&fake.moved, &fake.lock);
+}
+
+/* For tests of this library alone: how many waits of streams for words are pending. */
+EXPORT int fake_cuda_waits(void);
+EXPORT int fake_cuda_waits(void) {
+  LOCK();
+  int n = fake.waits;
+  UNLOCK();
+  return n;
 }
 
 hfr_cu_result fake_enter(const char *call, int needs_init) {

@@ -67,7 +67,7 @@ EXPORT hfr_cu_result cuMemAddressFree(hfr_cu_ptr pointer, size_t bytes) {
 
 EXPORT hfr_cu_result cuMemCreate(struct fake_memory **memory, size_t bytes, const struct fake_properties *properties,
                                  unsigned long long flags) {
-  ENTER("cuMemCreate");
+  ENTER_BLOCKING("cuMemCreate");
   if (!bytes || bytes % GRANULARITY || flags || properties->location < 0 || properties->location >= fake.devices)
     return HFR_CU_INVALID_VALUE;
   struct fake_memory *m = calloc(1, sizeof *m);
@@ -87,7 +87,7 @@ EXPORT hfr_cu_result cuMemRelease(struct fake_memory *memory) {
 
 EXPORT hfr_cu_result cuMemMap(hfr_cu_ptr pointer, size_t bytes, size_t offset, struct fake_memory *memory,
                               unsigned long long flags) {
-  ENTER("cuMemMap");
+  ENTER_BLOCKING("cuMemMap");
   hfr_cu_result result = HFR_CU_INVALID_VALUE;
   LOCK();
   struct range *r = ranges;
@@ -122,7 +122,7 @@ EXPORT hfr_cu_result cuMemSetAccess(hfr_cu_ptr pointer, size_t bytes, const stru
 }
 
 EXPORT hfr_cu_result cuMemUnmap(hfr_cu_ptr pointer, size_t bytes) {
-  ENTER("cuMemUnmap");
+  ENTER_BLOCKING("cuMemUnmap");
   hfr_cu_result result = HFR_CU_SUCCESS;
   LOCK();
   for (struct CUstream_st *s = fake.streams; s; s = s->next) fake_await(s, s->submitted);

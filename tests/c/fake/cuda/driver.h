@@ -22,9 +22,10 @@
  *   nvlink=N             N devices each, from the first on, are joined by NVLink (0: none, the preset)
  *   depth=N              who puts more than N operations into a stream waits until they are fewer (0: there is no limit)
  *   stale=crash          the handle of a stream that is gone, by itself or with its context, ends the process, as drivers may
- *   fail=CALL:N:RESULT   the N-th call of this function gives this CUresult (0: every one)
- * CUDA_LAUNCH_BLOCKING=1: a kernel's launch waits for it.
- * CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device share one queue, as in hardware that has but one.
+ *   block=1              what makes or gives back memory, streams, events, modules or executable graphs waits while a stream of
+ * the process waits for a word, as a driver may have it fail=CALL:N:RESULT   the N-th call of this function gives this CUresult
+ * (0: every one) CUDA_LAUNCH_BLOCKING=1: a kernel's launch waits for it. CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device
+ * share one queue, as in hardware that has but one.
  */
 #ifndef FAKE_CUDA_DRIVER_H_
 #define FAKE_CUDA_DRIVER_H_
@@ -151,7 +152,8 @@ extern struct fake_driver {
   pthread_mutex_t lock;
   pthread_cond_t moved; /* something completed, or came */
   pid_t pid;            /* that initialised it; 0: none has */
-  int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth, stale_crash;
+  int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth, stale_crash, block;
+  int waits; /* of streams for words, that have begun and are not over */
   uint64_t allocations;
   unsigned long long contexts; /* so far */
   struct CUstream_st *streams; /* destroyed ones too */
@@ -166,6 +168,8 @@ extern _Thread_local int fake_capture_mode;
 /* Every call begins with it. 0: go on. */
 hfr_cu_result fake_enter(const char *call, int needs_init);
 struct CUctx_st *fake_current(void);
+/* The call is one of those that may block: wait until no stream waits. Under the lock, which it gives up meanwhile. */
+void fake_blocks(void);
 void fake_delay(void);
 _Noreturn void fake_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -173,6 +177,13 @@ _Noreturn void fake_die(const char *format, ...) __attribute__((format(printf, 1
   do {                                            \
     hfr_cu_result entered_ = fake_enter(call, 1); \
     if (entered_) return entered_;                \
+  } while (0)
+#define ENTER_BLOCKING(call) \
+  do {                       \
+    ENTER(call);             \
+    LOCK();                  \
+    fake_blocks();           \
+    UNLOCK();                \
   } while (0)
 #define LOCK() pthread_mutex_lock(&fake.lock)
 #define UNLOCK() pthread_mutex_unlock(&fake.lock)

@@ -279,7 +279,7 @@ void fake_run_graph(struct fake_exec *x) {
 }
 
 EXPORT hfr_cu_result cuGraphInstantiateWithFlags(struct fake_exec **exec, hfr_cu_graph graph, unsigned long long flags) {
-  ENTER("cuGraphInstantiate");
+  ENTER_BLOCKING("cuGraphInstantiate");
   (void)flags;
   struct fake_exec *x = calloc(1, sizeof *x);
   LOCK();

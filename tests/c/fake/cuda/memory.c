@@ -61,7 +61,7 @@ static void *take_freed(size_t size) {
 }
 
 static hfr_cu_result allocate(const char *call, enum fake_kind kind, size_t bytes, int open, uintptr_t *pointer) {
-  ENTER(call);
+  ENTER_BLOCKING(call);
   if (!bytes) return HFR_CU_INVALID_VALUE;
   if (!fake_current()) return HFR_CU_INVALID_CONTEXT;
   hfr_cu_result r = fake_unsafe();
@@ -115,7 +115,7 @@ void fake_free_all(const struct CUctx_st *context) {
 }
 
 static hfr_cu_result release(const char *call, uintptr_t pointer, int pinned) {
-  ENTER(call);
+  ENTER_BLOCKING(call);
   hfr_cu_result r = fake_current() ? fake_unsafe() : HFR_CU_INVALID_CONTEXT;
   if (r) return r;
   LOCK();
@@ -135,7 +135,7 @@ EXPORT hfr_cu_result cuMemFree_v2(hfr_cu_ptr pointer) { return release("cuMemFre
 EXPORT hfr_cu_result cuMemFreeHost(void *pointer) { return release("cuMemFreeHost", (uintptr_t)pointer, 1); }
 
 EXPORT hfr_cu_result cuMemHostRegister_v2(void *memory, size_t bytes, unsigned flags) {
-  ENTER("cuMemHostRegister");
+  ENTER_BLOCKING("cuMemHostRegister");
   (void)flags;
   if (!fake_current()) return HFR_CU_INVALID_CONTEXT;
   hfr_cu_result r = fake_unsafe();
@@ -152,7 +152,7 @@ EXPORT hfr_cu_result cuMemHostRegister_v2(void *memory, size_t bytes, unsigned f
 }
 
 EXPORT hfr_cu_result cuMemHostUnregister(void *memory) {
-  ENTER("cuMemHostUnregister");
+  ENTER_BLOCKING("cuMemHostUnregister");
   if (!fake_current()) fake_die("cuMemHostUnregister: no context is current, so that the memory would stay pinned");
   hfr_cu_result r = fake_unsafe();
   if (r) return r;

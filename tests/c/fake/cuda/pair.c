@@ -162,7 +162,7 @@ static void *kernels(void) {
 
 /* What stands in for the compiler (fake/nvrtc.c) makes no code. */
 EXPORT hfr_cu_result cuModuleLoadData(hfr_cu_module *module, const void *image) {
-  ENTER("cuModuleLoadData");
+  ENTER_BLOCKING("cuModuleLoadData");
   if (!fake_current()) return HFR_CU_INVALID_CONTEXT;
   if (strcmp(image, "code for the stand-in, 9.0")) fake_die("cuModuleLoadData: this is code for a GPU");
   *module = calloc(1, sizeof **module);
@@ -203,7 +203,7 @@ EXPORT hfr_cu_result cuModuleGetFunction(hfr_cu_function *function, hfr_cu_modul
 }
 
 EXPORT hfr_cu_result cuFuncLoad(hfr_cu_function function) {
-  ENTER("cuFuncLoad");
+  ENTER_BLOCKING("cuFuncLoad");
   function->loaded = 1;
   return HFR_CU_SUCCESS;
 }

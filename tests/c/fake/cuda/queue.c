@@ -60,11 +60,16 @@ void fake_execute(const struct fake_op *op) {
     case FAKE_WRITE: atomic_store_explicit(word_at(op->to, "cuStreamWriteValue32"), op->value, memory_order_release); break;
     case FAKE_WAIT: {
       _Atomic uint32_t *word = word_at(op->to, "cuStreamWaitValue32");
+      LOCK();
+      fake.waits++;
+      UNLOCK();
       for (int i = 0; !reached(atomic_load_explicit(word, memory_order_acquire), op->value); i++) {
         struct timespec t = {0, i < 50 ? 10000 : 200000};
         nanosleep(&t, NULL);
       }
       LOCK();
+      fake.waits--;
+      pthread_cond_broadcast(&fake.moved);
       if (op->size) fake_arrive();
       UNLOCK();
       break;
@@ -193,7 +198,7 @@ static struct CUstream_st *usable(hfr_cu_stream handle, const char *call) {
 #define GREATEST_PRIORITY (-5) /* smaller numbers come first */
 
 EXPORT hfr_cu_result cuStreamCreateWithPriority(hfr_cu_stream *stream, unsigned flags, int priority) {
-  ENTER("cuStreamCreateWithPriority");
+  ENTER_BLOCKING("cuStreamCreateWithPriority");
   if (!fake_current()) return HFR_CU_INVALID_CONTEXT;
   LOCK();
   *stream = new_stream(fake_current(), flags);
@@ -222,7 +227,7 @@ EXPORT hfr_cu_result cuStreamCreate(hfr_cu_stream *stream, unsigned flags) {
 }
 
 EXPORT hfr_cu_result cuStreamDestroy_v2(hfr_cu_stream stream) {
-  ENTER("cuStreamDestroy");
+  ENTER_BLOCKING("cuStreamDestroy");
   LOCK();
   usable(stream, "cuStreamDestroy")->destroyed = 1; /* what it holds still runs */
   UNLOCK();
@@ -276,14 +281,14 @@ EXPORT hfr_cu_result cuStreamGetCtx(hfr_cu_stream stream, hfr_cu_context *contex
 /* ---------------------------------------------------------------- events */
 
 EXPORT hfr_cu_result cuEventCreate(hfr_cu_event *event, unsigned flags) {
-  ENTER("cuEventCreate");
+  ENTER_BLOCKING("cuEventCreate");
   (void)flags;
   *event = calloc(1, sizeof **event);
   return HFR_CU_SUCCESS;
 }
 
 EXPORT hfr_cu_result cuEventDestroy_v2(hfr_cu_event event) {
-  ENTER("cuEventDestroy");
+  ENTER_BLOCKING("cuEventDestroy");
   LOCK();
   free(event->node);
   free(event);
