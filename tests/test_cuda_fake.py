@@ -17,6 +17,7 @@ pytestmark = pytest.mark.limit(RUN_LIMIT + BUILD_LIMIT)
 JITTER = {"FAKE_CUDA": "delay=200 seed=7"}
 HOST_FUNCTIONS = {"FAKE_CUDA": "memops=0", "HFREDUCE_DEBUG": "NONE"}
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HFREDUCE_DEBUG": "NONE"}
+BLOCKS = {"FAKE_CUDA": "block=1 devices=1"}
 SMALL_RING = {"HFREDUCE_CUDA_SEGMENT": "128K", "HFREDUCE_CUDA_SEGMENTS": "2"}
 
 #: Name, variant, program, arguments, environment.
@@ -63,6 +64,10 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("one-queue-graphs", "plain", "test_cuda_graph", "--quick replay 2 1,1", ONE_QUEUE),
     ("chunks", "plain", "test_cuda_chunks", "", {}),
     ("chunks-address", "address", "test_cuda_chunks", "--quick", {}),
+    ("blocked", "plain", "test_cuda_blocked", "", BLOCKS),
+    ("blocked-jitter", "plain", "test_cuda_blocked", "", {"FAKE_CUDA": "block=1 devices=1 delay=200 seed=9"}),
+    ("blocked-address", "address", "test_cuda_blocked", "", BLOCKS),
+    ("blocked-thread", "thread", "test_cuda_blocked", "late t2", BLOCKS),
     ("one-device", "plain", "test_cuda", "--quick collectives 2 3 1,1 t2 t4", {"FAKE_CUDA": "devices=1"}),
     ("one-device-threads", "plain", "test_cuda", "--quick streams 2 t2", {"FAKE_CUDA": "devices=1"}),
     ("stale-streams-crash", "plain", "test_cuda_faults", "--quick pointers", {"FAKE_CUDA": "stale=crash"}),
@@ -90,7 +95,7 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
 ]
 #: Calls of the driver that fail in the middle of something: name, which one, CUresult.
 FAILURES = [
-    "cuStreamCreateWithPriority:3:2",
+    "cuStreamCreateWithPriority:3:2 fail=cuStreamCreateWithPriority:6:2",  # when the communicator is made, and at its first call
     "cuMemHostRegister:0:2",
     "cuEventRecord:3:700",
     "cuStreamWaitEvent:4:1",

@@ -637,6 +637,7 @@ static hfreduceResult_t bootstrap(struct hfreduceComm *c, int64_t deadline_ns) {
   free(table);
   if (!r) r = get_arena(c, deadline_ns);
   if (!r) r = start_engine(c);
+  if (!r && c->devices) hfr_staging_provide(c); /* no rank calls before all are ready */
   if (!r) r = ready_go(c, deadline_ns);
   if (r == hfreduceAborted && cancelled(c)) /* those that have control connections need not wait for the deadline */
     hfr_runtime_flood(c, HFR_FRAME_ERROR, hfr_last_error(), sizeof(hfreduceErrorInfo_t), -1);

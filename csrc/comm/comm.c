@@ -94,6 +94,7 @@ void hfreduceConfigInit(hfreduceConfig_t *config) {
 
 static void free_comm(struct hfreduceComm *c) {
   if (c->engine_up) hfr_engine_fini(&c->engine);
+  hfr_staging_destroy(c->provided, 0);
   hfr_staging_destroy(c->staging, (double)hfr_close_limit_ns(c) * 1e-9);
   for (size_t i = 0; c->net.arrived && i < (size_t)c->nranks * HFR_NVC * (size_t)c->net.streams; i++)
     if (c->net.arrived[i]) close(c->net.arrived[i] - 1);

@@ -83,8 +83,10 @@ struct hfreduceComm {
   uint64_t seen;
   int idle;
   struct hfr_staging *staging; /* its device side; NULL before the first call with a stream or device memory (stream.h) */
-  int device;                  /* that it will work on, as far as known when it was made; -1: none */
-  int partner;                 /* rank whose device NVLink joins with this one's, where all ranks have one; -1: none */
+  struct hfr_staging
+      *provided; /* made for a context that was there when the communicator was, until the first such call takes it */
+  int device;    /* that it will work on, as far as known when it was made; -1: none */
+  int partner;   /* rank whose device NVLink joins with this one's, where all ranks have one; -1: none */
   uint64_t nvlink_min;
   _Atomic(struct hfr_pairs *) pairs; /* NULL: none, or no use is made of them (pairs.h); the watcher looks */
   struct hfreduceComm *whole;        /* this one is half of it, and not the user's */

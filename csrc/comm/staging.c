@@ -35,8 +35,8 @@ void hfr_staging_sweep(void) {
   while (list) {
     struct hfr_captured *g = list;
     list = g->next;
-    for (int i = 0; i < g->nwords; i++) hfr_pinned_free(&g->words[i]);
-    free(g->words);
+    for (int i = 0; i < g->nmemory; i++) hfr_pinned_free(&g->memory[i]);
+    free(g->memory);
     free(g);
   }
 }
@@ -74,12 +74,28 @@ void hfr_staging_arm(struct hfreduceComm *c, struct hfr_captured *g, struct hfr_
   hfr_engine_arm(&c->engine, r);
 }
 
-hfreduceResult_t hfr_staging_words(struct hfr_staging *s, struct hfr_captured *g, size_t bytes, struct hfr_pinned *words) {
-  struct hfr_pinned *grown = realloc(g->words, (size_t)(g->nwords + 1) * sizeof *grown);
+static hfreduceResult_t more_memory(struct hfr_staging *s, struct hfr_captured *g, size_t bytes, struct hfr_pinned *memory) {
+  struct hfr_pinned *grown = realloc(g->memory, (size_t)(g->nmemory + 1) * sizeof *grown);
   if (!grown) return hfr_fail(hfreduceSystemError, "out of memory for a captured call");
-  g->words = grown;
-  HFR_TRY(hfr_pinned_alloc(s->copier, bytes, words));
-  g->words[g->nwords++] = *words;
+  g->memory = grown;
+  HFR_TRY(hfr_pinned_alloc(s->copier, bytes, memory));
+  g->memory[g->nmemory++] = *memory;
+  return hfreduceSuccess;
+}
+
+#define WORDS_BYTES ((size_t)16384)
+
+hfreduceResult_t hfr_staging_words(struct hfr_staging *s, struct hfr_captured *g, size_t bytes, struct hfr_pinned *words) {
+  size_t size = (bytes + 63) / 64 * 64;
+  if (g->words.bytes - g->used < size) {
+    HFR_TRY(more_memory(s, g, size > WORDS_BYTES ? size : WORDS_BYTES, &g->words));
+    g->used = 0;
+  }
+  *words = g->words;
+  words->host += g->used;
+  words->device += g->used;
+  words->bytes = size;
+  g->used += size;
   return hfreduceSuccess;
 }
 
@@ -156,6 +172,49 @@ hfreduceResult_t hfr_staging_ring(struct hfr_staging *s, int which, size_t bytes
 
 /* ---------------------------------------------------------------- birth and death */
 
+static int marks(void) {
+  int slots = hfr_staging_slots(HFR_RING_PLAIN);
+  return slots > hfr_staging_slots(HFR_RING_WIDE) ? slots : hfr_staging_slots(HFR_RING_WIDE);
+}
+
+/* The plain ring, and the words of a first graph: in what is kept for the next. */
+static hfreduceResult_t pin_all(struct hfreduceComm *c, struct hfr_staging *s) {
+  struct hfr_pinned words;
+  HFR_TRY(hfr_copier_enter(s->copier, 0));
+  hfreduceResult_t r = hfr_staging_ring(s, HFR_RING_PLAIN, hfr_staging_slot(c));
+  if (!r && !(r = hfr_pinned_alloc(s->copier, WORDS_BYTES, &words))) hfr_pinned_free(&words);
+  hfr_copier_leave(s->copier);
+  return r;
+}
+
+static _Atomic int alive; /* stagings of the process */
+
+/* While the gate is closed; else, if streams wait now, all the same unless it is too early: *out is not set then. */
+static hfreduceResult_t make(struct hfreduceComm *c, int device, void *context, int early, struct hfr_staging **out) {
+  hfr_gate_tidy(HFR_GATE_KEEP);
+  int closed = hfr_gate_close();
+  if (!closed && early) return hfreduceSuccess;
+  struct hfr_staging *s = calloc(1, sizeof *s);
+  if (!s) return (closed ? hfr_gate_open() : (void)0), hfr_fail(hfreduceSystemError, "out of memory");
+  s->arena = &c->arena;
+  atomic_fetch_add(&alive, 1);
+  hfreduceResult_t r = hfr_copier_create(device, context, marks(), &s->copier);
+  if (!r) r = pin_all(c, s);
+  if (closed) hfr_gate_open();
+  if (!r) return *out = s, r;
+  hfreduceErrorInfo_t why = *hfr_last_error();
+  hfr_staging_destroy(s, 0);
+  return *hfr_last_error() = why, r;
+}
+
+void hfr_staging_provide(struct hfreduceComm *c) {
+  int device;
+  void *context = hfr_device_context_now(&device);
+  if (!context || !make(c, device, context, 1, &c->provided)) return;
+  HFR_INFO("rank %d: device %d is not prepared for: %s", c->rank, device, hfr_last_error()->text);
+  hfr_error_clear(hfr_last_error());
+}
+
 hfreduceResult_t hfr_staging_get(struct hfreduceComm *c, const char *who, const struct hfr_stream *stream) {
   struct hfr_staging *s = c->staging;
   if (s) {
@@ -170,12 +229,13 @@ hfreduceResult_t hfr_staging_get(struct hfreduceComm *c, const char *who, const 
                       c->rank);
     return hfreduceSuccess;
   }
-  s = calloc(1, sizeof *s);
-  if (!s) return hfr_fail(hfreduceSystemError, "out of memory");
-  hfreduceResult_t r = hfr_copier_create(stream->device, stream->context, &s->copier);
-  if (r) return free(s), r;
-  s->arena = &c->arena;
-  c->staging = s;
+  if (c->provided && !hfr_copier_serves(c->provided->copier, stream->device, stream->context)) {
+    hfr_staging_destroy(c->provided, 0); /* it was guessed from the context that made the communicator */
+    c->provided = NULL;
+  }
+  if (!c->provided) HFR_TRY(make(c, stream->device, stream->context, 0, &c->provided));
+  s = c->staging = c->provided;
+  c->provided = NULL;
   HFR_INFO("rank %d works on device %d: %d segments of %zu bytes each way%s", c->rank, stream->device,
            (int)hfr_param_int(HFR_PARAM_CUDA_SEGMENTS), hfr_staging_slot(c),
            c->arena.lend ? "; those that come out lie in the arena, where the other local ranks read them" : "");
@@ -186,14 +246,16 @@ int hfr_staging_device(const struct hfr_staging *s) { return s ? hfr_copier_devi
 
 void hfr_staging_destroy(struct hfr_staging *s, double timeout) {
   if (!s) return;
-  int drained = hfr_copier_destroy(s->copier, (int64_t)(timeout * 1e9));
+  int drained = !s->copier || hfr_copier_drain(s->copier, (int64_t)(timeout * 1e9));
+  struct hfr_pinned *lent = &s->ring[HFR_RING_PLAIN].lent;
+  if (lent->host && !drained) s->arena->left = 1; /* the device may still write there */
   for (int i = 0; i < 2; i++) {
-    struct hfr_stage_ring *r = &s->ring[i];
-    if (r->lent.host && !drained) s->arena->left = 1; /* the device may still write there */
-    if (drained) hfr_pinned_free(&r->lent), hfr_pinned_free(&r->memory);
-    free(r->use);
+    if (drained) hfr_pinned_free(&s->ring[i].memory);
+    free(s->ring[i].use);
   }
   if (s->captured) let_go(s->captured);
+  if (drained && s->copier) hfr_gate_give_back(s->copier, lent, s->arena);
   free(s);
   hfr_staging_sweep();
+  hfr_gate_tidy(atomic_fetch_sub(&alive, 1) > 1 ? HFR_GATE_KEEP : 0);
 }

@@ -36,8 +36,10 @@ struct hfr_captured {
   uint64_t id; /* of the capture */
   _Atomic int owners;
   struct hfr_stage_ring ring; /* as large as its calls need */
-  struct hfr_pinned *words;   /* of each launch in the graph; and all rings */
-  int nwords;
+  struct hfr_pinned *memory;  /* all that it has */
+  int nmemory;
+  struct hfr_pinned words; /* of its launches: the newest piece of it, and how much of that they use */
+  size_t used;
   struct hfr_replay replay;
 };
 
@@ -61,6 +63,9 @@ static inline int hfr_is_device(const struct hfr_memory *m) {
 }
 
 /* --- staging.c --- */
+/* If this thread has a context and no window of the process is open, make the device side before the first call, which the thread
+   may make while streams wait. The ranks are not told to go yet. What fails is tried again at the first call. */
+void hfr_staging_provide(struct hfreduceComm *comm);
 /* The communicator's device side, made at its first call. InvalidArgument when it was made for another device. */
 hfreduceResult_t hfr_staging_get(struct hfreduceComm *comm, const char *who, const struct hfr_stream *stream);
 /* Between enter and leave: make the ring unless it is there, with slots of so many bytes each way. */
@@ -76,11 +81,24 @@ hfreduceResult_t hfr_staging_capture(struct hfr_staging *staging, const struct h
                                      struct hfr_captured **captured);
 /* Between enter and leave: see to it that the graph's ring has so much room. */
 hfreduceResult_t hfr_staging_room(struct hfr_staging *staging, struct hfr_captured *captured, int slots, size_t bytes);
-/* Pinned words that live as long as the graph. */
+/* Zeroed pinned memory that lives as long as the graph. */
 hfreduceResult_t hfr_staging_words(struct hfr_staging *staging, struct hfr_captured *captured, size_t bytes,
                                    struct hfr_pinned *words);
 /* The request runs with every launch of the graph from now on. */
 void hfr_staging_arm(struct hfreduceComm *comm, struct hfr_captured *captured, struct hfr_request *request);
-/* Free what graphs have let go of. Any thread that may call the driver. */
+/* Free what graphs have let go of: their memory is kept pinned for others. Any thread that may call the driver. */
 void hfr_staging_sweep(void);
+
+/* --- gate.c: any thread that may call the driver --- */
+/* So many launches more are on their way into the queues. */
+void hfr_gate_launch(int more);
+/* 1: no window of the process is open, and none opens until hfr_gate_open: driver calls return. 0: some are; there is nothing to
+ * open. */
+int hfr_gate_close(void);
+void hfr_gate_open(void);
+/* Destroy a copier that has run dry, and unpin what is lent of the arena: now, or put them aside until no window is open. */
+void hfr_gate_give_back(struct hfr_copier *copier, struct hfr_pinned *lent, struct hfr_arena *arena);
+/* Do what is put aside, and unpin what is kept beyond `keep` bytes, if no window is open. */
+void hfr_gate_tidy(size_t keep);
+#define HFR_GATE_KEEP ((size_t)64 << 20) /* while communicators live */
 #endif

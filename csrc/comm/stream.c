@@ -329,8 +329,10 @@ static hfreduceResult_t add_alone(struct hfr_batch *b, struct hfr_ordered_call *
 hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, struct hfr_streams **out) {
   HFR_TRY(check_captures(calls, n));
   hfr_staging_sweep();
+  hfr_gate_tidy(HFR_GATE_KEEP);
   struct hfr_streams *s = calloc(1, sizeof *s);
   if (!s || !(s->batch = calloc((size_t)n, sizeof *s->batch))) return free(s), hfr_fail(hfreduceSystemError, "out of memory");
+  hfr_gate_launch(1);
   s->call = calls;
   s->ncalls = n;
   hfreduceResult_t r = hfreduceSuccess;
@@ -372,6 +374,7 @@ void hfr_streams_commit(struct hfr_streams *s) {
 }
 
 void hfr_streams_drop(struct hfr_streams *s) {
+  hfr_gate_launch(-1);
   for (int i = 0; i < s->nbatches; i++) {
     free(s->batch[i].call);
     free(s->batch[i].turn);

@@ -73,6 +73,11 @@ uint64_t hfr_cuda_memory_id(const struct hfr_cu *cu, uintptr_t pointer) {
   return id;
 }
 
+unsigned long long hfr_cuda_context_id(const struct hfr_cu *cu, void *context) {
+  unsigned long long id = 0;
+  return cu->context_id && !cu->context_id(context, &id) ? id : 0;
+}
+
 void *hfr_device_context(int device) {
   static _Atomic(hfr_cu_context) known[64];
   hfr_cu_context context = NULL;
@@ -88,6 +93,12 @@ void *hfr_device_context_here(int device) {
   int on = -1;
   if (!hfr_cuda()->context_current(&context) && context && !hfr_cuda()->context_device(&on) && on == device) return context;
   return hfr_device_context(device);
+}
+
+void *hfr_device_context_now(int *device) {
+  const struct hfr_cu *cu = hfr_device_present() ? hfr_cuda() : NULL;
+  hfr_cu_context context = NULL;
+  return !cu || cu->context_current(&context) || !context || cu->context_device(device) ? NULL : context;
 }
 
 int hfr_device_current(void) {

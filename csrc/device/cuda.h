@@ -12,6 +12,8 @@ const struct hfr_cu *hfr_cuda(void);
 hfreduceResult_t hfr_cuda_fail(const char *call, int result);
 /* What tells an allocation from others, whenever they were; 0: it is no memory of a device alone. */
 uint64_t hfr_cuda_memory_id(const struct hfr_cu *cu, uintptr_t pointer);
+/* Tells a context from others that had its address; 0: the driver has no numbers for them. */
+unsigned long long hfr_cuda_context_id(const struct hfr_cu *cu, void *context);
 /* Can streams of the device wait for and write words of memory? */
 int hfr_cuda_mem_ops(const struct hfr_cu *cu, int device);
 static inline int hfr_cuda_mem_ops_wanted(void) { return hfr_param_int(HFR_PARAM_CUDA_MEMOPS) != 0; }

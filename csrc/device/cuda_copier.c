@@ -6,6 +6,9 @@
  *
  * Captured calls have a pair of streams of their own, so that an ordinary call beside a capture does not end up in the graph.
  *
+ * All streams and events are made with the copier: a driver may let the call that makes or destroys one wait until no stream
+ * waits for a word, and the word may be the business of the thread that then hangs in the call.
+ *
  * Where streams cannot wait for memory, host functions do. A driver may run those of all streams one after the other, in any
  * order, so a function that waits must never stand before one that it waits for. Hence words are written by the device even then,
  * both directions of a copier share one stream, and the functions of all copiers of the process stand in one line, in the order
@@ -16,27 +19,23 @@
 #include "../base/log.h"
 #include "../base/thread.h"
 
-#include <errno.h>
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 
 struct hfr_copier {
   const struct hfr_cu *cu;
   int device, by_host;
   unsigned flush; /* a queue that has waited for a word sees what CPUs wrote into its memory before */
   hfr_cu_context context;
-  hfr_cu_stream stream[2][2]; /* [capturing][queue]; the captured pair is made with the first capture */
+  unsigned long long context_id;
+  hfr_cu_stream stream[2][2]; /* [capturing][queue] */
   hfr_cu_event begun[2], joined[2], ended[2];
-  hfr_cu_event chained; /* made for the first pair of devices */
-  hfr_cu_stream bell;   /* made for the first graph, with its event */
+  hfr_cu_event chained;
+  hfr_cu_stream bell;
   hfr_cu_event rung;
   int ringing;                     /* the bell's stream is still to be joined */
   hfr_cu_event waited;             /* by_host: behind its last host function outside graphs */
-  hfr_cu_event mark[2][HFR_MARKS]; /* made when they are needed */
+  hfr_cu_event mark[2][HFR_MARKS]; /* the first are made at once, those of pairs of devices when they are needed */
   int capturing;                   /* between enter and leave */
   int mode;                        /* the thread's capture mode, to be put back */
   struct host_op *kept;            /* what host functions in graphs read */
@@ -56,15 +55,32 @@ static struct {
 
 /* ---------------------------------------------------------------- birth and death */
 
+static hfreduceResult_t open_event(const struct hfr_copier *c, hfr_cu_event *event) {
+  if (!*event) TRY_CU(c, event_create, "cuEventCreate", event, HFR_CU_EVENT_DISABLE_TIMING);
+  return hfreduceSuccess;
+}
+
 static hfreduceResult_t open_pair(struct hfr_copier *c, int capturing) {
   for (int q = 0; q < 2; q++)
     if (!c->stream[capturing][q] && (q == 0 || !c->by_host)) HFR_TRY(hfr_cuda_stream_create(c->cu, &c->stream[capturing][q]));
   if (c->by_host) c->stream[capturing][1] = c->stream[capturing][0];
   hfr_cu_event *event[3] = {&c->begun[capturing], &c->joined[capturing], &c->ended[capturing]};
-  for (int i = 0; i < 3; i++)
-    if (!*event[i]) TRY_CU(c, event_create, "cuEventCreate", event[i], HFR_CU_EVENT_DISABLE_TIMING);
-  if (c->by_host && !c->waited) TRY_CU(c, event_create, "cuEventCreate", &c->waited, HFR_CU_EVENT_DISABLE_TIMING);
+  for (int i = 0; i < 3; i++) HFR_TRY(open_event(c, event[i]));
   return hfreduceSuccess;
+}
+
+/* All that the copier will ever need, but for what a driver has no support for. */
+static hfreduceResult_t open_all(struct hfr_copier *c, int marks) {
+  int captures = c->cu->capture_info != NULL;
+  for (int capturing = 0; capturing <= captures; capturing++) {
+    HFR_TRY(open_pair(c, capturing));
+    for (int i = 0; i < marks && !c->by_host; i++) HFR_TRY(open_event(c, &c->mark[capturing][i]));
+  }
+  HFR_TRY(open_event(c, &c->chained));
+  if (c->by_host) return open_event(c, &c->waited);
+  if (!captures) return hfreduceSuccess;
+  HFR_TRY(hfr_cuda_stream_create(c->cu, &c->bell));
+  return open_event(c, &c->rung);
 }
 
 /* Once a process: what its user should know. */
@@ -80,19 +96,20 @@ static void warn_once(const struct hfr_copier *c) {
         c->device, hfr_cuda_mem_ops_wanted() ? "the driver has none" : "HFREDUCE_CUDA_MEMOPS=0");
 }
 
-hfreduceResult_t hfr_copier_create(int device, void *context, struct hfr_copier **out) {
+hfreduceResult_t hfr_copier_create(int device, void *context, int marks, struct hfr_copier **out) {
   struct hfr_copier *c = calloc(1, sizeof *c);
   if (!c) return hfr_fail(hfreduceSystemError, "out of memory");
   c->cu = hfr_cuda();
   c->device = device;
   c->context = context;
+  c->context_id = hfr_cuda_context_id(c->cu, context);
   c->by_host = !hfr_cuda_mem_ops_wanted() || !hfr_cuda_mem_ops(c->cu, device);
   int flush = 0;
   if (!c->by_host && !hfr_mapping_why_absent() && !c->cu->device_attribute(&flush, HFR_CU_ATTR_FLUSH_REMOTE_WRITES, device))
     c->flush = flush ? HFR_CU_WAIT_FLUSH : 0;
   hfreduceResult_t r = hfr_copier_enter(c, 0);
   if (r) return free(c), r;
-  r = open_pair(c, 0);
+  r = open_all(c, marks);
   hfr_copier_leave(c);
   if (r) return hfr_copier_destroy(c, 0), r;
   warn_once(c);
@@ -127,19 +144,25 @@ static void leave_line(const struct hfr_copier *c) {
   pthread_mutex_unlock(&line.lock);
 }
 
-int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
-  int drained = 1;
+int hfr_copier_drain(struct hfr_copier *c, int64_t limit_ns) {
   leave_line(c);
-  if (!hfr_copier_enter(c, 0)) {
-    drained = drain(c, limit_ns);
-    if (!drained)
-      HFR_WARN(
-          "CUDA device %d: copies of a communicator still wait for the user's stream after %.3g s; their memory is left to the "
-          "process",
-          c->device, (double)limit_ns * 1e-9);
+  if (hfr_copier_enter(c, 0)) return 1;
+  int drained = drain(c, limit_ns);
+  hfr_copier_leave(c);
+  if (!drained)
+    HFR_WARN(
+        "CUDA device %d: copies of a communicator still wait for the user's stream after %.3g s; their memory is left to the "
+        "process",
+        c->device, (double)limit_ns * 1e-9);
+  return drained;
+}
+
+int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
+  int drained = hfr_copier_drain(c, limit_ns);
+  if (drained && !hfr_copier_enter(c, 0)) {
     if (c->waited) c->cu->event_destroy(c->waited);
     if (c->chained) c->cu->event_destroy(c->chained);
-    for (int pair = 0; pair < 2; pair++) { /* destroying a stream that still has work lets it end first */
+    for (int pair = 0; pair < 2; pair++) {
       for (int q = 0; q < (c->by_host ? 1 : 2); q++)
         if (c->stream[pair][q]) c->cu->stream_destroy(c->stream[pair][q]);
       for (int i = 0; i < HFR_MARKS; i++)
@@ -158,6 +181,9 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
 
 int hfr_copier_device(const struct hfr_copier *c) { return c->device; }
 void *hfr_copier_context(const struct hfr_copier *c) { return c->context; }
+int hfr_copier_serves(const struct hfr_copier *c, int device, void *context) {
+  return c->device == device && c->context == context && c->context_id == hfr_cuda_context_id(c->cu, context);
+}
 int hfr_copier_by_host(const struct hfr_copier *c) { return c->by_host; }
 int hfr_copier_sees_writes(const struct hfr_copier *c) { return c->flush != 0; }
 
@@ -166,9 +192,7 @@ hfreduceResult_t hfr_copier_enter(struct hfr_copier *c, int capturing) {
   c->capturing = capturing;
   c->mode = HFR_CU_MODE_RELAXED; /* what a capture elsewhere forbids by default is safe here: nothing waits */
   if (c->cu->capture_mode) c->cu->capture_mode(&c->mode);
-  hfreduceResult_t r = capturing ? open_pair(c, 1) : hfreduceSuccess;
-  if (r) hfr_copier_leave(c);
-  return r;
+  return hfreduceSuccess;
 }
 
 void hfr_copier_leave(struct hfr_copier *c) {
@@ -177,69 +201,11 @@ void hfr_copier_leave(struct hfr_copier *c) {
   c->cu->context_pop(&popped);
 }
 
-/* ---------------------------------------------------------------- pinned memory */
-
-#define MPOL_PREFERRED_NODE 1
-
-static hfreduceResult_t pin(struct hfr_copier *c, uint8_t *p, size_t size, struct hfr_pinned *m) {
-  int node = hfr_cuda_numa(c->cu, c->device);
-  if (node >= 0 && node < 64) {
-    unsigned long mask = 1ul << node;
-    syscall(SYS_mbind, p, size, MPOL_PREFERRED_NODE, &mask, sizeof mask * 8, 0); /* better there, but anywhere will do */
-  }
-  uintptr_t device = 0;
-  int r = c->cu->host_register(p, size, HFR_CU_HOST_PORTABLE | HFR_CU_HOST_DEVICEMAP);
-  if (!r && (r = c->cu->host_device_pointer(&device, p, 0))) c->cu->host_unregister(p);
-  if (r) {
-    hfr_cuda_fail("cuMemHostRegister", r);
-    char text[200];
-    snprintf(text, sizeof text, "%.199s", hfr_last_error()->text);
-    return hfr_fail(hfreduceUnhandledCudaError,
-                    "cannot pin %zu bytes for device %d: %s; lower HFREDUCE_CUDA_SEGMENT or raise ulimit -l", size, c->device,
-                    text);
-  }
-  *m = (struct hfr_pinned){.host = p, .device = device, .bytes = size, .context = c->context};
-  return hfreduceSuccess;
-}
-
-hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *c, size_t bytes, struct hfr_pinned *m) {
-  size_t size = (bytes + 4095) / 4096 * 4096;
-  uint8_t *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) return hfr_fail(hfreduceSystemError, "cannot get %zu bytes of pinned memory: %s", size, strerror(errno));
-  madvise(p, size, MADV_DONTFORK); /* a child's copy-on-write would move the pages under the device */
-  hfreduceResult_t r = pin(c, p, size, m);
-  if (r) munmap(p, size);
-  return r;
-}
-
-/* A child may have them too: pages of a shared mapping are not copied on write. */
-hfreduceResult_t hfr_pinned_share(struct hfr_copier *c, void *pages, size_t bytes, struct hfr_pinned *m) {
-  HFR_TRY(pin(c, pages, bytes, m));
-  m->borrowed = 1;
-  return hfreduceSuccess;
-}
-
-void hfr_pinned_free(struct hfr_pinned *m) {
-  const struct hfr_cu *cu = hfr_cuda();
-  hfr_cu_context popped;
-  int mode = HFR_CU_MODE_RELAXED;
-  if (!m->host) return;
-  if (cu->capture_mode) cu->capture_mode(&mode);
-  /* A context, or a driver, that is gone has let go of it already. */
-  if (!cu->context_push(m->context)) {
-    cu->host_unregister(m->host);
-    cu->context_pop(&popped);
-  }
-  if (cu->capture_mode) cu->capture_mode(&mode);
-  if (!m->borrowed) munmap(m->host, m->bytes);
-  *m = (struct hfr_pinned){0};
-}
+/* ---------------------------------------------------------------- order */
 
 static uintptr_t device_address(const struct hfr_pinned *m, const void *at) {
   return m->device + (uintptr_t)((const uint8_t *)at - m->host);
 }
-
-/* ---------------------------------------------------------------- order */
 
 static hfr_cu_stream stream_of(const struct hfr_copier *c, enum hfr_queue queue) { return c->stream[c->capturing][queue]; }
 
@@ -272,7 +238,7 @@ hfreduceResult_t hfr_copier_before(struct hfr_copier *c, enum hfr_queue queue, v
 hfreduceResult_t hfr_copier_mark(struct hfr_copier *c, int number) {
   hfr_cu_event *event = &c->mark[c->capturing][number];
   if (c->by_host) return hfreduceSuccess;
-  if (!*event) TRY_CU(c, event_create, "cuEventCreate", event, HFR_CU_EVENT_DISABLE_TIMING);
+  HFR_TRY(open_event(c, event));
   TRY_CU(c, event_record, "cuEventRecord", *event, stream_of(c, HFR_TO_HOST));
   return hfreduceSuccess;
 }
@@ -286,7 +252,6 @@ hfreduceResult_t hfr_copier_follow(struct hfr_copier *c, int number) {
 hfr_cu_stream hfr_copier_stream(const struct hfr_copier *c, enum hfr_queue queue) { return stream_of(c, queue); }
 
 hfreduceResult_t hfr_copier_chain(struct hfr_copier *c, struct hfr_copier *after, enum hfr_queue queue) {
-  if (!after->chained) TRY_CU(c, event_create, "cuEventCreate", &after->chained, HFR_CU_EVENT_DISABLE_TIMING);
   TRY_CU(c, event_record, "cuEventRecord", after->chained, stream_of(after, queue));
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, queue), after->chained, 0);
   return hfreduceSuccess;
@@ -395,8 +360,6 @@ hfreduceResult_t hfr_copier_clear(struct hfr_copier *c, enum hfr_queue queue, co
 /* ---------------------------------------------------------------- graphs */
 
 hfreduceResult_t hfr_copier_bell(struct hfr_copier *c, void (*ring)(void *), void *arg) {
-  if (!c->bell) HFR_TRY(hfr_cuda_stream_create(c->cu, &c->bell));
-  if (!c->rung) TRY_CU(c, event_create, "cuEventCreate", &c->rung, HFR_CU_EVENT_DISABLE_TIMING);
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", c->bell, c->begun[1], 0);
   TRY_CU(c, launch_host_fn, "cuLaunchHostFunc", c->bell, ring, arg);
   TRY_CU(c, event_record, "cuEventRecord", c->rung, c->bell);

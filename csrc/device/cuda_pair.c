@@ -202,7 +202,7 @@ hfreduceResult_t hfr_pair_create(int device, void *context, size_t bytes, struct
   *mine = (struct hfr_pair_memory){.process = number_of_process(), .context = (uintptr_t)context};
   p->cu = hfr_cuda();
   p->bytes = bytes = (bytes + GRAIN - 1) / GRAIN * GRAIN;
-  hfreduceResult_t r = hfr_copier_create(device, context, &p->copier);
+  hfreduceResult_t r = hfr_copier_create(device, context, HFR_PAIR_MARKS, &p->copier);
   if (!r) r = hfr_copier_enter(p->copier, 0);
   if (!r) {
     r = open_side(p, device, context, mine);

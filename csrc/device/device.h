@@ -79,6 +79,8 @@ hfreduceResult_t hfr_stream_put(void *handle);
 void *hfr_device_context(int device);
 /* The context that this thread has there, or that one. */
 void *hfr_device_context_here(int device);
+/* The context that is this thread's now, and its device; NULL: none, or no driver is initialised. */
+void *hfr_device_context_now(int *device);
 /* The device that this thread works on, as CUDA's runtime sees it (none chosen: 0); -1: the program has initialised no driver. */
 int hfr_device_current(void);
 /* Copy now, waiting for it; for single values. */
@@ -108,8 +110,9 @@ struct hfr_pinned {
   uint8_t *host; /* NULL: none */
   uintptr_t device;
   size_t bytes;
-  void *context; /* that it was registered in */
-  int borrowed;  /* it was there before, and stays */
+  void *context; /* that it was registered in; its number, since another context may have its address; 0: not known */
+  unsigned long long context_id;
+  int borrowed; /* it was there before, and stays */
 };
 
 /*
@@ -123,11 +126,18 @@ struct hfr_pinned {
 struct hfr_copier;
 enum hfr_queue { HFR_TO_HOST, HFR_TO_DEVICE };
 
-hfreduceResult_t hfr_copier_create(int device, void *context, struct hfr_copier **copier);
-/* Give all back once the queues have run dry, and 1. What still runs after limit_ns is left to the process, with a warning: 0. */
+/* With its marks below `marks`, all that it needs, since a driver may let calls that make something wait for streams that wait.
+ */
+hfreduceResult_t hfr_copier_create(int device, void *context, int marks, struct hfr_copier **copier);
+/* Wait until the queues have run dry: 1; after limit_ns: 0, with a warning, and the copier is left to the process. */
+int hfr_copier_drain(struct hfr_copier *copier, int64_t limit_ns);
+/* Give all back once the queues have run dry, as hfr_copier_drain, and give what that gives. Like it, and all that makes or gives
+   back pinned memory, it may be kept waiting by a driver while any stream waits for a word. */
 int hfr_copier_destroy(struct hfr_copier *copier, int64_t limit_ns);
 int hfr_copier_device(const struct hfr_copier *copier);
 void *hfr_copier_context(const struct hfr_copier *copier);
+/* It is of that context, and that is the one that it was made for: not another one at its address. */
+int hfr_copier_serves(const struct hfr_copier *copier, int device, void *context);
 /* 1: words are waited for by host functions, which somebody has to wake (hfr_futex_wake). The driver may run those of a process
  * one at a time: then no wait may need one that is put into any copier's queue after it. */
 int hfr_copier_by_host(const struct hfr_copier *copier);
@@ -137,12 +147,16 @@ int hfr_copier_sees_writes(const struct hfr_copier *copier);
 /* capturing: what follows goes into the graph that the user's stream captures. */
 hfreduceResult_t hfr_copier_enter(struct hfr_copier *copier, int capturing);
 void hfr_copier_leave(struct hfr_copier *copier);
-/* Zeroed pages near the device. Within enter and leave; free also outside, in any thread. */
+/* Zeroed pages near the device. Within enter and leave; free also outside, in any thread. What is freed is kept pinned, and is
+   given again first: neither calls the driver then. */
 hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *copier, size_t bytes, struct hfr_pinned *memory);
 /* Pin whole pages of a shared mapping, which must stay mapped until they are freed: that unpins them. Pages that nobody has
    touched yet come to lie near the device. Within enter and leave. */
 hfreduceResult_t hfr_pinned_share(struct hfr_copier *copier, void *pages, size_t bytes, struct hfr_pinned *memory);
 void hfr_pinned_free(struct hfr_pinned *memory);
+/* Unpin what is kept until no more than `keep` bytes are; how many are kept. */
+void hfr_pinned_trim(size_t keep);
+size_t hfr_pinned_kept(void);
 
 /* Both queues go on after what is in the stream now; the queue to the device after what is in the other; and what is put into the
    stream from now on after a queue. */
@@ -153,6 +167,7 @@ hfreduceResult_t hfr_copier_before(struct hfr_copier *copier, enum hfr_queue que
    alone would do while all goes well, but the driver should see the order too, and after an error nothing may be overwritten that
    is still being read. */
 #define HFR_MARKS 72
+#define HFR_PAIR_MARKS 4 /* of the copier of a pair of devices */
 hfreduceResult_t hfr_copier_mark(struct hfr_copier *copier, int number);
 hfreduceResult_t hfr_copier_follow(struct hfr_copier *copier, int number);
 /* Across copiers of one device: `queue` of one goes on after that queue of the other, as it is now; or after a mark of it. Not in

@@ -42,6 +42,10 @@ void hfr_pairing_post(struct hfr_engine *engine, struct hfr_request *request);
 /* 1: something moved. */
 int hfr_pairing_progress(struct hfr_engine *engine, struct hfr_request *request);
 
+/* --- request.c --- */
+/* So many more windows of the engine are open. */
+void hfr_window_count(struct hfr_engine *engine, int more);
+
 /* --- replay.c: driver only --- */
 /* A captured request came: it joins the others of its graph. */
 void hfr_replay_add(struct hfr_engine *engine, struct hfr_request *request);

@@ -51,7 +51,7 @@ static void issue(struct hfr_engine *e, struct hfr_request *r) {
   r->next = NULL;
   atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
   atomic_fetch_add_explicit(&e->calls, 1, memory_order_relaxed);
-  atomic_fetch_add_explicit(&e->windows, 1, memory_order_relaxed);
+  hfr_window_count(e, 1);
   if (r->plan.call.coll == HFR_P2P) {
     hfr_p2p_post(e, r);
     return;

@@ -164,12 +164,19 @@ static void tell(struct hfreduceWork *w, const hfreduceErrorInfo_t *error) {
   }
 }
 
+_Atomic int hfr_windows_open;
+
+void hfr_window_count(struct hfr_engine *e, int more) {
+  atomic_fetch_add_explicit(&e->windows, (uint32_t)more, memory_order_relaxed);
+  atomic_fetch_add_explicit(&hfr_windows_open, more, memory_order_relaxed);
+}
+
 /* The request is over: tell its work, recycle it. */
 static void finish(struct hfr_engine *e, struct hfr_request *r, const hfreduceErrorInfo_t *error) {
   struct hfreduceWork *w = r->work;
   if (r->window) {
     hfr_window_release(r->window, !error);
-    atomic_fetch_sub_explicit(&e->windows, 1, memory_order_relaxed);
+    hfr_window_count(e, -1);
   }
   r->running = 0;
   if (!r->partial) atomic_fetch_sub_explicit(&e->calls, 1, memory_order_relaxed);
@@ -185,7 +192,7 @@ void hfr_engine_submit(struct hfr_engine *e, struct hfr_request *r) {
   e->inbox_tail = &r->next;
   if (!r->replay) atomic_fetch_add_explicit(&e->active, 1, memory_order_relaxed);
   if (!r->replay && !r->partial) atomic_fetch_add_explicit(&e->calls, 1, memory_order_relaxed);
-  if (!r->replay && r->window) atomic_fetch_add_explicit(&e->windows, 1, memory_order_relaxed);
+  if (!r->replay && r->window) hfr_window_count(e, 1);
   atomic_store_explicit(&e->inbox_full, 1, memory_order_release);
   pthread_mutex_unlock(&e->lock);
 }
@@ -730,6 +737,7 @@ void hfr_engine_fini(struct hfr_engine *e) {
   }
   take_inbox(e); /* captured calls that nobody has driven yet */
   hfr_replay_fini(e);
+  hfr_window_count(e, -(int)atomic_load(&e->windows)); /* of what never ended */
   while (e->free) {
     struct hfr_request *r = e->free;
     e->free = r->next;

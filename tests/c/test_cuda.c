@@ -673,7 +673,7 @@ static int priority(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   CU(gpu.cu->context_current(&context));
   CU(gpu.cu->context_device(&device));
   CU(gpu.cu->priority_range(&least, &greatest));
-  OK(hfr_copier_create(device, context, &copier));
+  OK(hfr_copier_create(device, context, 0, &copier));
   for (int queue = 0; queue < 2; queue++) {
     CU(gpu.stream_priority(hfr_copier_stream(copier, (enum hfr_queue)queue), &given));
     WANT(given == greatest && (least > greatest || !gpu.stand_in));

@@ -267,12 +267,12 @@ static size_t kept_from_children(void) {
 
 /* A driver that fails in the middle of a launch (FAKE_CUDA says where): every rank gets an error, every stream runs dry. */
 static int failing(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  size_t before = kept_from_children();
   hfreduceComm_t comm = gpu_join(rank, n, id);
   hfr_cu_stream stream = gpu_stream();
   float *x = gpu_alloc(COUNT * 4 * 8);
   (void)arg;
   gpu_fill(x, 0, COUNT * 4 * 8, stream);
-  size_t before = kept_from_children();
   OK(hfreduceCommSetTimeout(comm, 2));
   hfreduceResult_t r = hfreduceSuccess;
   for (int i = 0; i < 40 && !r; i++) r = hfreduceAllReduce(x, x, COUNT * 8, hfreduceFloat32, hfreduceSum, comm, stream);
