@@ -68,6 +68,7 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("blocked-jitter", "plain", "test_cuda_blocked", "", {"FAKE_CUDA": "block=1 devices=1 delay=200 seed=9"}),
     ("blocked-address", "address", "test_cuda_blocked", "", BLOCKS),
     ("blocked-thread", "thread", "test_cuda_blocked", "late t2", BLOCKS),
+    ("slow-naps", "plain", "test_cuda", "naps", {"FAKE_CUDA": "delay=2000 seed=3"}),
     ("one-device", "plain", "test_cuda", "--quick collectives 2 3 1,1 t2 t4", {"FAKE_CUDA": "devices=1"}),
     ("one-device-threads", "plain", "test_cuda", "--quick streams 2 t2", {"FAKE_CUDA": "devices=1"}),
     ("stale-streams-crash", "plain", "test_cuda_faults", "--quick pointers", {"FAKE_CUDA": "stale=crash"}),

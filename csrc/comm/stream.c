@@ -174,7 +174,7 @@ static void place_areas(struct hfr_turn *t, const struct hfr_stage_ring *ring) {
 /* Turns take the slots of the communicator's ring one after the other, and its words grow. */
 static void assign_plain(struct hfr_batch *b) {
   struct hfr_stage_ring *ring = b->ring;
-  for (int i = 0; i < b->nturns; i++) b->starts |= !b->turn[i].in;
+  b->starts = b->nturns > 0;
   for (int i = 0; i < b->nturns; i++) {
     struct hfr_turn *t = &b->turn[i];
     struct hfr_segment *g = &t->call->request->window->segment[t->segment];
@@ -271,6 +271,8 @@ static hfreduceResult_t prepare_batch(struct hfr_batch *b) {
   } else {
     b->ring = &s->ring[which];
     HFR_TRY(hfr_staging_ring(s, which, slot));
+    atomic_store_explicit(&b->comm->engine.started[which], b->ring->started,
+                          memory_order_release); /* pairs with hfr_engine_stirs */
   }
   for (int i = 0; i < b->ncalls; i++) {
     const struct hfr_pairs *pairs = b->call[i]->pair.pairs;

@@ -25,7 +25,7 @@ struct hfr_batch {
   int ncalls;
   struct hfr_turn *turn;
   int nturns, went_out, came_in;
-  int starts; /* some turns bring nothing out of the device: they begin when it gets to the launch */
+  int starts; /* the device says that it has got to the launch: turns that bring nothing out begin then, and nobody sleeps on */
   struct hfr_stage_ring *ring;
   struct hfr_captured *captured;
   struct hfr_pinned words; /* captured: of this launch */

@@ -31,7 +31,7 @@ static hfreduceResult_t copy_segment(const struct hfr_batch *b, const struct hfr
   return hfreduceSuccess;
 }
 
-/* To host: those that bring nothing may begin. They never wait behind a copy that waits for room. */
+/* To host: the launch has started, and those that bring nothing may begin. They never wait behind a copy that waits for room. */
 static hfreduceResult_t start(const struct hfr_batch *b) {
   struct hfr_copier *copier = b->comm->staging->copier;
   if (b->starts) return hfr_copier_write(copier, HFR_TO_HOST, &b->ring->memory, b->ring->started, b->ring->starts);

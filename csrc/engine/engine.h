@@ -129,7 +129,10 @@ struct hfr_engine {
   _Atomic uint32_t armed;     /* replays whose graph may be launched */
   _Atomic uint32_t due;       /* of these, so many may have been, as the driver last saw: the same */
   struct hfr_replay *replays; /* the driver's */
-  _Atomic uint32_t guests;    /* threads that wait for a work of this engine, and may drive it */
+  /* Words that a device moves when it gets to a launch, in memory that outlives the engine's requests; NULL: none yet. */
+  const _Atomic uint32_t *_Atomic started[2];
+  _Atomic uint32_t started_seen[2];
+  _Atomic uint32_t guests; /* threads that wait for a work of this engine, and may drive it */
   /* the driver's: */
   struct hfr_request *queue, **queue_tail; /* collectives, in order */
   /* Over, but others may still read what they lent; in order. */
@@ -193,6 +196,8 @@ static inline size_t hfr_stream_from(void) { return hfr_cache_bytes(3) / 4; }
 static inline int hfr_engine_looks(const struct hfr_engine *engine) {
   return atomic_load_explicit(&engine->windows, memory_order_relaxed) || atomic_load_explicit(&engine->due, memory_order_relaxed);
 }
+/* Has the device got to a launch since this was asked last? Then what it copies out will be there soon. The progress thread's. */
+int hfr_engine_stirs(struct hfr_engine *engine);
 /* Go on with what hfr_oneshot began and does not wait for any longer, as a request; copied: its data lies in the arena. The
  * caller drives the engine, and still does afterwards. */
 void hfr_engine_adopt(struct hfr_engine *engine, struct hfr_request *request, int copied);
@@ -284,6 +289,7 @@ void hfr_fail_mismatch(struct hfr_engine *engine, const struct hfr_fingerprint *
 /* Patience of one wait: spins, then yields, then sleeps. */
 struct hfr_backoff {
   int idle;
+  int64_t nap_ns;   /* of the last nap in a row */
   int64_t until_ns; /* it sleeps no longer than until then; 0: it need not know */
 };
 /* Nothing moved: wait a little. look() is asked once more before sleeping; when it says 1 there is no sleep. */

@@ -60,6 +60,11 @@ static inline int hfr_request_ready(struct hfr_request *request) {
 /* --- progress.c, for tests --- */
 /* NAPPING: it looks again within a millisecond by itself. ASLEEP: it has to be woken. */
 enum hfr_rest { HFR_THREAD_AWAKE, HFR_THREAD_NAPPING, HFR_THREAD_ASLEEP };
+/* How long to sleep after a sleep of so many ns (0: the first one in a row) while a device may write a word: it is at most 20 us
+   and a 32nd of the time waited so far, and at most 1 ms. */
+int64_t hfr_longer_nap(int64_t ns);
+/* The progress thread does not sleep for so long after a device got to a launch, or a launch on a device moved. */
+#define HFR_STIR_NS 500000ll
 /* What the progress thread does at this moment. */
 enum hfr_rest hfr_drive_rest(void);
 /* How long a sleep lasts at most. A test that lengthens it sees who is not woken: he sleeps on. */

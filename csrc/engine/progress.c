@@ -14,8 +14,12 @@
 
 int64_t hfr_nap_ns = 50000000; /* longest sleep: deadlines and departures are looked at this often */
 void (*_Atomic hfr_before_rest)(void);
-/* A device rings no bell. So sleeps that wait for its words are short, and grow to this, at which a core is idle to 98 %. */
+/* A device rings no bell. So sleeps that wait for its words are short: from the first of these they grow with the time waited to
+ * the last, which takes 30 ms, and a core is idle to 97 % meanwhile. */
+#define FIRST_LOOK_NS 20000ll
 #define LOOK_NS 1000000ll
+#define LATER_BY 32     /* a sleep ends too late by no more than this part of the time waited */
+#define SLACK_NS 1000ul /* by which the system may lengthen the progress thread's sleeps; its preset is 50 us */
 /* With nothing to drive the progress thread naps an eighth as long as it has had nothing, from the first of these to the last,
  * and then sleeps until it is woken. To wake it takes as long as several launches: so those that follow each other need not. */
 #define FIRST_REST_NS 100000ll
@@ -43,10 +47,19 @@ static int try_drive(struct hfr_engine *e) {
 }
 static void stop_driving(struct hfr_engine *e) { atomic_store_explicit(&e->driver, 0, memory_order_release); }
 
-/* How long to sleep the n-th time in a row. */
-static int64_t nap_ns(int looks, int n) {
-  int64_t ns = 20000 + 5000ll * n;
-  return !looks ? hfr_nap_ns : ns < LOOK_NS ? ns : LOOK_NS;
+int64_t hfr_longer_nap(int64_t ns) {
+  ns = ns ? ns + ns / LATER_BY : FIRST_LOOK_NS;
+  return ns < LOOK_NS ? ns : LOOK_NS;
+}
+
+int hfr_engine_stirs(struct hfr_engine *e) {
+  int stirs = 0;
+  for (int i = 0; i < 2; i++) {
+    const _Atomic uint32_t *word = atomic_load_explicit(&e->started[i], memory_order_acquire);
+    uint32_t now = word ? atomic_load_explicit(word, memory_order_relaxed) : 0;
+    stirs |= now != atomic_exchange_explicit(&e->started_seen[i], now, memory_order_relaxed);
+  }
+  return stirs;
 }
 
 static void sleep_in(struct hfr_waitset *set, int64_t ns) {
@@ -54,9 +67,11 @@ static void sleep_in(struct hfr_waitset *set, int64_t ns) {
   ppoll(set->fd, (nfds_t)set->n, ns < 0 ? NULL : &t, NULL);
 }
 
-static void nap(struct hfr_engine *e, int nth, int64_t until_ns, int (*look)(struct hfr_engine *, void *), void *arg) {
+static void nap(struct hfr_engine *e, struct hfr_backoff *b, int (*look)(struct hfr_engine *, void *), void *arg) {
   int armed = atomic_load_explicit(&e->armed, memory_order_relaxed) != 0; /* a graph's bell wakes the progress thread only */
-  int64_t ns = nap_ns(armed || hfr_engine_looks(e), nth), left = until_ns ? until_ns - hfr_now_ns() : ns;
+  int64_t ns = hfr_nap_ns;
+  if (armed || hfr_engine_looks(e)) ns = b->nap_ns = hfr_longer_nap(b->nap_ns);
+  int64_t left = b->until_ns ? b->until_ns - hfr_now_ns() : ns;
   if (left < ns) ns = left > 0 ? left : 0;
   struct hfr_waitset set;
   set.n = set.ready = 0;
@@ -90,7 +105,8 @@ void hfr_backoff_wait(struct hfr_engine *e, struct hfr_backoff *b, int (*look)(s
     sched_yield();
     return;
   } else {
-    nap(e, idle - e->spins - e->yields, b->until_ns, look, arg);
+    if (idle == e->spins + e->yields) b->nap_ns = 0;
+    nap(e, b, look, arg);
   }
   hfr_engine_check(e, hfr_now_ns());
 }
@@ -252,7 +268,8 @@ static int pass(struct hfr_engine **engine, int n, const char *held, int *mine) 
 struct sleeper {
   char held[MAX_ENGINES]; /* engines that it drives while it sleeps */
   int nheld, looks;       /* looks: some of them wait for a device */
-  int nth;                /* sleeps in a row without work done */
+  int64_t nap_ns;         /* of the last sleep in a row that waited for a device */
+  int64_t stirred_ns;     /* when a device, or what waits for one, last moved */
   int had_work;
   int64_t rest_ns; /* of the next sleep with nothing to drive */
   struct hfr_waitset set;
@@ -332,7 +349,8 @@ static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) 
     if (!s->held[i] && !atomic_load_explicit(&engine[i]->driver, memory_order_seq_cst)) moved = 1;
   s->looks = 0; /* after the pass, which may have taken in what waits for a device */
   for (int i = 0; i < n; i++) s->looks |= hfr_engine_looks(engine[i]);
-  if (!moved) sleep_on_bells(s, engine, n, s->nheld ? nap_ns(s->looks, s->nth) : ns);
+  if (s->looks) s->nap_ns = hfr_longer_nap(s->nap_ns);
+  if (!moved) sleep_on_bells(s, engine, n, !s->nheld ? ns : s->looks ? s->nap_ns : hfr_nap_ns);
   atomic_store_explicit(&pool.rest, HFR_THREAD_AWAKE, memory_order_seq_cst);
   uint64_t drain;
   (void)!read(pool.kick_fd, &drain, sizeof drain);
@@ -358,12 +376,26 @@ static int snapshot(struct hfr_engine **engine) {
   return n;
 }
 
+/* Is a device at work, so that its words will move before a sleep would be over? moved: a pass has just moved something. */
+static int is_stirring(struct sleeper *s, struct hfr_engine **engine, int n, int moved) {
+  int looks = 0, stirs = 0;
+  for (int i = 0; i < n; i++) {
+    looks |= hfr_engine_looks(engine[i]);
+    stirs |= hfr_engine_stirs(engine[i]);
+  }
+  if (!looks) return 0;
+  int64_t now = hfr_now_ns();
+  if (stirs || moved) s->stirred_ns = now, s->nap_ns = 0;
+  return now - s->stirred_ns < HFR_STIR_NS;
+}
+
 static void *progress_main(void *arg) {
   struct hfr_engine *engine[MAX_ENGINES];
   struct sleeper sleeper = {.rest_ns = FIRST_REST_NS};
-  int idle = 0;
+  int idle = 0, moved = 0;
   (void)arg;
   prctl(PR_SET_NAME, "hfr-progress");
+  prctl(PR_SET_TIMERSLACK, SLACK_NS);
   sigset_t all;
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, NULL);
@@ -377,14 +409,18 @@ static void *progress_main(void *arg) {
     }
     patience /= 8; /* the caller computes meanwhile: leave it the core soon */
     if (pass(engine, n, NULL, &mine)) {
-      idle = sleeper.nth = 0;
+      idle = 0;
+      moved = 1;
     } else if (mine && ++idle < patience) {
       hfr_cpu_relax();
     } else if (mine && idle < patience + yields) {
       sched_yield();
+    } else if (mine && is_stirring(&sleeper, engine, n, moved)) {
+      moved = 0;
+      sched_yield();
     } else { /* also while those who wait drive themselves: we would only take their core */
+      moved = 0;
       sleep_in_poll(&sleeper, engine, n);
-      if (sleeper.nth < 1000) sleeper.nth++;
       idle = sleeper.looks ? patience + yields : 0; /* a short sleep: no spinning again */
     }
     pthread_mutex_unlock(&pool.busy);

@@ -5,7 +5,10 @@
  *
  * Arguments: case [layout ...]. A layout as in ranks.h. Exit status 77: no driver.
  */
+#include "base/thread.h"
+#include "comm/staging.h"
 #include "device/cuda.h"
+#include "engine/internal.h"
 #include "gpu.h"
 #include "ranks.h"
 
@@ -662,6 +665,69 @@ static int backlog(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+static struct watch {
+  _Atomic(const _Atomic uint32_t *) ready;
+  _Atomic uint32_t value;
+  _Atomic int64_t started_ns; /* when the device got there, or a little later; 0: it has not */
+  _Atomic int early;
+} watch;
+
+/* The progress thread is about to sleep. Too early: the device has got to the launch, so the segment is on its way. */
+static void about_to_sleep(void) {
+  int64_t started = atomic_load(&watch.started_ns);
+  if (!started || hfr_now_ns() - started >= HFR_STIR_NS) return;
+  if (atomic_load(atomic_load(&watch.ready)) != atomic_load(&watch.value)) atomic_store(&watch.early, 1);
+}
+
+/* The device says when it gets to a launch, and then the progress thread does not sleep through the end of the first copy. (A
+ * sleep that began just before is no fault.) */
+static int naps(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  enum { COUNT = 1000, ROUNDS = 30 };
+  hfreduceComm_t comm = gpu_join(rank, n, id);
+  hfr_cu_stream stream = gpu_stream();
+  float *x = gpu_alloc(COUNT * 4);
+  _Atomic uint32_t *word;
+  hfr_cu_ptr address;
+  int early = 0;
+  (void)arg;
+  CU(gpu.host_alloc((void **)&word, 4096, 2));
+  CU(gpu.cu->host_device_pointer(&address, (void *)word, 0));
+  *word = 0;
+  if (!gpu.cu->stream_wait_value || gpu.cu->stream_wait_value(stream, address, 0, 0)) return 0;
+  gpu_fill(x, 0, COUNT * 4, stream);
+  OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+  CU(gpu.stream_sync(stream));
+  for (int i = 0; i < ROUNDS; i++) {
+    const struct hfr_stage_ring *ring = &comm->staging->ring[HFR_RING_PLAIN];
+    int slot = ring->next;
+    *word = 0;
+    CU(gpu.cu->stream_wait_value(stream, address, 1, HFR_CU_WAIT_GEQ));
+    OK(hfreduceAllReduce(x, x, COUNT, hfreduceFloat32, hfreduceSum, comm, stream));
+    atomic_store(&watch.early, 0);
+    atomic_store(&watch.ready, &ring->ready[slot]);
+    atomic_store(&watch.value, ring->turn - 1);
+    atomic_store(&hfr_before_rest, about_to_sleep);
+    usleep(3000);
+    WANT(atomic_load(ring->started) != ring->starts);
+    *word = 1;
+    for (double end = gpu_now() + 20; atomic_load(ring->started) != ring->starts;) WANT(gpu_now() < end);
+    atomic_store(&watch.started_ns, hfr_now_ns());
+    CU(gpu.stream_sync(stream));
+    atomic_store(&hfr_before_rest, NULL);
+    atomic_store(&watch.started_ns, 0);
+    early += atomic_load(&watch.early);
+  }
+  if (early > ROUNDS / 2) fprintf(stderr, "rank %d: slept through the copy in %d of %d rounds\n", rank, early, ROUNDS);
+  WANT(early <= ROUNDS / 2);
+  int64_t waited = 0;
+  for (int64_t ns = hfr_longer_nap(0); waited < 1000000000; waited += ns, ns = hfr_longer_nap(ns))
+    WANT(ns > 0 && ns <= 20000 + waited / 32 && ns <= 1000000);
+  OK(hfreduceCommDestroy(comm));
+  gpu_free(x);
+  CU(gpu.host_free((void *)word));
+  return 0;
+}
+
 /* The library's streams go first where the device chooses: a kernel of a pair is launched in them, too. */
 static int priority(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   hfreduceComm_t comm = gpu_join(rank, n, id);
@@ -698,6 +764,7 @@ int main(int argc, char **argv) {
       {"several", several, "2 2,1"},
       {"one_caller", one_caller, "1"},
       {"patience", patience, "2"},
+      {"naps", naps, "2"},
       {"priority", priority, "1"},
       {"backlog", backlog, "2 1,1"},
   };
