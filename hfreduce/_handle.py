@@ -29,6 +29,31 @@ _open_groups = grouping.open_groups
 _group_start, _group_end = lib.hfreduceGroupStart, lib.hfreduceGroupEndAsync
 
 
+#: A call of the C core without its last two arguments, pointer and stream: the function, and the arguments before.
+Call = tuple[Any, tuple[Any, ...]]
+
+
+def together(calls: Sequence[Call]) -> Callable[[Any, Any], int]:
+    """These calls as one function for `Handle.issue`: a group of the core's that is launched as a whole, or not at all."""
+
+    def function(pointer: Any, stream: Any) -> int:
+        code: int = lib.hfreduceGroupStart()
+        if code:
+            return code
+        try:
+            for each, arguments in calls:
+                code = each(*arguments, pointer, stream)
+                if code:
+                    break
+        except BaseException:
+            grouping.cancel()
+            raise
+        end: int = lib.hfreduceGroupEnd()
+        return code or end
+
+    return function
+
+
 def _config(timeout: float, name: str | None) -> tuple[Any, Any]:
     """A hfreduceConfig_t, and what must live beside it. timeout: seconds; 0: the core's preset."""
     config = ffi.new("hfreduceConfig_t *")
@@ -229,6 +254,10 @@ class Handle:
     def salvage(self, keep: Any, result: Any) -> None:
         """A signal handler raised as a blocking call came back: what it left running goes on as async work, and keeps its arrays."""
         salvage(keep, result, self.running)
+
+    def is_grouped(self) -> bool:
+        """Whether this thread is inside a group, which queues its calls."""
+        return bool(_open_groups) and grouping.current() is not None
 
     # --- the end ---
 

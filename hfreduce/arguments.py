@@ -8,7 +8,7 @@ from typing import Any
 
 from hfreduce.buffer import Buffer
 from hfreduce.errors import InvalidArgumentError
-from hfreduce.types import DTYPE_NAMES
+from hfreduce.types import TYPES
 
 
 def seconds(timeout: Any) -> float:
@@ -55,7 +55,7 @@ def tag_of(tag: Any) -> int:
 def same_dtype(source: Buffer, target: Buffer) -> None:
     """x and out are of one dtype."""
     if source.dtype != target.dtype:
-        raise InvalidArgumentError(f"out: dtype {DTYPE_NAMES[target.dtype]} differs from x's {DTYPE_NAMES[source.dtype]}")
+        raise InvalidArgumentError(f"out: dtype {TYPES[target.dtype].name} differs from x's {TYPES[source.dtype].name}")
 
 
 def alike(source: Buffer, target: Buffer) -> Buffer:
@@ -71,7 +71,7 @@ def equal_parts(part: Buffer, part_name: str, whole: Buffer, whole_name: str, nr
     """The whole is of the part's dtype, and holds nranks parts."""
     if part.dtype != whole.dtype:
         raise InvalidArgumentError(
-            f"{whole_name}: dtype {DTYPE_NAMES[whole.dtype]} differs from {part_name}'s {DTYPE_NAMES[part.dtype]}"
+            f"{whole_name}: dtype {TYPES[whole.dtype].name} differs from {part_name}'s {TYPES[part.dtype].name}"
         )
     if whole.elements != part.elements * nranks:
         divisible = "" if whole.elements % nranks == 0 else f" (and {whole.elements} is not divisible by nranks)"

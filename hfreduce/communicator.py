@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hfreduce import grouping as _group
+from hfreduce import uneven
 from hfreduce._ffi import ffi, lib
 from hfreduce._handle import NULL, Handle
 from hfreduce.arguments import alike, counts_of, equal_parts, integer, places, rank_of, same_dtype, seconds, sums_to, tag_of
@@ -352,15 +353,21 @@ class Communicator:
             common_stream(stream, source.stream, target.stream),
         )
 
-    def all_gather(self, x: Any, out: Any, *, async_op: bool = False, stream: Any = None) -> Any:
-        """Gather x of all ranks, in rank order, into out on every rank; out has nranks times x's count.
+    def all_gather(
+        self, x: Any, out: Any, *, counts: Sequence[int] | None = None, async_op: bool = False, stream: Any = None
+    ) -> Any:
+        """Gather x of all ranks, in rank order, into out on every rank; out has nranks times x's count. In place: x is out's own part.
 
-        In place: x is out's own part.
+        counts: x may differ in size from rank to rank. counts[r] is the number of elements of rank r's x, 0 allowed, and out has
+        sum(counts); the same list on all ranks, else MismatchError.
+
+            parts = comm.all_gather(np.full(comm.rank, comm.rank), np.empty(3, int), counts=[0, 1, 2])  # 1 2 2, on three ranks
         """
         core = self._handle
         if (
             type(x) is _fast_type
             and type(out) is _fast_type
+            and counts is None
             and not (async_op or _open_groups or core.running or stream is not None)
         ):
             try:
@@ -372,6 +379,8 @@ class Communicator:
                 return out
             if code > 0 and code != _INVALID_ARGUMENT:
                 return core.not_at_once(code, (x, out), out)
+        if counts is not None:
+            return uneven.all_gather(core, self._nranks, x, out, counts, async_op, stream)
         source, target = resolve(x, "x", writable=False, stream=stream), resolve(out, "out", writable=True, stream=stream)
         equal_parts(source, "x", target, "out", self._nranks)
         return core.issue(
@@ -482,12 +491,25 @@ class Communicator:
             common_stream(stream, source.stream, target.stream),
         )
 
-    def gather(self, x: Any, out: Any = None, root: int = 0, *, async_op: bool = False, stream: Any = None) -> Any:
+    def gather(
+        self,
+        x: Any,
+        out: Any = None,
+        root: int = 0,
+        *,
+        counts: Sequence[int] | None = None,
+        async_op: bool = False,
+        stream: Any = None,
+    ) -> Any:
         """Gather x of all ranks, in rank order, into out on rank root, where out has nranks times x's count.
 
-        Elsewhere out is ignored. In place: the root's x is out's own part. Returns out on root, None elsewhere.
+        Elsewhere out is ignored. In place: the root's x is out's own part. Returns out on root, None elsewhere. counts: as in
+        `all_gather`, the same list on all ranks, also where out is ignored (on a stream only the own entry and the root's are
+        compared).
         """
         root = rank_of(root, self._nranks, "root")
+        if counts is not None:
+            return uneven.gather(self._handle, self._nranks, x, out, counts, root, async_op, stream)
         source, target = resolve(x, "x", writable=False, stream=stream), _NO_BUFFER
         if root == self._rank:
             if out is None:

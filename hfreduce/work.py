@@ -25,27 +25,42 @@ def reap(running: deque[Work]) -> None:
             return
 
 
-class Sender:
+class Later:
+    """A result that is made when its operation has ended."""
+
+    __slots__ = ("shown",)
+
+    shown: Any  #: what stands for it until then
+
+    def settle(self) -> Any:
+        """The result of the operation, which has ended; HfreduceError where it shows to be wrong."""
+        raise NotImplementedError
+
+
+class Sender(Later):
     """The result of a receive from any source: C writes the rank when the message has come."""
 
     __slots__ = ("cell",)
 
     def __init__(self) -> None:
+        self.shown = None
         self.cell: Any = ffi.new("int *", -1)
 
     def rank(self) -> int:
         """Rank of the sender, once the receive has ended."""
         return int(self.cell[0])
 
+    settle = rank
+
 
 def settle(result: Any) -> Any:
-    """The result of an operation that has ended, or the list of a group's: ranks instead of each Sender."""
-    if type(result) is Sender:
-        return result.rank()
+    """The result of an operation that has ended, or the list of a group's, with what each Later has come to."""
+    if isinstance(result, Later):
+        return result.settle()
     if type(result) is list:
         for i, one in enumerate(result):
-            if type(one) is Sender:
-                result[i] = one.rank()
+            if isinstance(one, Later):
+                result[i] = one.settle()
     return result
 
 
@@ -79,7 +94,7 @@ class Work:
 
         Of `recv_any`: the sender's rank; None until it has ended.
         """
-        return None if type(self._result) is Sender else self._result
+        return self._result.shown if isinstance(self._result, Later) else self._result
 
     def wait(self, timeout: float | None = None) -> Any:
         """Wait until the operation has ended and return its result.
@@ -138,7 +153,10 @@ class Work:
             lib.hfreduceWorkErrorInfo(self._handle, info)
             self._error = from_info(code, info)
         elif not code:
-            self._result = settle(self._result)
+            try:
+                self._result = settle(self._result)
+            except HfreduceError as error:
+                self._error = error
         self._keep = None
 
     def __repr__(self) -> str:
