@@ -149,13 +149,23 @@ static hfreduceResult_t check_pointer(const char *f, const char *what, const voi
   return hfreduceSuccess;
 }
 
-/* In place means: the input lies where the rule of the call says. Any other overlap would be read half overwritten. */
+/* Any overlap but the one that the call's shape allows would be read half overwritten. */
 static hfreduceResult_t check_overlap(const char *f, const void *send, size_t send_bytes, const void *recv, size_t recv_bytes,
-                                      const void *legal) {
+                                      int in_place) {
   uintptr_t s = (uintptr_t)send, r = (uintptr_t)recv;
-  if (!send || !recv || send == legal || s + send_bytes <= r || r + recv_bytes <= s || !send_bytes || !recv_bytes)
+  if (!send || !recv || in_place || s + send_bytes <= r || r + recv_bytes <= s || !send_bytes || !recv_bytes)
     return hfreduceSuccess;
   return hfr_fail(hfreduceInvalidArgument, "%s: sendbuff and recvbuff overlap, but not as in-place operation allows", f);
+}
+
+/* Do the buffers lie as the call's shape allows them to overlap? row: bytes of a row. */
+static int is_in_place(const struct hfr_call *call, int rank, size_t row) {
+  switch (hfr_shape(call)->in_place) {
+    case HFR_SAME: return call->send == call->recv;
+    case HFR_OWN_OF_RECV: return call->send == (char *)call->recv + (size_t)rank * row;
+    case HFR_OWN_OF_SEND: return call->recv == (const char *)call->send + (size_t)rank * row;
+    default: return 0;
+  }
 }
 
 /* The op as the engine wants it: premultiplied sums resolved. */
@@ -188,7 +198,7 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
   return r;
 }
 
-/* Each public call on a communicator enters it; `body` checks and fills `call`. */
+/* Each public call on a communicator enters it; `body` checks `call` and issues it. */
 #define ENTERED(coll, body)                        \
   do {                                             \
     HFR_TRY(hfr_call_enter(comm, __func__, coll)); \
@@ -199,117 +209,81 @@ static hfreduceResult_t resolve_op(hfreduceComm_t c, const char *f, hfreduceRedO
 
 /* ---------------------------------------------------------------- collectives */
 
-static hfreduceResult_t all_reduce(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op,
-                                   hfreduceComm_t c, hfreduceStream_t stream) {
-  static const char f[] = "hfreduceAllReduce";
-  struct hfr_call call = {.coll = HFR_ALL_REDUCE, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
+/* Check a collective against its shape, and take it. call->op: as the caller gave it. */
+static hfreduceResult_t collective(struct hfr_call *call, hfreduceComm_t c, hfreduceStream_t stream) {
+  const struct hfr_shape *shape = hfr_shape(call);
+  const char *f = shape->function;
   HFR_TRY(check_comm(c, f));
-  HFR_TRY(check_count(c, f, count, dtype, 1));
-  HFR_TRY(check_pointer(f, "sendbuff", send, count));
-  HFR_TRY(check_pointer(f, "recvbuff", recv, count));
-  HFR_TRY(check_overlap(f, send, count * hfr_dtype_size(dtype), recv, count * hfr_dtype_size(dtype), recv));
-  HFR_TRY(resolve_op(c, f, op, dtype, &call));
-  return hfr_issue(c, &call, stream);
-}
-hfreduceResult_t hfreduceAllReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
-                                   hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(all_reduce(sendbuff, recvbuff, count, datatype, op, comm, stream));
+  HFR_TRY(check_count(c, f, call->count, call->dtype, hfr_has_many(call, 0) || hfr_has_many(call, 1) ? c->nranks : 1));
+  if (shape->rooted) HFR_TRY(check_root(c, f, "root", call->root));
+  int sends = hfr_rows_of(call, 0, c->rank, c->nranks), receives = hfr_rows_of(call, 1, c->rank, c->nranks);
+  if (sends) HFR_TRY(check_pointer(f, "sendbuff", call->send, call->count));
+  if (receives) HFR_TRY(check_pointer(f, "recvbuff", call->recv, call->count));
+  size_t row = call->count * hfr_dtype_size(call->dtype);
+  if (sends && receives)
+    HFR_TRY(
+        check_overlap(f, call->send, row * (size_t)sends, call->recv, row * (size_t)receives, is_in_place(call, c->rank, row)));
+  if (shape->reduces) HFR_TRY(resolve_op(c, f, call->op, call->dtype, call));
+  return hfr_issue(c, call, stream);
 }
 
-static hfreduceResult_t reduce(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op, int root,
-                               hfreduceComm_t c, hfreduceStream_t stream) {
-  static const char f[] = "hfreduceReduce";
-  struct hfr_call call = {.coll = HFR_REDUCE, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
-  HFR_TRY(check_comm(c, f));
-  HFR_TRY(check_count(c, f, count, dtype, 1));
-  HFR_TRY(check_root(c, f, "root", root));
-  HFR_TRY(check_pointer(f, "sendbuff", send, count));
-  if (c->rank == root) {
-    HFR_TRY(check_pointer(f, "recvbuff", recv, count));
-    HFR_TRY(check_overlap(f, send, count * hfr_dtype_size(dtype), recv, count * hfr_dtype_size(dtype), recv));
-  }
-  HFR_TRY(resolve_op(c, f, op, dtype, &call));
-  return hfr_issue(c, &call, stream);
+hfreduceResult_t hfreduceAllReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
+                                   hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
+  struct hfr_call call = {
+      .coll = HFR_ALL_REDUCE, .send = sendbuff, .recv = recvbuff, .count = count, .dtype = datatype, .op = op, .root = -1};
+  COLLECTIVE(collective(&call, comm, stream));
 }
 hfreduceResult_t hfreduceReduce(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                 hfreduceRedOp_t op, int root, hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(reduce(sendbuff, recvbuff, count, datatype, op, root, comm, stream));
-}
-
-static hfreduceResult_t broadcast(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, int root,
-                                  hfreduceComm_t c, hfreduceStream_t stream) {
-  static const char f[] = "hfreduceBroadcast";
-  struct hfr_call call = {.coll = HFR_BROADCAST, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
-  HFR_TRY(check_comm(c, f));
-  HFR_TRY(check_count(c, f, count, dtype, 1));
-  HFR_TRY(check_root(c, f, "root", root));
-  HFR_TRY(check_pointer(f, "recvbuff", recv, count));
-  if (c->rank == root) {
-    HFR_TRY(check_pointer(f, "sendbuff", send, count));
-    HFR_TRY(check_overlap(f, send, count * hfr_dtype_size(dtype), recv, count * hfr_dtype_size(dtype), recv));
-  }
-  return hfr_issue(c, &call, stream);
+  struct hfr_call call = {
+      .coll = HFR_REDUCE, .send = sendbuff, .recv = recvbuff, .count = count, .dtype = datatype, .op = op, .root = root};
+  COLLECTIVE(collective(&call, comm, stream));
 }
 hfreduceResult_t hfreduceBroadcast(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(broadcast(sendbuff, recvbuff, count, datatype, root, comm, stream));
+  struct hfr_call call = {
+      .coll = HFR_BROADCAST, .send = sendbuff, .recv = recvbuff, .count = count, .dtype = datatype, .root = root};
+  COLLECTIVE(collective(&call, comm, stream));
 }
 hfreduceResult_t hfreduceBcast(void *buff, size_t count, hfreduceDataType_t datatype, int root, hfreduceComm_t comm,
                                hfreduceStream_t stream) {
-  COLLECTIVE(broadcast(buff, buff, count, datatype, root, comm, stream));
-}
-
-static hfreduceResult_t all_gather(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c,
-                                   hfreduceStream_t stream) {
-  static const char f[] = "hfreduceAllGather";
-  struct hfr_call call = {.coll = HFR_ALL_GATHER, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
-  HFR_TRY(check_comm(c, f));
-  HFR_TRY(check_count(c, f, count, dtype, c->nranks));
-  HFR_TRY(check_pointer(f, "sendbuff", send, count));
-  HFR_TRY(check_pointer(f, "recvbuff", recv, count));
-  size_t bytes = count * hfr_dtype_size(dtype);
-  HFR_TRY(check_overlap(f, send, bytes, recv, bytes * (size_t)c->nranks, (char *)recv + (size_t)c->rank * bytes));
-  return hfr_issue(c, &call, stream);
+  struct hfr_call call = {.coll = HFR_BROADCAST, .send = buff, .recv = buff, .count = count, .dtype = datatype, .root = root};
+  COLLECTIVE(collective(&call, comm, stream));
 }
 hfreduceResult_t hfreduceAllGather(const void *sendbuff, void *recvbuff, size_t sendcount, hfreduceDataType_t datatype,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(all_gather(sendbuff, recvbuff, sendcount, datatype, comm, stream));
-}
-
-static hfreduceResult_t reduce_scatter(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceRedOp_t op,
-                                       hfreduceComm_t c, hfreduceStream_t stream) {
-  static const char f[] = "hfreduceReduceScatter";
-  struct hfr_call call = {.coll = HFR_REDUCE_SCATTER, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
-  HFR_TRY(check_comm(c, f));
-  HFR_TRY(check_count(c, f, count, dtype, c->nranks));
-  HFR_TRY(check_pointer(f, "sendbuff", send, count));
-  HFR_TRY(check_pointer(f, "recvbuff", recv, count));
-  size_t bytes = count * hfr_dtype_size(dtype);
-  if (recv != (const char *)send + (size_t)c->rank * bytes)
-    HFR_TRY(check_overlap(f, send, bytes * (size_t)c->nranks, recv, bytes, NULL));
-  HFR_TRY(resolve_op(c, f, op, dtype, &call));
-  return hfr_issue(c, &call, stream);
+  struct hfr_call call = {
+      .coll = HFR_ALL_GATHER, .send = sendbuff, .recv = recvbuff, .count = sendcount, .dtype = datatype, .root = -1};
+  COLLECTIVE(collective(&call, comm, stream));
 }
 hfreduceResult_t hfreduceReduceScatter(const void *sendbuff, void *recvbuff, size_t recvcount, hfreduceDataType_t datatype,
                                        hfreduceRedOp_t op, hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(reduce_scatter(sendbuff, recvbuff, recvcount, datatype, op, comm, stream));
-}
-
-static hfreduceResult_t all_to_all(const void *send, void *recv, size_t count, hfreduceDataType_t dtype, hfreduceComm_t c,
-                                   hfreduceStream_t stream) {
-  static const char f[] = "hfreduceAlltoAll";
-  struct hfr_call call = {.coll = HFR_ALL_TO_ALL, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = -1};
-  HFR_TRY(check_comm(c, f));
-  HFR_TRY(check_count(c, f, count, dtype, c->nranks));
-  HFR_TRY(check_pointer(f, "sendbuff", send, count));
-  HFR_TRY(check_pointer(f, "recvbuff", recv, count));
-  size_t bytes = count * hfr_dtype_size(dtype) * (size_t)c->nranks;
-  HFR_TRY(check_overlap(f, send, bytes, recv, bytes, recv));
-  return hfr_issue(c, &call, stream);
+  struct hfr_call call = {.coll = HFR_REDUCE_SCATTER,
+                          .send = sendbuff,
+                          .recv = recvbuff,
+                          .count = recvcount,
+                          .dtype = datatype,
+                          .op = op,
+                          .root = -1};
+  COLLECTIVE(collective(&call, comm, stream));
 }
 hfreduceResult_t hfreduceAlltoAll(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype,
                                   hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(all_to_all(sendbuff, recvbuff, count, datatype, comm, stream));
+  struct hfr_call call = {
+      .coll = HFR_ALL_TO_ALL, .send = sendbuff, .recv = recvbuff, .count = count, .dtype = datatype, .root = -1};
+  COLLECTIVE(collective(&call, comm, stream));
+}
+hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                hfreduceComm_t comm, hfreduceStream_t stream) {
+  struct hfr_call call = {
+      .coll = HFR_GATHER, .send = sendbuff, .recv = recvbuff, .count = count, .dtype = datatype, .root = root};
+  COLLECTIVE(collective(&call, comm, stream));
+}
+hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
+                                 hfreduceComm_t comm, hfreduceStream_t stream) {
+  struct hfr_call call = {
+      .coll = HFR_SCATTER, .send = sendbuff, .recv = recvbuff, .count = count, .dtype = datatype, .root = root};
+  COLLECTIVE(collective(&call, comm, stream));
 }
 
 /* Bytes from the start of the buffer to the end of its last block. */
@@ -348,7 +322,7 @@ static hfreduceResult_t all_to_allv(const void *send, const size_t *sendcounts, 
   HFR_TRY(check_extents(c, f, "recv", recvcounts, recvdispls, hfr_dtype_size(dtype), &recv_bytes));
   HFR_TRY(check_pointer(f, "sendbuff", send, send_bytes));
   HFR_TRY(check_pointer(f, "recvbuff", recv, recv_bytes));
-  HFR_TRY(check_overlap(f, send, send_bytes, recv, recv_bytes, NULL));
+  HFR_TRY(check_overlap(f, send, send_bytes, recv, recv_bytes, 0));
   if (sendcounts[c->rank] != recvcounts[c->rank])
     return hfr_fail(hfreduceInvalidArgument, "%s: rank %d sends %zu elements to itself but expects %zu", f, c->rank,
                     sendcounts[c->rank], recvcounts[c->rank]);
@@ -358,31 +332,6 @@ hfreduceResult_t hfreduceAlltoAllv(const void *sendbuff, const size_t *sendcount
                                    const size_t *recvcounts, const size_t *recvdispls, hfreduceDataType_t datatype,
                                    hfreduceComm_t comm, hfreduceStream_t stream) {
   COLLECTIVE(all_to_allv(sendbuff, sendcounts, senddispls, recvbuff, recvcounts, recvdispls, datatype, comm, stream));
-}
-
-/* gather and scatter: the root's large buffer and everybody's small one. */
-static hfreduceResult_t rooted(enum hfr_coll coll, const char *f, const void *send, void *recv, size_t count,
-                               hfreduceDataType_t dtype, int root, hfreduceComm_t c, hfreduceStream_t stream) {
-  struct hfr_call call = {.coll = coll, .send = send, .recv = recv, .count = count, .dtype = dtype, .root = root};
-  HFR_TRY(check_comm(c, f));
-  HFR_TRY(check_count(c, f, count, dtype, c->nranks));
-  HFR_TRY(check_root(c, f, "root", root));
-  int gather = coll == HFR_GATHER, at_root = c->rank == root;
-  if (gather || at_root) HFR_TRY(check_pointer(f, "sendbuff", send, count));
-  if (!gather || at_root) HFR_TRY(check_pointer(f, "recvbuff", recv, count));
-  size_t bytes = count * hfr_dtype_size(dtype), all = bytes * (size_t)c->nranks;
-  if (at_root && gather) HFR_TRY(check_overlap(f, send, bytes, recv, all, (char *)recv + (size_t)root * bytes));
-  if (at_root && !gather && recv != (const char *)send + (size_t)root * bytes)
-    HFR_TRY(check_overlap(f, send, all, recv, bytes, NULL));
-  return hfr_issue(c, &call, stream);
-}
-hfreduceResult_t hfreduceGather(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
-                                hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(rooted(HFR_GATHER, "hfreduceGather", sendbuff, recvbuff, count, datatype, root, comm, stream));
-}
-hfreduceResult_t hfreduceScatter(const void *sendbuff, void *recvbuff, size_t count, hfreduceDataType_t datatype, int root,
-                                 hfreduceComm_t comm, hfreduceStream_t stream) {
-  COLLECTIVE(rooted(HFR_SCATTER, "hfreduceScatter", sendbuff, recvbuff, count, datatype, root, comm, stream));
 }
 
 /* Sends and receives. `call` has the buffer, count, datatype, peer (root) and tag. */
@@ -422,12 +371,10 @@ hfreduceResult_t hfreduceRecvAny(void *recvbuff, size_t count, hfreduceDataType_
   MESSAGE(p2p(call, "hfreduceRecvAny", 1, comm, stream));
 }
 
-static hfreduceResult_t barrier(hfreduceComm_t c, hfreduceStream_t stream) {
+hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream) {
   struct hfr_call call = {.coll = HFR_BARRIER, .dtype = hfreduceUint8, .root = -1};
-  HFR_TRY(check_comm(c, "hfreduceBarrier"));
-  return hfr_issue(c, &call, stream);
+  COLLECTIVE(collective(&call, comm, stream));
 }
-hfreduceResult_t hfreduceBarrier(hfreduceComm_t comm, hfreduceStream_t stream) { COLLECTIVE(barrier(comm, stream)); }
 
 /* ---------------------------------------------------------------- user ops */
 

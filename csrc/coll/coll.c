@@ -111,10 +111,21 @@ static hfreduceResult_t plan_alone(struct hfr_plan *p) {
   return hfreduceSuccess;
 }
 
-/* Blocks of `count` elements that a rank stages in a slot. */
-static int blocks_in_slot(const struct hfr_plan *p) {
-  return p->call.coll == HFR_REDUCE_SCATTER || p->call.coll == HFR_ALL_TO_ALL ? p->layout->nranks : 1;
+static hfreduceResult_t plan_all_to_all(struct hfr_plan *p) {
+  return p->layout->nnodes == 1 ? hfr_plan_all_to_all(p) : hfr_plan_exchange(p);
 }
+
+/* Of calls with data, among several ranks. */
+static hfreduceResult_t (*const planner[HFR_NCOLL])(struct hfr_plan *plan) = {
+    [HFR_ALL_REDUCE] = hfr_plan_all_reduce,
+    [HFR_REDUCE] = hfr_plan_reduce,
+    [HFR_BROADCAST] = hfr_plan_broadcast,
+    [HFR_ALL_GATHER] = hfr_plan_all_gather,
+    [HFR_REDUCE_SCATTER] = hfr_plan_reduce_scatter,
+    [HFR_ALL_TO_ALL] = plan_all_to_all,
+    [HFR_GATHER] = hfr_plan_exchange,
+    [HFR_SCATTER] = hfr_plan_exchange,
+};
 
 hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *layout, const struct hfr_geometry *geometry,
                                 const struct hfr_call *call) {
@@ -125,7 +136,7 @@ hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *lay
   if (call->coll == HFR_P2P) return hfr_plan_exchange(p);
   if (layout->nnodes > 1) hfr_dtree(layout->nnodes, layout->node, p->pos);
   if (call->sendcounts) return hfr_plan_exchange(p);
-  if (call->coll == HFR_BARRIER || !call->count) {
+  if (!call->count || !hfr_shape(call)->send) {
     p->algo = "agree";
     p->step = step_agree_only;
     return hfr_plan_agree(p);
@@ -135,15 +146,10 @@ hfreduceResult_t hfr_plan_build(struct hfr_plan *p, const struct hfr_layout *lay
    * the average would not. */
   p->avg_pre = call->op == hfreduceAvg && layout->nnodes > 1 && hfr_dtype(call->dtype)->spills;
   p->direct = layout->max_local == 1 && !call->premul && !p->avg_pre;
-  hfreduceResult_t r;
-  switch (call->coll) {
-    case HFR_ALL_REDUCE: r = hfr_plan_all_reduce(p); break;
-    case HFR_REDUCE: r = hfr_plan_reduce(p); break;
-    case HFR_BROADCAST: r = hfr_plan_broadcast(p); break;
-    case HFR_ALL_GATHER: r = hfr_plan_all_gather(p); break;
-    case HFR_REDUCE_SCATTER: r = hfr_plan_reduce_scatter(p); break;
-    default: r = call->coll == HFR_ALL_TO_ALL && layout->nnodes == 1 ? hfr_plan_all_to_all(p) : hfr_plan_exchange(p);
+  hfreduceResult_t r = planner[call->coll](p);
+  if (layout->nnodes == 1 && p->nchunks == 1) {
+    size_t rows = hfr_shape(call)->send == HFR_ROWS ? (size_t)layout->nranks : 1; /* that a rank stages in a slot */
+    p->staged = call->count * p->esize * rows;
   }
-  if (layout->nnodes == 1 && p->nchunks == 1) p->staged = call->count * p->esize * (size_t)blocks_in_slot(p);
   return r;
 }

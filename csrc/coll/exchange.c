@@ -13,8 +13,7 @@ static size_t extent(const struct hfr_plan *p, int sending, int peer, size_t *of
     *off = (sending ? c->senddispls : c->recvdispls)[peer] * p->esize;
     return (sending ? c->sendcounts : c->recvcounts)[peer] * p->esize;
   }
-  int many = c->coll == HFR_ALL_TO_ALL || (c->coll == HFR_GATHER && !sending) || (c->coll == HFR_SCATTER && sending);
-  *off = many ? (size_t)peer * c->count * p->esize : 0;
+  *off = hfr_has_many(c, !sending) ? (size_t)peer * c->count * p->esize : 0;
   return c->count * p->esize;
 }
 
@@ -62,14 +61,13 @@ hfreduceResult_t hfr_plan_exchange(struct hfr_plan *p) {
   p->part = part_exchange;
   if (c->coll == HFR_P2P) /* a receive has no stages: messages find it (engine/p2p.c) */
     return c->receiving ? hfreduceSuccess : add_message_stage(p, 1, root, "send");
-  int all = c->coll == HFR_ALL_TO_ALL;
-  int sends_to_all = all || (c->coll == HFR_SCATTER && me == root),
-      receives_from_all = all || (c->coll == HFR_GATHER && me == root);
-  for (int d = 1; sends_to_all && d < n; d++)
+  int rooted = hfr_shape(c)->rooted, with_all = !rooted || me == root; /* the others have to do with the root alone */
+  int sends = hfr_rows_of(c, 0, me, n) > 0, receives = hfr_rows_of(c, 1, me, n) > 0;
+  for (int d = 1; with_all && hfr_has_many(c, 0) && d < n; d++)
     HFR_TRY(add_message_stage(p, 1, (me + d) % n, "send")); /* neighbours first: the load spreads */
-  if (c->coll == HFR_GATHER && me != root) HFR_TRY(add_message_stage(p, 1, root, "send"));
-  for (int d = 1; receives_from_all && d < n; d++) HFR_TRY(add_message_stage(p, 0, (me + n - d) % n, "recv"));
-  if (c->coll == HFR_SCATTER && me != root) HFR_TRY(add_message_stage(p, 0, root, "recv"));
-  if (all || me == root) HFR_TRY(add_self_copy(p));
-  return all ? hfreduceSuccess : hfr_plan_agree(p);
+  if (!with_all && sends) HFR_TRY(add_message_stage(p, 1, root, "send"));
+  for (int d = 1; with_all && hfr_has_many(c, 1) && d < n; d++) HFR_TRY(add_message_stage(p, 0, (me + n - d) % n, "recv"));
+  if (!with_all && receives) HFR_TRY(add_message_stage(p, 0, root, "recv"));
+  if (with_all) HFR_TRY(add_self_copy(p));
+  return rooted ? hfr_plan_agree(p) : hfreduceSuccess;
 }

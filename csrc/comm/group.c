@@ -67,8 +67,7 @@ static hfreduceResult_t plan_request(struct hfreduceComm *c, const struct hfr_ca
   mine.windowed = o && (o->staged[0] || o->staged[1]);
   if (mine.sendcounts && !(r->counts = copy_counts(&mine, c->nranks)))
     result = hfr_fail(hfreduceSystemError, "out of memory for counts");
-  if (!result && mine.coll == HFR_ALL_TO_ALL && mine.send == mine.recv && mine.count && !mine.sendcounts)
-    result = copy_in_place(r, &mine, o, c->nranks);
+  if (!result && hfr_swaps_in_place(&mine)) result = copy_in_place(r, &mine, o, c->nranks);
   if (!result) result = hfr_plan_build(&r->plan, &c->layout, &e->geometry, &mine);
   if (result) {
     hfr_request_put(e, r);

@@ -7,11 +7,8 @@
 #include <unistd.h>
 
 const char *hfr_stream_name(const struct hfr_call *call) {
-  static const char *const name[HFR_NCOLL] = {"hfreduceAllReduce", "hfreduceReduce",        "hfreduceBroadcast",
-                                              "hfreduceAllGather", "hfreduceReduceScatter", "hfreduceAlltoAll",
-                                              "hfreduceGather",    "hfreduceScatter",       "hfreduceBarrier"};
   if (call->coll == HFR_P2P) return call->receiving ? "hfreduceRecv" : "hfreduceSend";
-  return call->sendcounts ? "hfreduceAlltoAllv" : name[call->coll];
+  return call->sendcounts ? "hfreduceAlltoAllv" : hfr_shape(call)->function;
 }
 
 size_t hfr_stream_uneven(const struct hfr_call *c, int recv, int nranks, int extent) {
@@ -26,10 +23,9 @@ size_t hfr_stream_uneven(const struct hfr_call *c, int recv, int nranks, int ext
 
 /* Bytes of a buffer that the call works on at this rank; 0: it leaves it alone. */
 static size_t extent(const struct hfreduceComm *c, const struct hfr_call *call, int recv) {
-  struct hfr_plan p = {.layout = &c->layout, .call = *call};
   size_t esize = hfr_dtype_size(call->dtype);
   if (call->sendcounts) return hfr_stream_uneven(call, recv, c->nranks, 1) * esize;
-  return (size_t)hfr_window_rows(&p, recv) * call->count * esize;
+  return (size_t)hfr_rows_of(call, recv, c->rank, c->nranks) * call->count * esize;
 }
 
 /* Does the process have this byte? Host memory that was freed, and device memory that was, look alike to the driver: unknown. */

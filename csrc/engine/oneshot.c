@@ -82,18 +82,11 @@ static enum outcome slot_free(struct hfr_engine *e, struct hfr_request *r, int64
 /* Bytes that a rank stages, the same on all; -1: the call is not small, or of another kind. */
 static int64_t staged_bytes(const struct hfr_engine *e, const struct hfr_call *call) {
   int n = e->arena->nlocal;
-  int64_t limit = hfr_oneshot_bytes(&e->geometry, call->coll == HFR_BROADCAST ? 1 : n);
-  int blocks = call->coll == HFR_REDUCE_SCATTER || call->coll == HFR_ALL_TO_ALL ? n : 1;
-  switch (call->coll) {
-    case HFR_BARRIER: return 0;
-    case HFR_ALL_REDUCE:
-    case HFR_REDUCE:
-    case HFR_BROADCAST:
-    case HFR_ALL_GATHER:
-    case HFR_REDUCE_SCATTER:
-    case HFR_ALL_TO_ALL: break;
-    default: return -1;
-  }
+  const struct hfr_shape *shape = hfr_shape(call);
+  if (!shape->small) return -1;
+  if (!shape->send) return 0; /* a barrier */
+  int64_t limit = hfr_oneshot_bytes(&e->geometry, hfr_root_sends(call) ? 1 : n);
+  int blocks = shape->send == HFR_ROWS ? n : 1;
   if (blocks > 1) {
     int64_t block = (int64_t)hfr_block_bytes(&e->geometry, n, hfr_dtype_size(call->dtype));
     if (block < limit) limit = block;
@@ -113,7 +106,7 @@ static void put_in(struct hfr_engine *e, const struct hfr_call *call, const stru
   size_t per = call->count * hfr_dtype_size(call->dtype);
   size_t before = per < bytes ? per * (size_t)a->local : bytes, after = per < bytes ? before + per : bytes;
   uint8_t *slot = hfr_arena_in(a, a->local, r->base) + r->place;
-  if (call->coll == HFR_BROADCAST && call->root != e->layout->rank) return;
+  if (hfr_root_sends(call) && call->root != e->layout->rank) return;
   if (bytes >= HFR_ROTATED_MIN) hfr_arena_warm(a, HFR_WARM_IN);
   hfr_writer_copy(&a->writer, slot, call->send, before);
   if (after < bytes) hfr_writer_copy(&a->writer, slot + after, (const uint8_t *)call->send + after, bytes - after);
@@ -131,28 +124,20 @@ static void copy_unless_there(void *dst, const void *src, size_t bytes) {
 
 /* e->sources: the slots. */
 static void take_out(struct hfr_engine *e, const struct hfr_call *call) {
-  int me = e->layout->rank, n = e->arena->nlocal;
-  size_t per = call->count * hfr_dtype_size(call->dtype), mine = per * (size_t)me;
-  const uint8_t *send = call->send;
-  uint8_t *recv = call->recv;
-  switch (call->coll) {
-    case HFR_ALL_REDUCE: reduce_all(e, call); break;
-    case HFR_REDUCE:
-      if (me == call->root) reduce_all(e, call);
-      break;
-    case HFR_BROADCAST: copy_unless_there(recv, me == call->root ? call->send : e->sources[call->root], per); break;
-    case HFR_REDUCE_SCATTER:
-      for (int i = 0; i < n; i++) e->sources[i] = (i == me ? send : (const uint8_t *)e->sources[i]) + mine;
-      reduce_all(e, call);
-      break;
-    case HFR_ALL_GATHER:
-      for (int i = 0; i < n; i++) copy_unless_there(recv + per * (size_t)i, i == me ? call->send : e->sources[i], per);
-      break;
-    case HFR_ALL_TO_ALL:
-      for (int i = 0; i < n; i++)
-        copy_unless_there(recv + per * (size_t)i, (i == me ? send : (const uint8_t *)e->sources[i]) + mine, per);
-      break;
-    default: break; /* a barrier */
+  const struct hfr_shape *shape = hfr_shape(call);
+  int me = e->layout->rank, n = e->arena->nlocal, rows = hfr_rows_of(call, 1, me, n), many = shape->send == HFR_ROWS;
+  size_t per = call->count * hfr_dtype_size(call->dtype), mine = many ? per * (size_t)me : 0;
+  if (!rows) return; /* a barrier, or the root's alone */
+  if (shape->reduces) {
+    for (int i = 0; many && i < n; i++)
+      e->sources[i] = (i == me ? (const uint8_t *)call->send : (const uint8_t *)e->sources[i]) + mine;
+    reduce_all(e, call);
+    return;
+  }
+  int first = hfr_root_sends(call) ? call->root : 0, last = hfr_root_sends(call) ? first : n - 1;
+  for (int i = first; i <= last; i++) {
+    const uint8_t *from = (i == me ? (const uint8_t *)call->send : (const uint8_t *)e->sources[i]) + mine;
+    copy_unless_there((uint8_t *)call->recv + (rows > 1 ? per * (size_t)i : 0), from, per);
   }
 }
 

@@ -8,7 +8,7 @@
  */
 #ifndef HFR_ENGINE_PLAN_H_
 #define HFR_ENGINE_PLAN_H_
-#include "../call/call.h"
+#include "../call/shape.h"
 #include "../node/arena.h"
 #include "../simd/simd.h"
 #include "../topo/layout.h"

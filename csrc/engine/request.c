@@ -217,7 +217,7 @@ static int uses_slots_all_over(const struct hfr_plan *p) {
 /* Those that this rank will write. */
 static void warm_slots(struct hfr_engine *e, const struct hfr_request *r) {
   const struct hfr_plan *p = &r->plan;
-  int only_reads = p->call.coll == HFR_BROADCAST && p->call.root != e->layout->rank && e->layout->nnodes == 1;
+  int only_reads = !hfr_window_rows(p, 0) && e->layout->nnodes == 1;
   if (!uses_slots_all_over(p)) return;
   for (int s = 0; s < p->nstages; s++) {
     if (!p->stage[s].niter) continue;
@@ -241,8 +241,8 @@ static void begin_collective(struct hfr_engine *e, struct hfr_request *r) {
    Between nodes, partial results are sent on from there. */
 static int streams_out(const struct hfr_engine *e, const struct hfr_request *r) {
   const struct hfr_call *c = &r->plan.call;
-  size_t blocks = c->coll == HFR_ALL_GATHER || c->coll == HFR_ALL_TO_ALL ? (size_t)e->layout->nranks : 1;
-  int in_place = c->send == c->recv && (c->coll == HFR_ALL_REDUCE || c->coll == HFR_REDUCE);
+  size_t blocks = (size_t)hfr_window_rows(&r->plan, 1);
+  int in_place = c->send == c->recv && hfr_shape(c)->in_place == HFR_SAME && hfr_shape(c)->reduces;
   return e->layout->nnodes == 1 && !in_place && !c->windowed && c->coll != HFR_P2P &&
          c->count * blocks * r->plan.esize * (size_t)e->arena->nlocal >= e->stream_from;
 }

@@ -33,7 +33,7 @@ static void lend_area(struct hfr_engine *e, struct hfr_request *r, const struct 
 /* The first message from a user's buffer tells the transport of the whole buffer. */
 static void lend(struct hfr_engine *e, struct hfr_request *r, const struct hfr_link *l, const struct hfr_loc *src) {
   const struct hfr_call *call = &r->plan.call;
-  int from_recv = src->space == HFR_RECV, ranks = 1;
+  int from_recv = src->space == HFR_RECV;
   if (src->space == HFR_IN) lend_area(e, r, l, src);
   if ((src->space != HFR_SEND && !from_recv) || r->lent >> from_recv & 1 || !l->transport->lend) return;
   r->lent |= 1 << from_recv;
@@ -41,10 +41,8 @@ static void lend(struct hfr_engine *e, struct hfr_request *r, const struct hfr_l
     l->transport->lend(e->net, r->window->memory[from_recv], r->window->memory_bytes[from_recv]);
     return;
   }
-  if (call->coll == (from_recv ? HFR_ALL_GATHER : HFR_REDUCE_SCATTER) || call->coll == HFR_ALL_TO_ALL ||
-      call->coll == (from_recv ? HFR_GATHER : HFR_SCATTER))
-    ranks = e->layout->nranks;
-  l->transport->lend(e->net, from_recv ? call->recv : call->send, call->count * r->plan.esize * (size_t)ranks);
+  size_t rows = (size_t)hfr_window_rows(&r->plan, from_recv);
+  l->transport->lend(e->net, from_recv ? call->recv : call->send, call->count * r->plan.esize * rows);
 }
 
 /* SEND stages have two cursors: handed to the link, and no longer needing their data. */

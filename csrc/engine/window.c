@@ -14,20 +14,7 @@ static int cyclic_reached(uint32_t now, uint32_t value) { return (int32_t)(now -
 
 int hfr_window_rows(const struct hfr_plan *p, int recv) {
   const struct hfr_call *c = &p->call;
-  int n = p->layout->nranks, at_root = p->layout->rank == c->root;
-  if (!c->count && !c->sendcounts) return 0;
-  switch (c->coll) {
-    case HFR_ALL_REDUCE: return 1;
-    case HFR_REDUCE: return !recv || at_root;
-    case HFR_BROADCAST: return recv || at_root;
-    case HFR_ALL_GATHER: return recv ? n : 1;
-    case HFR_REDUCE_SCATTER: return recv ? 1 : n;
-    case HFR_ALL_TO_ALL: return n;
-    case HFR_GATHER: return !recv ? 1 : at_root ? n : 0;
-    case HFR_SCATTER: return recv ? 1 : at_root ? n : 0;
-    case HFR_P2P: return recv == c->receiving;
-    default: return 0;
-  }
+  return c->count || c->sendcounts ? hfr_rows_of(c, recv, p->layout->rank, p->layout->nranks) : 0;
 }
 
 size_t hfr_window_unit(const struct hfr_plan *p) {
