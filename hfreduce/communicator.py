@@ -18,6 +18,7 @@ from hfreduce.buffer import Buffer, resolve
 from hfreduce.connection import Connection, connections
 from hfreduce.device import common_stream
 from hfreduce.errors import HfreduceError, InvalidArgumentError, InvalidUsageError, text
+from hfreduce.objects import ObjectCollectives
 from hfreduce.params import default_timeout
 from hfreduce.premul import PreMulSum
 from hfreduce.types import OPS, op_code
@@ -55,7 +56,7 @@ _fast_type: Any = _ndarray if _known_layout() else _Nothing
 _NO_BUFFER = Buffer(NULL, 0, 0, None)
 
 
-class Communicator:
+class Communicator(ObjectCollectives):
     """nranks processes (or threads) that call the same operations in the same order.
 
     Arrays are numpy arrays, torch CPU tensors, or objects with the buffer protocol, __array_interface__ or DLPack on the
