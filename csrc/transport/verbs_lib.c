@@ -421,7 +421,12 @@ static int has_port(const struct device *d, int number) {
   return attribute(text, sizeof text, "%s/%s/ports/%d/state", sysfs(), d->name, number);
 }
 
-static int sort_key(const struct hfr_ib_port *p, int here) { return *p->why_not ? 1 << 20 : numa_distance(here, p->numa); }
+/* Is port a worse than b for a process on NUMA node `here`? 0: they are equals. A slow port that is near is still slow. */
+static int worse(const struct hfr_ib_port *a, const struct hfr_ib_port *b, int here) {
+  if (!*a->why_not != !*b->why_not) return *a->why_not ? 1 : -1;
+  if (a->gbps != b->gbps) return a->gbps < b->gbps ? 1 : -1;
+  return numa_distance(here, a->numa) - numa_distance(here, b->numa);
+}
 
 int hfr_ib_ports(struct hfr_ib_port *ports, int max, const char **why) {
   static const char none[] = "no RDMA devices (" SYSFS " is empty)";
@@ -440,8 +445,11 @@ int hfr_ib_ports(struct hfr_ib_port *ports, int max, const char **why) {
       struct hfr_ib_port p = {.number = number, .gid_index = -1};
       snprintf(p.name, sizeof p.name, "%s:%d", devices[i].name, number);
       look_at(&devices[i], &p);
-      int at = n++; /* insertion keeps the order of equals */
-      for (; at > 0 && sort_key(&ports[at - 1], here) > sort_key(&p, here); at--) ports[at] = ports[at - 1];
+      int at = n++; /* equals by name: libibverbs lists devices as the kernel found them */
+      for (int by; at > 0; at--) {
+        if ((by = worse(&ports[at - 1], &p, here)) < 0 || (!by && strverscmp(ports[at - 1].name, p.name) <= 0)) break;
+        ports[at] = ports[at - 1];
+      }
       ports[at] = p;
     }
   }
@@ -462,7 +470,7 @@ hfreduceResult_t hfr_ib_choose(int place, struct hfr_ib_port *port) {
       used += (size_t)snprintf(text + used, sizeof text - used, "%s%s: %s", i ? "; " : "", ports[i].name, ports[i].why_not);
     return hfr_fail(hfreduceInvalidUsage, "no RDMA port can be used: %s", text);
   }
-  while (near < n && !*ports[near].why_not && sort_key(&ports[near], here) == sort_key(&ports[0], here)) near++;
+  while (near < n && !*ports[near].why_not && !worse(&ports[near], &ports[0], here)) near++;
   *port = ports[place % near];
   return hfreduceSuccess;
 }

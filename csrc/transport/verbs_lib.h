@@ -61,10 +61,11 @@ struct hfr_ib_port {
   int soft;          /* the device is a driver on this machine's cores (Soft-RoCE, Soft-iWARP) */
   char why_not[400]; /* "": it can be used */
 };
-/* The ports of all devices in their present state, those first that can be used, the nearest to this process' cores before the
- * others; at most max. 0: *why says why there is none. */
+/* The ports of all devices in their present state, those first that can be used, of these the fastest, of equals the nearest to
+ * this process' cores; at most max. 0: *why says why there is none. */
 int hfr_ib_ports(struct hfr_ib_port *ports, int max, const char **why);
-/* The port for the rank at place `place` of its node: the ranks of a node spread over the ports that are equally near. */
+/* The port for the rank at place `place` of its node: the ranks of a node spread over the ports that are as fast and near as the
+ * first. */
 hfreduceResult_t hfr_ib_choose(int place, struct hfr_ib_port *port);
 /* The usable port that comes after this one, by name and round, perhaps itself. *usable: how many there are. 0: none. */
 int hfr_ib_next_port(const struct hfr_ib_port *port, struct hfr_ib_port *next, int *usable);

@@ -411,8 +411,33 @@ static void test_left(void) {
   if (chosen("left")) CHECK(run_processes("1,1", leaves, NULL, 60) == 2);
 }
 
+/* A port that is slower than the other one is left alone while that is up. */
+static int fastest(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  hfreduceComm_t comm;
+  hfreduceConnection_t link;
+  int wrong = 0, count = 0;
+  hfr_param_reload();
+  if (hfreduceCommInitRank(&comm, n, *id, rank) || sums(comm, rank, n, 5, &wrong)) return 1;
+  hfreduceCommConnectionCount(comm, &count);
+  for (int i = 0; i < count; i++) {
+    hfreduceCommGetConnection(comm, i, &link);
+    if (strcmp(link.transport, "verbs") || !*link.local || !strcmp(link.local, arg)) continue;
+    fprintf(stderr, "rank %d: %s to rank %d, not %s\n", rank, link.local, link.peer, (const char *)arg);
+    wrong++;
+  }
+  hfreduceCommDestroy(comm);
+  return wrong;
+}
+
 static void test_ports(void) {
   if (chosen("ports")) CHECK(run_processes("2,2", spreads, NULL, 60) == 0);
+  if (!chosen("rates")) return;
+  static char first[] = "fake0:1", second[] = "fake1:1";
+  attribute("fake1", "ports/1/rate", "25 Gb/sec (1X EDR)");
+  CHECK(run_processes("2,2", fastest, first, 60) == 0);
+  attribute("fake1", "ports/1/rate", "400 Gb/sec (4X NDR)");
+  CHECK(run_processes("2,2", fastest, second, 60) == 0);
+  attribute("fake1", "ports/1/rate", "100 Gb/sec (4X EDR)");
 }
 
 static void test_odd(int quick) {
