@@ -130,6 +130,16 @@ def test_a_failing_driver(failure: str, tmp_path: Path) -> None:
     assert code == 0, shorten(text)
 
 
+@pytest.mark.parametrize(
+    ("result", "advice"), [(2, "or raise ulimit -l"), (800, "as it does in confidential mode"), (801, "confidential mode")]
+)
+def test_memory_that_cannot_be_pinned(result: int, advice: str, tmp_path: Path) -> None:
+    fault = f"fail=cuMemHostRegister:0:{result}"
+    code, text = run_program(cuda_stand_in, "plain", "test_cuda_faults", "elsewhere 1", tmp_path, FAKE_CUDA=fault)
+    assert code == 1 and "cannot pin" in text, shorten(text)
+    assert advice in text and ("ulimit" in text) == (result == 2), shorten(text)
+
+
 def test_host_calls_make_no_context(tmp_path: Path) -> None:
     """Ranks on host memory work beside a driver that nobody initialised, and one that does not initialise at all."""
     target = built("test_collectives")

@@ -36,11 +36,15 @@ static hfreduceResult_t pin(struct hfr_copier *c, uint8_t *p, size_t size, struc
   int r = cu->host_register(p, size, HFR_CU_HOST_PORTABLE | HFR_CU_HOST_DEVICEMAP);
   if (!r && (r = cu->host_device_pointer(&device, p, 0))) cu->host_unregister(p);
   if (r) {
+    int forbidden = r == HFR_CU_NOT_PERMITTED || r == HFR_CU_NOT_SUPPORTED;
     hfr_cuda_fail("cuMemHostRegister", r);
     char text[200];
     snprintf(text, sizeof text, "%.199s", hfr_last_error()->text);
-    return hfr_fail(hfreduceUnhandledCudaError,
-                    "cannot pin %zu bytes for device %d: %s; lower HFREDUCE_CUDA_SEGMENT or raise ulimit -l", size, on, text);
+    return hfr_fail(hfreduceUnhandledCudaError, "cannot pin %zu bytes for device %d: %s; %s", size, on, text,
+                    forbidden
+                        ? "the driver forbids registering host memory, as it does in confidential mode: copy to host memory, "
+                          "and call on that"
+                        : "lower HFREDUCE_CUDA_SEGMENT or raise ulimit -l");
   }
   *m = (struct hfr_pinned){.host = p,
                            .device = device,

@@ -66,7 +66,8 @@ struct hfr_stream {
   void *graph;      /* being captured */
 };
 /* Look at a stream. A default stream is the one of `context`, or of the thread's current context where that is NULL.
-   InvalidArgument for a stream that is none, InvalidUsage for one whose capture has failed; `who` begins the message. */
+   InvalidArgument for a stream that is none, where the driver tells (it may crash on a stale handle), InvalidUsage for one whose
+   capture has failed; `who` begins the message. */
 hfreduceResult_t hfr_stream_look(const char *who, void *handle, void *context, struct hfr_stream *stream);
 
 /* A stream of the device's default context for one caller, until it is put: of the greatest priority, never a captured one, with
