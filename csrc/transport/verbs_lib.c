@@ -19,10 +19,12 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #define SYSFS "/sys/class/infiniband"
 #define DEVICES_MAX 64
-#define PROBE_BYTES ((size_t)4 << 20) /* about what a connection registers */
+#define PROBE_BYTES ((size_t)4 << 20)   /* about what a connection registers */
+#define ENOUGH_BYTES ((size_t)32 << 20) /* and a small communicator, with its arena */
 
 /* ---------------------------------------------------------------- the library */
 
@@ -212,16 +214,21 @@ struct hfr_ib_mr *hfr_ib_register(const struct hfr_ib_port *port, void *memory, 
 
 /* Can a connection's memory be registered? Better found now than in the first operation. */
 static void try_memory(struct device *d) {
-  void *memory = mmap(NULL, PROBE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  struct rlimit limit;
+  size_t bytes = PROBE_BYTES, page = (size_t)sysconf(_SC_PAGESIZE);
+  /* Where a limit is too low for what is to come, does it hold for this process? With CAP_IPC_LOCK it does not. */
+  if (!getrlimit(RLIMIT_MEMLOCK, &limit) && limit.rlim_cur >= bytes && limit.rlim_cur < ENOUGH_BYTES)
+    bytes = (size_t)limit.rlim_cur / page * page + page;
+  void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return;
-  struct hfr_ib_mr *mr = register_with(d->pd, memory, PROBE_BYTES, 1);
+  struct hfr_ib_mr *mr = register_with(d->pd, memory, bytes, 1);
   if (mr) {
     ib.dereg_mr(mr);
   } else {
-    cannot_register(d->name, PROBE_BYTES, errno);
+    cannot_register(d->name, bytes, errno);
     snprintf(d->memory, sizeof d->memory, "%.190s", hfr_last_error()->text);
   }
-  munmap(memory, PROBE_BYTES);
+  munmap(memory, bytes);
 }
 
 /* Can it connect? Some devices know datagrams only, iWARP ones connect by other means. Better found while there is TCP to fall

@@ -14,6 +14,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define COUNT 100000
@@ -244,6 +245,16 @@ static void test_coming_up(void) {
   for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) run("1,1", fails, &calls[i]);
 }
 
+/* As a service or a container starts programs: 8 MiB may be locked, which is enough for one connection and not for three. */
+static int small_limit(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  struct rlimit limit;
+  if (getrlimit(RLIMIT_MEMLOCK, &limit)) return 1;
+  limit.rlim_cur = (rlim_t)8 << 20;
+  if (limit.rlim_max < limit.rlim_cur || setrlimit(RLIMIT_MEMLOCK, &limit)) return 0; /* it is lower here */
+  setenv("FAKE_VERBS", "memlock=1", 1);
+  return falls_back(rank, n, id, arg);
+}
+
 /* Set an attribute of a device; "" takes it away. */
 static void attribute(const char *device, const char *name, const char *value) {
   char path[300];
@@ -262,6 +273,7 @@ static void attribute(const char *device, const char *name, const char *value) {
 static void test_unable(void) {
   run("1,1", falls_back, &(struct fault){"unable: datagrams only", "create_qp=0:95", "", LINK});
   run("1,1", falls_back, &(struct fault){"unable: no link layer", "layer=0", "", LINK});
+  run("1,1,1,1", small_limit, &(struct fault){"unable: little may be locked", "memlock=1", "", LINK});
   run("1,1", works, &(struct fault){"unable: the first device only", "layer0=0", "", LINK});
   for (int i = 0; i < 2; i++) attribute(i ? "fake1" : "fake0", "node_type", "4: RNIC");
   run("1,1", fails, &(struct fault){"unable: iWARP", "", "no channel adapter of InfiniBand or RoCE (node type 4: RNIC)", START});

@@ -118,6 +118,7 @@ struct fake_process {
   int port_down[FAKE_DEVICES], dead[FAKE_DEVICES];
   int64_t port_up_ns[FAKE_DEVICES]; /* when a port that is down comes back; 0: never by itself */
   int qps, cqs, regions, channels;
+  uint64_t pinned; /* bytes registered */
 };
 extern struct fake_process fake_mine;
 extern struct fake_fabric *fake_fabric; /* NULL until fake_lock() */
@@ -169,6 +170,7 @@ int fake_script_event(int number);       /* to happen before this send; -1: none
 int64_t fake_script_delay_ns(void);      /* of the next completion */
 uint32_t fake_script_inline(void);       /* the most that fits */
 uint32_t fake_script_least_inline(void);
+int fake_script_memlock(void);         /* the limit on locked memory holds */
 int fake_script_vector(void);          /* -1: any */
 int fake_script_port_down(int device); /* at first */
 int64_t fake_script_flap_ns(void);     /* how long a port that fails is down; 0: for good */

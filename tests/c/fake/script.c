@@ -12,6 +12,7 @@
  *   inline=BYTES     what fits inline (create_qp refuses more); preset 220
  *   least=BYTES      a queue pair that connects with less inline ends the process
  *   vector=V         a completion queue with a channel that is of another completion vector ends the process
+ *   memlock=1        the limit on locked memory (RLIMIT_MEMLOCK) holds for what is registered
  *   down=DEVICE      its port is down (0, 1, ...)
  *   prefix=P         an InfiniBand port is of this subnet, preset 0; prefixD=P as for layer. LIDs do not reach beyond it
  *   grh=1            an InfiniBand port requires the global route header
@@ -112,6 +113,7 @@ static int number_for(const char *what, int device, int preset) {
 int fake_script_subnet(int device) { return number_for("prefix", device, 0); }
 int fake_script_grh_required(int device) { return number_for("grh", device, 0); }
 uint32_t fake_script_least_inline(void) { return (uint32_t)number_of("least", 0); }
+int fake_script_memlock(void) { return number_of("memlock", 0); }
 int fake_script_vector(void) { return number_of("vector", -1); }
 int fake_script_link_layer(int device) { return number_for("layer", device, HFR_IB_LINK_LAYER_ETHERNET); }
 

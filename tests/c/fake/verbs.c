@@ -11,6 +11,7 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <time.h>
@@ -186,7 +187,11 @@ struct hfr_ib_mr *ibv_reg_mr(struct hfr_ib_pd *pd, void *addr, size_t length, in
   if (!mr || fake_fails("reg_mr", pd->context->device)) return free(mr), NULL;
   int at = fake_free_entry(fake_fabric->region, sizeof *fake_fabric->region, FAKE_MRS);
   if (access & HFR_IB_ACCESS_REMOTE_WRITE && !(access & HFR_IB_ACCESS_LOCAL_WRITE)) errno = EINVAL, at = -1;
+  struct rlimit limit = {0};
+  if (fake_script_memlock() && !getrlimit(RLIMIT_MEMLOCK, &limit) && fake_mine.pinned + length > limit.rlim_cur)
+    errno = ENOMEM, at = -1;
   if (at < 0) return fake_unlock(), free(mr), NULL;
+  fake_mine.pinned += length;
   uint32_t key = (uint32_t)at << 8 | (++fake_fabric->ids & 0xff);
   fake_fabric->region[at] = (struct fake_region){fake_mine.pid, key, pd->id, (uintptr_t)addr, length, access};
   *mr = (struct hfr_ib_mr){&pd->context->base, pd, addr, length, (uint32_t)at, key, key};
@@ -207,6 +212,7 @@ int ibv_dereg_mr(struct hfr_ib_mr *mr) {
   if (r->pid != fake_mine.pid || r->key != mr->lkey) fake_die("a memory region is freed that there is not");
   r->pid = 0;
   fake_mine.regions--;
+  fake_mine.pinned -= mr->length;
   fake_unlock();
   for_children(mr->addr, mr->length, MADV_DOFORK);
   free(mr);
