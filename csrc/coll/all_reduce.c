@@ -206,7 +206,7 @@ static hfreduceResult_t plan_tree(struct hfr_plan *p) {
     HFR_ADD(up, p, ROLE_UP, HFR_STAGE_REDUCE, hfr_tree_iters(p->nchunks, t), "tree up");
     up->tree = (uint8_t)t;
     up->final = p->pos[t].parent < 0;
-    up->npre = (int16_t)(p->avg_pre ? l->nlocal : 0);
+    up->npre = p->avg_pre ? l->nlocal : 0;
   }
   for (int t = 0; l->local < l->lanes && t < 2; t++) {
     if (p->pos[t].parent < 0) continue;
@@ -303,7 +303,7 @@ static hfreduceResult_t plan_direct(struct hfr_plan *p) {
   if (l->local < l->lanes) {
     if (!p->direct) {
       HFR_ADD(up, p, ROLE_UP, HFR_STAGE_REDUCE, p->nchunks, "local reduce");
-      up->npre = (int16_t)(p->avg_pre ? l->nlocal : 0);
+      up->npre = p->avg_pre ? l->nlocal : 0;
     }
     for (int pass = 0; pass < 3; pass++) {
       static const int role[3] = {ROLE_NSEND, ROLE_GSEND, ROLE_GRECV};

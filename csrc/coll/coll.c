@@ -11,7 +11,7 @@ hfreduceResult_t hfr_add_dsends(struct hfr_plan *p, int t, int arrival, int skip
     s->vc = (uint8_t)t;
     s->tree = (uint8_t)t;
     if (arrival < 0) continue;
-    s->passes = (int16_t)(arrival + 1);
+    s->passes = arrival + 1;
     p->stage[arrival].passes++;
   }
   return hfreduceSuccess;

@@ -218,7 +218,7 @@ hfreduceResult_t hfr_plan_reduce_scatter(struct hfr_plan *p) {
     if (!i_carry(p, r) || p->direct) continue;
     HFR_ADD(s, p, ROLE_PARTIAL, HFR_STAGE_REDUCE, p->nchunks, "local reduce");
     s->arg = r;
-    s->npre = (int16_t)(p->avg_pre ? l->nlocal : 0);
+    s->npre = p->avg_pre ? l->nlocal : 0;
   }
   for (int d = 0; d < l->nranks; d++) {
     int r = (l->rank + d) % l->nranks;
@@ -227,6 +227,6 @@ hfreduceResult_t hfr_plan_reduce_scatter(struct hfr_plan *p) {
   HFR_ADD(out, p, ROLE_OUT, HFR_STAGE_REDUCE, p->nchunks, "local reduce");
   out->ctr = p->direct ? HFR_CTR_NONE : HFR_CTR_OUT;
   out->final = 1;
-  out->npre = (int16_t)(p->avg_pre ? l->nlocal : 0);
+  out->npre = p->avg_pre ? l->nlocal : 0;
   return hfreduceSuccess;
 }

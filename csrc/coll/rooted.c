@@ -145,7 +145,7 @@ static hfreduceResult_t plan_reduce_network(struct hfr_plan *p) {
     HFR_ADD(up, p, ROLE_UP, HFR_STAGE_REDUCE, hfr_tree_iters(p->nchunks, t), "tree up");
     up->tree = (uint8_t)t;
     up->final = p->pos[t].parent < 0;
-    up->npre = (int16_t)(p->avg_pre ? l->nlocal : 0);
+    up->npre = p->avg_pre ? l->nlocal : 0;
   }
   for (int t = 0; in_lane(p) && t < 2; t++)
     if (p->pos[t].parent >= 0) HFR_TRY(add_link(p, ROLE_UPSEND, HFR_STAGE_SEND, t, p->pos[t].parent, t, "tree up"));

@@ -114,7 +114,7 @@ static int name_guard(struct culprits *c, struct hfr_request *r, const struct hf
   for (int i = from; i < to; i++) {
     struct hfr_guard one = *g;
     one.who = HFR_ONE;
-    one.first = (int16_t)i;
+    one.first = i;
     if (i != lay->local && !hfr_counter_reached(c->engine, r, &one)) name_rank(c, phase, hfr_rank_at(lay, lay->node, i));
   }
   return 0;

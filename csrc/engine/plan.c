@@ -11,7 +11,7 @@ struct hfr_stage *hfr_plan_add(struct hfr_plan *plan, int role, enum hfr_stage_k
     plan->stage = grown;
     plan->cap = cap;
   }
-  if (!plan->count[role]++) plan->first[role] = (int16_t)plan->nstages;
+  if (!plan->count[role]++) plan->first[role] = plan->nstages;
   struct hfr_stage *s = &plan->stage[plan->nstages++];
   *s = (struct hfr_stage){
       .kind = (uint8_t)kind, .role = (uint8_t)role, .ctr = HFR_CTR_NONE, .peer = -1, .niter = niter, .name = name};

@@ -40,7 +40,7 @@ enum hfr_who { HFR_OWN, HFR_ALL, HFR_ONE, HFR_LANES };
  */
 struct hfr_guard {
   uint8_t who, ctr;
-  int16_t first, n;
+  int32_t first, n;
   int64_t need;
 };
 
@@ -68,10 +68,10 @@ struct hfr_stage {
   uint8_t final;   /* REDUCE: the result is complete (avg divides here) */
   uint8_t doubled; /* REDUCE: to two places, step.also is the other */
   uint8_t tree;    /* the planner's: which tree */
-  int16_t npre;    /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
+  int32_t npre;    /* REDUCE: this many leading sources are scaled by 1/nranks when plan->avg_pre */
   int32_t peer;    /* SEND, RECV: global rank */
   int32_t arg;     /* the planner's: a rank, a child, a node */
-  int16_t passes;  /* SEND: 1 + the RECV stage whose messages it passes on, iteration by iteration; RECV: how many do so */
+  int32_t passes;  /* SEND: 1 + the RECV stage whose messages it passes on, iteration by iteration; RECV: how many do so */
   int64_t niter;
   const char *name; /* phase, as errors name it */
 };
@@ -84,7 +84,7 @@ struct hfr_plan {
   size_t esize;
   int nstages, cap;
   struct hfr_stage *stage;
-  int16_t first[HFR_MAX_ROLES], count[HFR_MAX_ROLES]; /* stages of a role: contiguous */
+  int32_t first[HFR_MAX_ROLES], count[HFR_MAX_ROLES]; /* stages of a role: contiguous */
   int64_t nchunks;  /* by which IN, RED and OUT grow over the operation, on every local rank alike */
   size_t elems;     /* elements of a chunk */
   size_t staged;    /* one node, one chunk: what a rank has of a slot, in bytes; else 0 */
@@ -137,10 +137,10 @@ static inline void hfr_after_role(const struct hfr_plan *p, struct hfr_step *s, 
   if (p->count[role] && need > 0) *hfr_guard_add(s) = (struct hfr_guard){HFR_OWN, 0, p->first[role], p->count[role], need};
 }
 static inline void hfr_after_stage(struct hfr_step *s, int stage, int64_t need) {
-  if (need > 0) *hfr_guard_add(s) = (struct hfr_guard){HFR_OWN, 0, (int16_t)stage, 1, need};
+  if (need > 0) *hfr_guard_add(s) = (struct hfr_guard){HFR_OWN, 0, stage, 1, need};
 }
 static inline void hfr_after_peers(struct hfr_step *s, enum hfr_who who, int one, enum hfr_ctr ctr, int64_t need) {
-  *hfr_guard_add(s) = (struct hfr_guard){(uint8_t)who, (uint8_t)ctr, (int16_t)one, 1, need};
+  *hfr_guard_add(s) = (struct hfr_guard){(uint8_t)who, (uint8_t)ctr, one, 1, need};
 }
 static inline struct hfr_loc hfr_user(enum hfr_space space, size_t off) { return (struct hfr_loc){(uint8_t)space, 0, 0, 0, off}; }
 static inline struct hfr_loc hfr_slot(enum hfr_space space, int local, int64_t chunk, size_t off) {

@@ -1043,6 +1043,34 @@ static void check_pairs_cost_no_more(void) {
     }
 }
 
+/* Stages and the guards that name them are counted by ranks: as many as a large job has. */
+static void check_many_ranks(int n, enum hfr_coll coll, int to_all) {
+  struct hfr_geometry geometry = {.chunk = 65536, .ring_slot = 8192, .slots = 4};
+  struct hfr_call call = {.coll = coll, .count = 4, .dtype = hfreduceFloat32, .op = hfreduceSum, .root = n / 2};
+  int *label = malloc((size_t)n * sizeof *label);
+  struct hfr_layout layout;
+  struct hfr_plan plan = {0};
+  int wrong = 0;
+  for (int r = 0; label && r < n; r++) label[r] = r / 32;
+  if (!label || hfr_layout_init(&layout, n / 2, n, label) || hfr_plan_build(&plan, &layout, &geometry, &call)) abort();
+  for (int s = 0; s < plan.nstages; s++) {
+    struct hfr_step step = {0};
+    plan.step(&plan, s, 0, &step);
+    for (int j = 0; j < step.nguards; j++) {
+      const struct hfr_guard *g = &step.guard[j];
+      if (g->who == HFR_OWN && (g->first < 0 || g->n <= 0 || g->first + g->n > plan.nstages)) wrong++;
+      if (g->who == HFR_OWN && g->n > 1 && plan.count[plan.stage[g->first].role] != g->n) wrong++;
+    }
+  }
+  CHECK(!wrong, "coll %d, %d ranks: %d guards name stages that are none", (int)coll, n, wrong);
+  int sends = plan.count[ROLE_NSEND], receives = plan.count[ROLE_NRECV];
+  CHECK(plan.nstages > 0 && (!to_all || (sends == n - 1 && receives == n - 1) || (to_all == 2 && receives == n - 1)),
+        "coll %d, %d ranks: %d sends and %d receives", (int)coll, n, sends, receives);
+  hfr_plan_fini(&plan);
+  hfr_layout_fini(&layout);
+  free(label);
+}
+
 int main(int argc, char **argv) {
   static const int credits[] = {1, 8, 0};
   int quick = argc > 1 && !strcmp(argv[1], "--quick"), only = argc > 2 + quick ? atoi(argv[2 + quick]) : 0;
@@ -1059,5 +1087,8 @@ int main(int argc, char **argv) {
       if (n <= 40 || (n + kind) % 8 == 0) check_costs(n, kind);
   }
   check_pairs_cost_no_more();
+  check_many_ranks(100000, HFR_ALL_TO_ALL, 1);
+  check_many_ranks(100000, HFR_GATHER, 2);
+  for (int coll = 0; coll < HFR_BARRIER; coll++) check_many_ranks(100000, (enum hfr_coll)coll, 0);
   return check_done();
 }
