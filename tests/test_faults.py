@@ -281,6 +281,29 @@ def test_leaving_in_good_order_is_no_error(run_ranks: Any, nodes: tuple[int, ...
         run_ranks(finish_and_go, len(nodes), env=Hosts(nodes))
 
 
+def go_on_without(comm: Communicator) -> str:
+    """Rank 1 leaves in good order; the others send to each other after that. What they find wrong."""
+    x = np.zeros(1000, np.float32)
+    comm.barrier()
+    if comm.rank == 1:
+        return ""
+    time.sleep(1)
+    for number in range(3):
+        if comm.rank == 0:
+            comm.send(np.full(1000, number + 1.0, np.float32), 2)
+        else:
+            comm.recv(x, 0)
+            assert (x == number + 1).all()
+    return str(comm.async_error() or "")
+
+
+@pytest.mark.limit(40)
+@pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 1, 2)], ids=["node", "tcp"])
+def test_those_who_stay_go_on(run_ranks: Any, nodes: tuple[int, ...]) -> None:
+    """A rank that has left is missed only where it is waited for."""
+    assert run_ranks(go_on_without, 3, env=Hosts(nodes)) == [""] * 3
+
+
 # --- deadlines ---
 
 

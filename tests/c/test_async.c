@@ -66,6 +66,33 @@ static int patience(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   return 0;
 }
 
+/* A blocking call without patience, to which the last rank does not come: whoever waits in it looks at the deadline by itself. */
+static int deadlines(int rank, int n, const hfreduceUniqueId *id, void *arg) {
+  static const size_t sizes[] = {1, 300000};
+  hfreduceComm_t comm;
+  float *x = calloc(300000, sizeof *x);
+  (void)arg;
+  OK(hfreduceCommInitRank(&comm, n, *id, rank));
+  for (size_t k = 0; k < sizeof sizes / sizeof *sizes && n > 1; k++) {
+    hfreduceComm_t child;
+    hfreduceResult_t r = hfreduceSuccess;
+    OK(hfreduceCommSplit(comm, 0, rank, &child, NULL));
+    OK(hfreduceCommSetTimeout(child, 0.5));
+    if (rank < n - 1) {
+      r = hfreduceAllReduce(x, x, sizes[k], hfreduceFloat32, hfreduceSum, child, NULL);
+      WANT(r == hfreduceTimeout);
+    }
+    for (int ms = 0; !r && ms < 6000; ms++) { /* then it leaves, which is another error */
+      pause_ms(1);
+      OK(hfreduceCommGetAsyncError(child, &r));
+    }
+    OK(hfreduceCommDestroy(child));
+  }
+  OK(hfreduceCommDestroy(comm));
+  free(x);
+  return 0;
+}
+
 #define WORKS 40
 struct popper {
   hfreduceCompletionQueue_t queue;
@@ -299,8 +326,8 @@ int main(int argc, char **argv) {
   static const struct {
     const char *name;
     rank_function function;
-  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests},
-              {"lookers", lookers},   {"arrays", arrays}, {"halves", halves}};
+  } test[] = {{"patience", patience}, {"queues", queues}, {"guests", guests},      {"lookers", lookers},
+              {"arrays", arrays},     {"halves", halves}, {"deadlines", deadlines}};
   static char *preset[] = {"1", "2", "3", "1,1", "2,1"};
   size_t tests = sizeof test / sizeof *test, n = argc > 1 ? (size_t)argc - 1 : sizeof preset / sizeof *preset;
   char **layouts = argc > 1 ? argv + 1 : preset;
