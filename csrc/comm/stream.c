@@ -286,6 +286,18 @@ static hfreduceResult_t prepare_batch(struct hfr_batch *b) {
   return b->captured ? assign_captured(b) : hfreduceSuccess;
 }
 
+/* In one stream what goes out stands before all that waits, so that nothing may have to wait for room that this launch makes. */
+static int fits_users_stream(const struct hfr_streams *s, const struct hfr_batch *b) {
+  if (b->captured || hfr_copier_by_host(b->comm->staging->copier) || b->nturns > b->ring->slots) return 0;
+  for (int i = 0; i < s->ncalls; i++) {
+    const struct hfr_ordered_call *c = &s->call[i];
+    if (c->comm != b->comm) continue;
+    if (c->pair.pairs || c->ordered->stream.handle != b->call[0]->ordered->stream.handle) return 0;
+    if (c->request && c->request->window->nsegs > 1) return 0;
+  }
+  return 1;
+}
+
 /* All in one capture, or none in any: what runs at once and what runs later cannot be one launch. */
 static hfreduceResult_t check_captures(const struct hfr_ordered_call *call, int n) {
   for (int i = 1; i < n; i++)
@@ -359,6 +371,7 @@ hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, stru
     r = hfr_copier_enter(b->comm->staging->copier, b->call[0]->ordered->stream.capture != 0);
     if (r) break;
     r = prepare_batch(b);
+    if (!r) b->own = fits_users_stream(s, b);
     hfr_copier_leave(b->comm->staging->copier);
   }
   if (r)

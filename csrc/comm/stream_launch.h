@@ -25,6 +25,7 @@ struct hfr_batch {
   int ncalls;
   struct hfr_turn *turn;
   int nturns, went_out, came_in;
+  int own;    /* it goes into the user's stream: each call is one segment, and the ring has room for all */
   int starts; /* the device says that it has got to the launch: turns that bring nothing out begin then, and nobody sleeps on */
   struct hfr_stage_ring *ring;
   struct hfr_captured *captured;

@@ -136,8 +136,9 @@ static hfreduceResult_t begin_or_end(const struct hfr_streams *s, struct hfr_bat
       HFR_TRY(hfr_copier_move(copier, c->ordered->stream.handle, (uintptr_t)c->call->recv, (uintptr_t)c->call->send, bytes));
     }
     if (!b->ncalls || !first_use_of_stream(s, i)) continue;
-    HFR_TRY(end ? hfr_copier_before(copier, last, c->ordered->stream.handle)
-                : hfr_copier_after(copier, c->ordered->stream.handle));
+    HFR_TRY(end      ? hfr_copier_before(copier, last, c->ordered->stream.handle)
+            : b->own ? hfr_copier_own(copier, c->ordered->stream.handle)
+                     : hfr_copier_after(copier, c->ordered->stream.handle));
   }
   if (end || !b->captured || b->captured->replay.bell || hfr_copier_by_host(copier)) return hfreduceSuccess;
   b->captured->replay.bell = 1; /* not by host functions: it would wait behind those that wait */

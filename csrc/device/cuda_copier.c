@@ -1,8 +1,12 @@
 /*
- * Copiers: two streams of a CUDA device beside the user's, and the pinned memory at their other end.
+ * Copiers: two queues of a CUDA device. They are two streams beside the user's:
  *
  *   user's stream ──event──► [to host:   wait for room, copy, write "ready"] ─┐
  *                  └─event─► [to device: wait for "done", copy, write "taken"]◄┘ event ──► user's stream
+ *
+ * A launch of calls of one segment each has both its queues in the user's stream itself: no event leads to another stream, and
+ * one stream less holds a wait, of which the hardware has few queues. Where a queue ends then, an event says: what comes next in
+ * this queue, wherever it is, goes on behind it.
  *
  * Captured calls have a pair of streams of their own, so that an ordinary call beside a capture does not end up in the graph.
  *
@@ -36,9 +40,13 @@ struct hfr_copier {
   int ringing;                     /* the bell's stream is still to be joined */
   hfr_cu_event waited;             /* by_host: behind its last host function outside graphs */
   hfr_cu_event mark[2][HFR_MARKS]; /* the first are made at once, those of pairs of devices when they are needed */
-  int capturing;                   /* between enter and leave */
-  int mode;                        /* the thread's capture mode, to be put back */
-  struct host_op *kept;            /* what host functions in graphs read */
+  hfr_cu_stream user;              /* own: the launch that runs is in the user's stream; */
+  int own, placed[2];              /* ... and has begun in that queue */
+  hfr_cu_event tail[2];
+  int away[2], used[2]; /* the queue ends at `tail`, in some stream of the user's; the copier's stream of that queue was used */
+  int capturing;        /* between enter and leave */
+  int mode;             /* the thread's capture mode, to be put back */
+  struct host_op *kept; /* what host functions in graphs read */
 };
 
 /* The line of host functions: where it ends now. */
@@ -77,6 +85,7 @@ static hfreduceResult_t open_all(struct hfr_copier *c, int marks) {
     for (int i = 0; i < marks && !c->by_host; i++) HFR_TRY(open_event(c, &c->mark[capturing][i]));
   }
   HFR_TRY(open_event(c, &c->chained));
+  for (int q = 0; q < 2; q++) HFR_TRY(open_event(c, &c->tail[q]));
   if (c->by_host) return open_event(c, &c->waited);
   if (!captures) return hfreduceSuccess;
   HFR_TRY(hfr_cuda_stream_create(c->cu, &c->bell));
@@ -134,6 +143,12 @@ static int drain(struct hfr_copier *c, int64_t limit_ns) {
       if (hfr_now_ns() > end) return 0;
       nanosleep(&t, NULL);
     }
+  for (int q = 0; q < 2; q++)
+    while (c->away[q] && c->cu->event_query(c->tail[q]) == HFR_CU_NOT_READY) {
+      struct timespec t = {0, 100000};
+      if (hfr_now_ns() > end) return 0;
+      nanosleep(&t, NULL);
+    }
   return 1;
 }
 
@@ -162,6 +177,8 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
   if (drained && !hfr_copier_enter(c, 0)) {
     if (c->waited) c->cu->event_destroy(c->waited);
     if (c->chained) c->cu->event_destroy(c->chained);
+    for (int q = 0; q < 2; q++)
+      if (c->tail[q]) c->cu->event_destroy(c->tail[q]);
     for (int pair = 0; pair < 2; pair++) {
       for (int q = 0; q < (c->by_host ? 1 : 2); q++)
         if (c->stream[pair][q]) c->cu->stream_destroy(c->stream[pair][q]);
@@ -207,9 +224,42 @@ static uintptr_t device_address(const struct hfr_pinned *m, const void *at) {
   return m->device + (uintptr_t)((const uint8_t *)at - m->host);
 }
 
-static hfr_cu_stream stream_of(const struct hfr_copier *c, enum hfr_queue queue) { return c->stream[c->capturing][queue]; }
+static hfr_cu_stream stream_of(const struct hfr_copier *c, enum hfr_queue queue) {
+  return c->own && !c->capturing ? c->user : c->stream[c->capturing][queue];
+}
+
+static hfreduceResult_t end_queue(struct hfr_copier *c, enum hfr_queue queue) {
+  TRY_CU(c, event_record, "cuEventRecord", c->tail[queue], c->user);
+  c->away[queue] = 1;
+  c->placed[queue] = 0;
+  return hfreduceSuccess;
+}
+
+/* In the user's stream: go on where the queue ended. What goes out is all there before the first that comes in. */
+static hfreduceResult_t take_place(struct hfr_copier *c, enum hfr_queue queue) {
+  if (!c->own || c->capturing || c->placed[queue]) return hfreduceSuccess;
+  if (queue == HFR_TO_DEVICE && c->placed[HFR_TO_HOST]) HFR_TRY(end_queue(c, HFR_TO_HOST));
+  c->placed[queue] = 1;
+  if (!c->away[queue] && !c->used[queue]) return hfreduceSuccess;
+  if (!c->away[queue]) TRY_CU(c, event_record, "cuEventRecord", c->tail[queue], c->stream[0][queue]);
+  TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", c->user, c->tail[queue], 0);
+  return hfreduceSuccess;
+}
+
+hfreduceResult_t hfr_copier_own(struct hfr_copier *c, void *stream) {
+  c->own = 1;
+  c->user = stream;
+  c->placed[0] = c->placed[1] = 0;
+  return hfreduceSuccess;
+}
 
 hfreduceResult_t hfr_copier_after(struct hfr_copier *c, void *stream) {
+  c->own = 0;
+  for (int q = 0; q < 2 && !c->capturing; q++) {
+    if (c->away[q]) TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", c->stream[0][q], c->tail[q], 0);
+    c->away[q] = 0;
+    c->used[q] = 1;
+  }
   TRY_CU(c, event_record, "cuEventRecord", c->begun[c->capturing], stream);
   for (int q = 0; q < (c->by_host ? 1 : 2); q++)
     TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", c->stream[c->capturing][q], c->begun[c->capturing], 0);
@@ -221,13 +271,19 @@ hfreduceResult_t hfr_copier_join(struct hfr_copier *c) {
     c->ringing = 0;
     TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->rung, 0);
   }
-  if (c->by_host) return hfreduceSuccess;
+  if (c->by_host || (c->own && !c->capturing)) return hfreduceSuccess;
   TRY_CU(c, event_record, "cuEventRecord", c->joined[c->capturing], stream_of(c, HFR_TO_HOST));
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->joined[c->capturing], 0);
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfr_copier_before(struct hfr_copier *c, enum hfr_queue queue, void *stream) {
+  if (c->own && !c->capturing) {
+    for (int q = 0; q < 2; q++)
+      if (c->placed[q]) HFR_TRY(end_queue(c, (enum hfr_queue)q));
+    c->own = 0;
+    return hfreduceSuccess;
+  }
   TRY_CU(c, event_record, "cuEventRecord", c->ended[c->capturing], stream_of(c, queue));
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream, c->ended[c->capturing], 0);
   /* In a graph the next call's segments lie where this one's did. */
@@ -237,14 +293,14 @@ hfreduceResult_t hfr_copier_before(struct hfr_copier *c, enum hfr_queue queue, v
 
 hfreduceResult_t hfr_copier_mark(struct hfr_copier *c, int number) {
   hfr_cu_event *event = &c->mark[c->capturing][number];
-  if (c->by_host) return hfreduceSuccess;
+  if (c->by_host || (c->own && !c->capturing)) return hfreduceSuccess;
   HFR_TRY(open_event(c, event));
   TRY_CU(c, event_record, "cuEventRecord", *event, stream_of(c, HFR_TO_HOST));
   return hfreduceSuccess;
 }
 
 hfreduceResult_t hfr_copier_follow(struct hfr_copier *c, int number) {
-  if (c->by_host) return hfreduceSuccess;
+  if (c->by_host || (c->own && !c->capturing)) return hfreduceSuccess;
   TRY_CU(c, stream_wait_event, "cuStreamWaitEvent", stream_of(c, HFR_TO_DEVICE), c->mark[c->capturing][number], 0);
   return hfreduceSuccess;
 }
@@ -270,6 +326,7 @@ hfreduceResult_t hfr_copier_copy(struct hfr_copier *c, enum hfr_queue queue, voi
                                  size_t device_pitch, size_t width, size_t rows) {
   hfr_cu_stream stream = stream_of(c, queue);
   if (!width || !rows) return hfreduceSuccess;
+  HFR_TRY(take_place(c, queue));
   if (rows > 1 && host_pitch == width && device_pitch == width) width *= rows, rows = 1;
   if (rows > 1 && device_pitch < PITCH_MAX / 2) {
     struct hfr_cu_copy2d copy = {.width = width, .height = rows};
@@ -334,6 +391,7 @@ static hfreduceResult_t wait_by_host(struct hfr_copier *c, hfr_cu_stream stream,
 
 hfreduceResult_t hfr_copier_write(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *word,
                                   uint32_t value) {
+  HFR_TRY(take_place(c, queue));
   if (c->by_host) {
     TRY_CU(c, set_async, "cuMemsetD32Async", device_address(m, word), value, 1, stream_of(c, queue));
     return hfreduceSuccess;
@@ -345,6 +403,7 @@ hfreduceResult_t hfr_copier_write(struct hfr_copier *c, enum hfr_queue queue, co
 
 hfreduceResult_t hfr_copier_wait(struct hfr_copier *c, enum hfr_queue queue, const struct hfr_pinned *m, _Atomic uint32_t *word,
                                  uint32_t value) {
+  HFR_TRY(take_place(c, queue));
   if (c->by_host) return wait_by_host(c, stream_of(c, queue), word, value);
   TRY_CU(c, stream_wait_value, "cuStreamWaitValue32", stream_of(c, queue), device_address(m, word), value,
          HFR_CU_WAIT_GEQ | c->flush);

@@ -154,6 +154,7 @@ struct hfr_cu_ipc { /* CUipcMemHandle */
   X(launch_host_fn, "cuLaunchHostFunc", "cuLaunchHostFunc", (hfr_cu_stream stream, hfr_cu_host_fn function, void *arg))          \
   X(event_create, "cuEventCreate", "cuEventCreate", (hfr_cu_event * event, unsigned flags))                                      \
   X(event_destroy, "cuEventDestroy", "cuEventDestroy_v2", (hfr_cu_event event))                                                  \
+  X(event_query, "cuEventQuery", "cuEventQuery", (hfr_cu_event event))                                                           \
   X(event_record, "cuEventRecord", "cuEventRecord", (hfr_cu_event event, hfr_cu_stream stream))                                  \
   X(object_create, "cuUserObjectCreate", "cuUserObjectCreate",                                                                   \
     (hfr_cu_object * object, void *value, hfr_cu_host_fn destroy, unsigned references, unsigned flags))                          \

@@ -162,6 +162,9 @@ size_t hfr_pinned_kept(void);
 /* Both queues go on after what is in the stream now; the queue to the device after what is in the other; and what is put into the
    stream from now on after a queue. */
 hfreduceResult_t hfr_copier_after(struct hfr_copier *copier, void *stream);
+/* Instead of hfr_copier_after: both queues of the launch that begins are the stream itself, until hfr_copier_before. Nothing goes
+   out after the first that comes in. Not in captures, nor where host functions wait. */
+hfreduceResult_t hfr_copier_own(struct hfr_copier *copier, void *stream);
 hfreduceResult_t hfr_copier_join(struct hfr_copier *copier);
 hfreduceResult_t hfr_copier_before(struct hfr_copier *copier, enum hfr_queue queue, void *stream);
 /* Mark where the queue to the host stands, under one of HFR_MARKS numbers; and have the other go on only after such a mark. Words
