@@ -69,6 +69,9 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str]]] = [
     ("blocked-address", "address", "test_cuda_blocked", "", BLOCKS),
     ("blocked-thread", "thread", "test_cuda_blocked", "late t2", BLOCKS),
     ("slow-naps", "plain", "test_cuda", "naps", {"FAKE_CUDA": "delay=2000 seed=3"}),
+    ("few-queues", "plain", "test_cuda_queues", "many", {"FAKE_CUDA": "queues=1"}),
+    ("few-queues-conformance", "plain", "test_cuda", "--quick collectives 2 1,1", {"FAKE_CUDA": "queues=1"}),
+    ("one-queue-alone", "plain", "test_cuda_queues", "one", ONE_QUEUE),
     ("one-device", "plain", "test_cuda", "--quick collectives 2 3 1,1 t2 t4", {"FAKE_CUDA": "devices=1"}),
     ("one-device-threads", "plain", "test_cuda", "--quick streams 2 t2", {"FAKE_CUDA": "devices=1"}),
     ("stale-streams-crash", "plain", "test_cuda_faults", "--quick pointers", {"FAKE_CUDA": "stale=crash"}),
@@ -122,6 +125,13 @@ def test_a_killed_rank_ends_the_waits_of_the_others(variant: str, tmp_path: Path
     assert "nodes 1,1: rank 1 ended with signal 9" in text
     assert text.count("killed, 3: 1 ranks failed") == 1, shorten(text)
     assert text.count("killed, 1,1: 1 ranks failed") == 1, shorten(text)
+
+
+def test_as_many_waits_as_queues_are_warned_of(tmp_path: Path) -> None:
+    few = {"CUDA_DEVICE_MAX_CONNECTIONS": "4", "HFREDUCE_DEBUG": "WARN"}
+    text = check_program(cuda_stand_in, "plain", "test_cuda_queues", "many", tmp_path, **few)
+    assert text.count("the device has 4 hardware queues") == 2, shorten(text)  # once a process
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=32" in text
 
 
 @pytest.mark.parametrize("failure", FAILURES)

@@ -34,6 +34,7 @@ CONFORMANCE: list[tuple[str, str, str, str, dict[str, str], str]] = [
     ("host-functions", "plain", "test_cuda", "--quick collectives 2", {"FAKE_CUDA": "memops=0", "HFREDUCE_DEBUG": "NONE"}, "r"),
     ("pins-run-out", "plain", "test_gdrcopy", "many", {"FAKE_GDR": "count nopin=20"}, "rw"),
     ("chunks", "plain", "test_cuda_chunks", "remapped 2 1,1", {}, ""),
+    ("two-streams", "plain", "test_cuda_queues", "held", {}, "rw"),
     ("no-module", "plain", "test_cuda", "--quick collectives 2", {"FAKE_GDR": "count absent"}, ""),
     ("switched-off", "plain", "test_cuda", "--quick collectives 2", {"HFREDUCE_GDR_MAX": "0"}, ""),
     ("address", "address", "test_gdrcopy", "", {"FAKE_CUDA": "reuse=1"}, "rw"),

@@ -1,5 +1,6 @@
 /* Issuing: single calls, and groups of calls that launch together. Groups are a thread's own. */
 #include "pairs.h"
+#include "staging.h"
 
 #include "../base/thread.h"
 
@@ -404,6 +405,13 @@ static hfreduceResult_t issue_by_stream(struct hfreduceComm *c, const struct hfr
   struct grouped one = {.comm = c, .call = *call};
   HFR_TRY(hfr_stream_resolve(c, &one.call, stream, &one.ordered));
   if (group.depth) return remember(&one);
+  if (one.ordered.on && call->coll == HFR_P2P && hfr_device_queues() == 1)
+    return hfr_fail(
+        hfreduceInvalidUsage,
+        "%s: rank %d: with CUDA_DEVICE_MAX_CONNECTIONS=1 all streams of the device share one queue, so a message that "
+        "waits would hold up the one that its peer needs first; call send and receive in one group "
+        "(hfreduceGroupStart, hfreduceGroupEnd), or unset the variable",
+        hfr_stream_name(call), c->rank);
   return one.ordered.on ? run_blocking(&one, 1) : issue_at_once(c, &one.call);
 }
 

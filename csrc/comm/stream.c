@@ -7,6 +7,7 @@
  */
 #include "stream_launch.h"
 
+#include "../base/log.h"
 #include "../base/param.h"
 
 #include <stdlib.h>
@@ -340,6 +341,18 @@ static hfreduceResult_t add_alone(struct hfr_batch *b, struct hfr_ordered_call *
   return hfreduceSuccess;
 }
 
+/* Once a process. The waiting communicators have a stream each at least that waits. */
+static void warn_of_queues(int more) {
+  static atomic_flag said = ATOMIC_FLAG_INIT;
+  int waiting = atomic_load_explicit(&hfr_engines_waiting, memory_order_relaxed) + more, queues = hfr_device_queues();
+  if (queues == 1 || waiting < queues || atomic_flag_test_and_set(&said)) return;
+  HFR_WARN(
+      "streams of %d communicators wait for other ranks at once, and the device has %d hardware queues for all streams: what "
+      "stands "
+      "behind a wait in its queue waits, too; let fewer wait at a time%s",
+      waiting, queues, queues < 32 ? ", or set CUDA_DEVICE_MAX_CONNECTIONS=32 before the program starts" : "");
+}
+
 hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, struct hfr_streams **out) {
   HFR_TRY(check_captures(calls, n));
   hfr_staging_sweep();
@@ -374,6 +387,7 @@ hfreduceResult_t hfr_streams_prepare(struct hfr_ordered_call *calls, int n, stru
     if (!r) b->own = fits_users_stream(s, b);
     hfr_copier_leave(b->comm->staging->copier);
   }
+  if (!r) warn_of_queues(1);
   if (r)
     hfr_streams_drop(s);
   else

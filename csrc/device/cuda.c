@@ -207,10 +207,7 @@ int hfr_cuda_numa(const struct hfr_cu *cu, int device) {
   return node;
 }
 
-int hfr_cuda_one_queue(void) {
-  const char *text = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
-  return text && !strcmp(text, "1");
-}
+int hfr_cuda_one_queue(void) { return hfr_device_queues() == 1; }
 
 static int describe_device(const struct hfr_cu *cu, int ordinal, char *text, size_t size) {
   char name[128] = "?", pci[16] = "?", numa[16] = "unknown";

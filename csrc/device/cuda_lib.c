@@ -1,11 +1,13 @@
 /* Finding CUDA's driver library and the functions in it. */
 #include "cuda_lib.h"
+#include "device.h"
 
 #include "../base/param.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define WANTED 12000 /* the version of the interface that cuda_lib.h declares */
@@ -27,6 +29,37 @@ void *hfr_cu_find(const char *name, const char *symbol) {
   if (!proc_v2 && proc_v1 && !proc_v1(name, &function, version, HFR_CU_PROC_LEGACY_STREAM) && function) return function;
   return dlsym(library, symbol);
 }
+
+/* ---------------------------------------------------------------- hardware queues */
+
+#define QUEUES "CUDA_DEVICE_MAX_CONNECTIONS"
+#define QUEUES_MOST 32
+
+static int queues = 8; /* the driver's preset */
+
+/* Has the program initialised the driver already? Then it has read the environment. */
+static int is_initialised(void) {
+  int devices;
+  void *here = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+  hfr_cu_result (*count)(int *) = NULL;
+  if (here) *(void **)&count = dlsym(here, "cuDeviceGetCount");
+  int yes = count && count(&devices) != HFR_CU_NOT_INITIALIZED;
+  if (here) dlclose(here);
+  return yes;
+}
+
+/* Streams share the device's hardware queues, and what stands behind a wait in one of them waits with it: as many queues as there
+ * can be, unless the user says otherwise. When the library is loaded, for the driver reads it when it is initialised. */
+__attribute__((constructor)) static void widen(void) {
+  const char *text = getenv(QUEUES), *off = getenv("HFREDUCE_CUDA");
+  char most[8];
+  if (text && atoi(text) > 0) queues = atoi(text) < QUEUES_MOST ? atoi(text) : QUEUES_MOST;
+  if (text || (off && !strcmp(off, "0")) || is_initialised()) return;
+  snprintf(most, sizeof most, "%d", QUEUES_MOST);
+  if (!setenv(QUEUES, most, 0)) queues = QUEUES_MOST;
+}
+
+int hfr_device_queues(void) { return queues; }
 
 static int is_optional(const char *member) {
 #define SAME(name) || !strcmp(member, #name)

@@ -76,6 +76,9 @@ hfreduceResult_t hfr_stream_look(const char *who, void *handle, void *context, s
 hfreduceResult_t hfr_stream_get(int device, void **handle);
 hfreduceResult_t hfr_stream_put(void *handle);
 
+/* Hardware queues that the streams of a device share, as far as the environment tells. What is behind a wait in a queue waits,
+ * too. */
+int hfr_device_queues(void);
 /* The context that programs use by default on a device; it stays until the process ends. NULL: hfr_last_error(). */
 void *hfr_device_context(int device);
 /* The context that this thread has there, or that one. */

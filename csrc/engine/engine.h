@@ -190,6 +190,8 @@ void hfr_replay_ring(void *replay);
 /* Windows of the process' engines that are open: from when their requests are submitted, or a graph launches them, until these
    end. Meanwhile a stream waits, or will wait, for a word. */
 extern _Atomic int hfr_windows_open;
+/* Engines that have any. */
+extern _Atomic int hfr_engines_waiting;
 /* Results of so many bytes on a node are not left in the caches: the inputs and the slots want room there too. */
 static inline size_t hfr_stream_from(void) { return hfr_cache_bytes(3) / 4; }
 /* Does the engine wait for words that a device writes? Then sleeps are short. */

@@ -164,10 +164,12 @@ static void tell(struct hfreduceWork *w, const hfreduceErrorInfo_t *error) {
   }
 }
 
-_Atomic int hfr_windows_open;
+_Atomic int hfr_windows_open, hfr_engines_waiting;
 
 void hfr_window_count(struct hfr_engine *e, int more) {
-  atomic_fetch_add_explicit(&e->windows, (uint32_t)more, memory_order_relaxed);
+  uint32_t before = atomic_fetch_add_explicit(&e->windows, (uint32_t)more, memory_order_relaxed);
+  int now = before + (uint32_t)more > 0, was = before > 0;
+  if (now != was) atomic_fetch_add_explicit(&hfr_engines_waiting, now - was, memory_order_relaxed);
   atomic_fetch_add_explicit(&hfr_windows_open, more, memory_order_relaxed);
 }
 

@@ -63,6 +63,8 @@ static void read_script(void) {
       fake.depth = value;
     else if (!strcmp(word, "stale=crash"))
       fake.stale_crash = 1;
+    else if (sscanf(word, "queues=%d", &value) == 1)
+      fake.queues = value;
     else if (sscanf(word, "block=%d", &value) == 1)
       fake.block = value;
     else if (!strcmp(word, "memops=0"))
@@ -77,6 +79,7 @@ static void read_script(void) {
   const char *blocking = getenv("CUDA_LAUNCH_BLOCKING");
   fake.blocking = blocking && !strcmp(blocking, "1");
   fake.one_queue = queues && !strcmp(queues, "1");
+  if (fake.queues) fake.queues = queues && atoi(queues) > 0 && atoi(queues) < 32 ? atoi(queues) : queues ? 32 : 8;
 }
 
 void fake_delay(void) {

@@ -22,10 +22,11 @@
  *   nvlink=N             N devices each, from the first on, are joined by NVLink (0: none, the preset)
  *   depth=N              who puts more than N operations into a stream waits until they are fewer (0: there is no limit)
  *   stale=crash          the handle of a stream that is gone, by itself or with its context, ends the process, as drivers may
- *   block=1              what makes or gives back memory, streams, events, modules or executable graphs waits while a stream of
- * the process waits for a word, as a driver may have it fail=CALL:N:RESULT   the N-th call of this function gives this CUresult
- * (0: every one) CUDA_LAUNCH_BLOCKING=1: a kernel's launch waits for it. CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device
- * share one queue, as in hardware that has but one.
+ *   queues=1             streams of a device share its hardware queues, round robin: CUDA_DEVICE_MAX_CONNECTIONS, or 8
+ *   block=1              calls that make or free memory, streams, events, modules, graphs wait while a stream waits for a word
+ *   fail=CALL:N:RESULT   the N-th call of this function gives this CUresult (0: every one)
+ * CUDA_LAUNCH_BLOCKING=1: a kernel's launch waits for it.
+ * CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a device share one queue, as in hardware that has but one.
  */
 #ifndef FAKE_CUDA_DRIVER_H_
 #define FAKE_CUDA_DRIVER_H_
@@ -152,7 +153,7 @@ extern struct fake_driver {
   pthread_mutex_t lock;
   pthread_cond_t moved; /* something completed, or came */
   pid_t pid;            /* that initialised it; 0: none has */
-  int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth, stale_crash, block;
+  int devices, delay_us, version, mem_ops, one_queue, blocking, reuse, flush, nvlink, depth, stale_crash, block, queues;
   int waits; /* of streams for words, that have begun and are not over */
   uint64_t allocations;
   unsigned long long contexts; /* so far */
@@ -160,7 +161,8 @@ extern struct fake_driver {
   struct fake_capture *captures;
   struct CUctx_st primary[FAKE_DEVICES_MAX];
   int retained[FAKE_DEVICES_MAX];
-  struct fake_queue shared[FAKE_DEVICES_MAX];
+  struct fake_queue shared[FAKE_DEVICES_MAX][32];
+  unsigned made[FAKE_DEVICES_MAX]; /* streams */
   uint64_t copies, launches, kernels;
 } fake;
 extern _Thread_local int fake_in_host_function;

@@ -157,7 +157,8 @@ static struct CUstream_st *new_stream(struct CUctx_st *context, unsigned flags) 
   struct CUstream_st *s = calloc(1, sizeof *s);
   s->context = context;
   s->flags = flags;
-  s->queue = fake.one_queue ? &fake.shared[context->device] : &s->own;
+  struct fake_queue *shared = fake.shared[context->device];
+  s->queue = fake.one_queue ? shared : fake.queues ? &shared[fake.made[context->device]++ % (unsigned)fake.queues] : &s->own;
   s->next = fake.streams;
   fake.streams = s;
   return s;
