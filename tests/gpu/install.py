@@ -31,6 +31,9 @@ PROGRAMS = [
     "test_cuda_faults",
     "test_cuda_pairs",
     "test_cuda_lend",
+    "test_cuda_chunks",
+    "test_cuda_blocked",
+    "test_cuda_queues",
     "test_cuda_reduce",
     "test_cuda_kernels",
 ]
