@@ -41,6 +41,8 @@ struct between {
   hfreduceComm_t comm, second;
   hfr_cu_stream stream; /* with nothing on it */
   float *x;
+  hfr_cu_graph graph;
+  gpu_exec exec;
 };
 
 static int receive_first(int rank, int n, const hfreduceUniqueId *id, int (*before)(int, struct between *),
@@ -49,7 +51,7 @@ static int receive_first(int rank, int n, const hfreduceUniqueId *id, int (*befo
   OK(hfreduceCommSplit(comm, 0, rank, &second, NULL));
   hfr_cu_stream in = gpu_stream(), out = gpu_stream();
   float *x = gpu_alloc(COUNT * 4), *y = gpu_alloc(COUNT * 4), got;
-  struct between b = {n, comm, second, gpu_stream(), gpu_alloc(COUNT * 4)};
+  struct between b = {n, comm, second, gpu_stream(), gpu_alloc(COUNT * 4), NULL, NULL};
   OK(hfreduceCommSetTimeout(comm, 8));
   OK(hfreduceCommSetTimeout(second, 8));
   CU(gpu.cu->set_async((hfr_cu_ptr)x, 0x3f800000, COUNT, out));
@@ -112,7 +114,7 @@ static int destroyed_unused(int rank, int n, const hfreduceUniqueId *id, void *a
   return receive_first(rank, n, id, NULL, destroy_second);
 }
 
-/* A graph was destroyed before: its memory may be given back at any later launch. */
+/* A graph is destroyed in between: its memory may be given back at any later launch. */
 static int graph_before(int rank, struct between *b) {
   hfr_cu_graph graph;
   gpu_exec exec;
@@ -122,18 +124,24 @@ static int graph_before(int rank, struct between *b) {
   CU(gpu.instantiate(&exec, graph, 0));
   CU(gpu.launch(exec, b->stream));
   CU(gpu.stream_sync(b->stream));
-  CU(gpu.exec_destroy(exec)), CU(gpu.graph_destroy(graph));
-  /* It ends when another takes its place, and the driver has told that it is gone. */
+  b->graph = graph;
+  b->exec = exec;
+  /* The communicator holds it until another takes its place. */
   CU(gpu.begin(b->stream, HFR_CU_MODE_THREAD_LOCAL));
   OK(hfreduceAllReduce(b->x, b->x, COUNT, hfreduceFloat32, hfreduceMax, b->comm, b->stream));
   CU(gpu.end(b->stream, &graph));
   CU(gpu.graph_destroy(graph));
-  usleep(200000);
+  return 0;
+}
+static int destroy_graph(int rank, struct between *b) {
+  (void)rank;
+  CU(gpu.exec_destroy(b->exec)), CU(gpu.graph_destroy(b->graph));
+  usleep(200000); /* the driver tells that a graph is gone when it likes */
   return 0;
 }
 static int graph_gone(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   (void)arg;
-  return receive_first(rank, n, id, graph_before, NULL);
+  return receive_first(rank, n, id, graph_before, destroy_graph);
 }
 
 /* A first call is captured in between. */
