@@ -7,6 +7,7 @@ tests/c/fake/cuda where there is none. What a double cannot show, the caching al
 from __future__ import annotations
 
 import time
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -196,9 +197,25 @@ def what_is_held(rank: int, path: str) -> None:
     assert not cuda.held  # on the stream of its own memory
     work = dist.all_reduce(x, async_op=True)
     beside = work._stream
-    assert {(x.address, beside)} == set(cuda.held) and beside is not cuda.current
-    dist.broadcast(y, 0, async_op=True).wait()
-    assert (y.address, beside) in cuda.held  # collectives share a stream
+    assert beside is not cuda.current
+    later = dist.broadcast(y, 0, async_op=True)
+    assert later._stream is beside  # collectives share a stream
+    later.wait()
+    assert not cuda.held  # who waits comes behind it
+    unwaited = dist.broadcast(y, 0, async_op=True)
+    del unwaited
+    assert set(cuda.held) == {(y.address, beside)}  # nobody has waited: the allocator has to know
+    cuda.held.clear()
+    wide, dropped = cuda.tensor(torch.zeros(200)), cuda.tensor(base(rank, 100))
+    reference, word = weakref.ref(dropped), cuda.gate()
+    gather = dist.all_gather_into_tensor(wide, dropped, async_op=True)
+    del dropped
+    assert reference() is not None
+    gather.wait()
+    gone, held = reference() is None, list(cuda.held)
+    word.value = 1
+    assert gone and not held  # its memory may be used again by what comes next, though the operation is still to begin
+    assert (cuda.get(wide) == torch.cat([base(0, 100), base(1, 100)])).all()
     torch.futures.Future = Future
     future = work.get_future()
     assert work.get_future() is future

@@ -24,7 +24,7 @@ from hfreduce.errors import (
 from hfreduce.torch.calls import Options
 from hfreduce.torch.errors import as_torch
 from hfreduce.torch.recorder import FlightRecorder
-from hfreduce.torch.streams import DEVICE_TYPES, Streams, device_of, handle_of
+from hfreduce.torch.streams import DEVICE_TYPES, Streams, device_of, handle_of, without_tensors
 from hfreduce.torch.tensors import (
     address,
     in_turn,
@@ -295,7 +295,9 @@ class Group:
         waits = self._coalescing is None and opts is not None and not getattr(opts, "asyncOp", True)
         self._deadline(None if waits else opts)
         stream = self._streams.of(device, name, waits)
-        core = self._group(calls, keep, handle_of(stream))
+        core = self._group(
+            calls, without_tensors(keep), handle_of(stream)
+        )  # streams order their memory, as for all work on a device
         self._record(name, tuple([t.shape for t in outputs]), outputs[0].dtype if outputs else "", core)
         work = DeviceWork(self, core, outputs, device, stream, finish, source)
         if not waits:

@@ -38,6 +38,13 @@ def tensors_in(keep: Any) -> Iterator[Any]:
             yield from tensors_in(each)
 
 
+def without_tensors(keep: Any) -> Any:
+    """What else there is among nested lists and tuples."""
+    if isinstance(keep, (list, tuple)):
+        return [without_tensors(each) for each in keep]
+    return None if isinstance(keep, torch.Tensor) else keep
+
+
 def device_of(keep: Any, name: str = "tensors") -> Any:
     """The CUDA device of tensors; None: they are on the CPU. InvalidArgumentError, which names them so, if they are on several."""
     devices = {tensor.device for tensor in tensors_in(keep)}

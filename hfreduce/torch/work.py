@@ -217,6 +217,21 @@ class Work(dist.Work):  # type: ignore[misc, unused-ignore]
                     self._core = None
 
 
+class _Stash:
+    """References to the tensors of an operation on a stream, until somebody waits for it.
+
+    From then on the waiting stream comes behind the operation, and the allocator may give the memory to what follows there. Had it been
+    told of the operation's stream (record_stream), it would keep the memory until it has seen that stream's event.
+    """
+
+    def __init__(self, keep: Any, stream: Any) -> None:
+        self.keep, self._stream = keep, stream
+
+    def __del__(self) -> None:
+        for tensor in tensors_in(self.keep):  # nobody has waited
+            tensor.record_stream(self._stream)
+
+
 @untraced
 class DeviceWork(Work):
     """An operation that is in the order of a stream, from its beginning on."""
@@ -235,6 +250,7 @@ class DeviceWork(Work):
         self._device = device
         self._stream = stream
         self._event: Any = None
+        self._stash: _Stash | None = None
         self.then(finish)
 
     def then(self, finish: Callable[[], Any] | None) -> None:
@@ -246,8 +262,7 @@ class DeviceWork(Work):
 
     def hold(self, keep: Any) -> None:
         """See to it that the memory of its tensors is not given to others before the operation's stream is through with it."""
-        for tensor in tensors_in(keep):
-            tensor.record_stream(self._stream)
+        self._stash = _Stash(keep, self._stream)
 
     def wait(self, timeout: Any = NO_TIMEOUT) -> bool:
         """Have the current stream go on after it; raise its error if there is one already. The host does not wait.
@@ -263,6 +278,9 @@ class DeviceWork(Work):
                 raise self._group._as_torch(error) from None
         self._conclude()
         torch.cuda.current_stream(self._device).wait_event(self._event)
+        stash = self._stash
+        if stash is not None:
+            stash.keep = None
         return True
 
     def is_completed(self) -> bool:
