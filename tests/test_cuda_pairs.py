@@ -5,6 +5,7 @@ The kernels are the library's own (csrc/device/cuda_reduce.cu), compiled for the
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +192,24 @@ def test_what_info_tells(more: dict[str, str | None], expected: str) -> None:
     env = {"FAKE_CUDA": LINKED, "HFREDUCE_NVLINK": "1", **more}
     text = described(LD_LIBRARY_PATH=pairs_stand_in(), **{name: value for name, value in env.items() if value is not None})
     assert expected in text, text
+
+
+@pytest.mark.parametrize(
+    ("wheel", "expected"),
+    [
+        ("nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "pairs reduce with kernels that NVRTC 12.0 compiles"),
+        # its code is for a newer driver than the stand-in, which says that it is of CUDA 12.4
+        ("nvidia/cu13/lib/libnvrtc.so.13", "not used: no libnvrtc.so.12 on the loader's path or among the wheels"),
+    ],
+)
+def test_the_compiler_of_a_wheel(tmp_path: Path, wheel: str, expected: str) -> None:
+    """pip puts NVRTC beside the package, where the loader does not look."""
+    driver, compiler = pairs_stand_in().split(":")
+    shutil.copytree(BINARY_DIRECTORY, tmp_path / "hfreduce", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / wheel).parent.mkdir(parents=True)
+    shutil.copy(Path(compiler) / "libnvrtc.so.12", tmp_path / wheel)
+    env = environment(FAKE_CUDA=LINKED, HFREDUCE_NVLINK="1", LD_LIBRARY_PATH=driver, PYTHONPATH=str(tmp_path))
+    script = "from hfreduce.params import describe; import hfreduce; print(hfreduce.__file__, *describe(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=60)
+    assert str(tmp_path) in done.stdout, done.stdout + done.stderr  # it is the copy that looks around
+    assert expected in done.stdout, done.stdout

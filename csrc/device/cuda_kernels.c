@@ -7,6 +7,8 @@
 #include "../call/dtype.h"
 
 #include <dlfcn.h>
+#include <limits.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,12 +50,74 @@ static struct {
   pthread_once_t once;
 } nvrtc = {.once = PTHREAD_ONCE_INIT};
 
-static void load(void) {
-  static const char *const names[] = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"};
+/* Where the versions are: a name for the loader (which also finds what another library of the program has loaded), and pip's
+ * wheels' place in the directory of packages. */
+static const struct place {
+  int major;
+  const char *name, *wheel;
+} places[] = {
+    {13, "libnvrtc.so.13", "nvidia/cu13/lib/libnvrtc.so.13"},
+    {12, "libnvrtc.so.12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"},
+    {11, "libnvrtc.so.11.2", "nvidia/cuda_nvrtc/lib/libnvrtc.so.11.2"},
+    {0, "libnvrtc.so", ""},
+};
+
+/* Directories of packages: those that hold a library which is loaded from one of `marks` in them. */
+struct roots {
+  int n;
+  char path[4][PATH_MAX];
+};
+
+/* Called under the loader's lock, so it loads nothing. */
+static int note_root(struct dl_phdr_info *loaded, size_t size, void *arg) {
+  static const char *const marks[] = {"/hfreduce/lib/", "/torch/lib/", "/nvidia/"};
+  struct roots *r = arg;
+  (void)size;
+  for (size_t i = 0; loaded->dlpi_name && i < sizeof marks / sizeof *marks; i++) {
+    const char *end = strstr(loaded->dlpi_name, marks[i]);
+    if (!end || end - loaded->dlpi_name >= PATH_MAX) continue;
+    char *path = r->path[r->n];
+    memcpy(path, loaded->dlpi_name, (size_t)(end - loaded->dlpi_name));
+    path[end - loaded->dlpi_name] = 0;
+    int known = 0;
+    while (strcmp(r->path[known], path)) known++;
+    if (known == r->n && ++r->n == (int)(sizeof r->path / sizeof *r->path)) return 1;
+  }
+  return 0;
+}
+
+static void *in_wheels(const struct roots *r, const char *wheel) {
+  char path[PATH_MAX + 64];
   void *library = NULL;
-  for (size_t i = 0; i < sizeof names / sizeof *names && !library; i++) library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+  for (int i = 0; i < r->n && !library; i++) {
+    snprintf(path, sizeof path, "%s/%s", r->path[i], wheel);
+    library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  }
+  return library;
+}
+
+/* The newest whose code this driver takes: one of a newer major version makes code that it refuses. */
+static void *find(void) {
+  const struct hfr_cu *cu = hfr_cuda();
+  struct roots *roots = calloc(1, sizeof *roots);
+  void *library = NULL;
+  if (roots) dl_iterate_phdr(note_root, roots);
+  for (size_t i = 0; i < sizeof places / sizeof *places && !library; i++) {
+    if (cu && places[i].major > cu->version / 1000) continue;
+    library = dlopen(places[i].name, RTLD_NOW | RTLD_LOCAL);
+    if (!library && roots && *places[i].wheel) library = in_wheels(roots, places[i].wheel);
+  }
+  free(roots);
+  return library;
+}
+
+static void load(void) {
+  void *library = find();
   if (!library) {
-    snprintf(nvrtc.absent, sizeof nvrtc.absent, "no libnvrtc.so.13 or .12: install CUDA's runtime compiler");
+    const struct hfr_cu *cu = hfr_cuda();
+    snprintf(nvrtc.absent, sizeof nvrtc.absent,
+             "no libnvrtc.so.%d on the loader's path or among the wheels: install CUDA's runtime compiler (pip: %s)",
+             cu && cu->version < 13000 ? 12 : 13, cu && cu->version < 13000 ? "nvidia-cuda-nvrtc-cu12" : "nvidia-cuda-nvrtc");
     return;
   }
 #define FIND(name, parameters)                                                    \
