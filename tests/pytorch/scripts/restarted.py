@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[1:3])  # tests/pytorch and tests
 import harness
 import models
 
