@@ -273,7 +273,7 @@ NCCL = {
 def test_with_a_peer_in_nccls_names(what: str) -> None:
     make = "comm = nccl.NcclCommunicator(2, bytes(hfreduce.UniqueId.from_address(address)), rank)\n"
     first = make + f"def call():\n    {NCCL[what].strip()}\ninterrupted(call)\nclosed(comm)\nstay()"
-    second = make + "say('joined')\nstay()\nerror_of(lambda: comm.send(x.ctypes.data, 4, nccl.NCCL_FLOAT32, 0, 0))\nstay()"
+    second = make + "say('joined')\nstay()\nerror_of(lambda: comm.recv(x.ctypes.data, 4, nccl.NCCL_FLOAT32, 0, 0))\nstay()"
     with Job(first, second) as (rank, peer):
         peer.line()
         rank.interrupt()
