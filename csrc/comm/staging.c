@@ -255,6 +255,7 @@ void hfr_staging_destroy(struct hfr_staging *s, double timeout) {
   }
   if (s->captured) let_go(s->captured);
   if (drained && s->copier) hfr_gate_give_back(s->copier, lent, s->arena);
+  if (!drained) hfr_copier_forget(s->copier);
   free(s);
   hfr_staging_sweep();
   hfr_gate_tidy(atomic_fetch_sub(&alive, 1) > 1 ? HFR_GATE_KEEP : 0);

@@ -192,9 +192,11 @@ int hfr_copier_destroy(struct hfr_copier *c, int64_t limit_ns) {
     }
     hfr_copier_leave(c);
   }
-  free(c); /* `kept` stays: a graph may be launched once more */
+  hfr_copier_forget(c);
   return drained;
 }
+
+void hfr_copier_forget(struct hfr_copier *c) { free(c); /* `kept` stays: a graph may be launched once more */ }
 
 int hfr_copier_device(const struct hfr_copier *c) { return c->device; }
 void *hfr_copier_context(const struct hfr_copier *c) { return c->context; }

@@ -135,6 +135,8 @@ enum hfr_queue { HFR_TO_HOST, HFR_TO_DEVICE };
 hfreduceResult_t hfr_copier_create(int device, void *context, int marks, struct hfr_copier **copier);
 /* Wait until the queues have run dry: 1; after limit_ns: 0, with a warning, and the copier is left to the process. */
 int hfr_copier_drain(struct hfr_copier *copier, int64_t limit_ns);
+/* One whose queues have not run dry: what the device may still use stays with the process. */
+void hfr_copier_forget(struct hfr_copier *copier);
 /* Give all back once the queues have run dry, as hfr_copier_drain, and give what that gives. Like it, and all that makes or gives
    back pinned memory, it may be kept waiting by a driver while any stream waits for a word. */
 int hfr_copier_destroy(struct hfr_copier *copier, int64_t limit_ns);
