@@ -170,7 +170,8 @@ static int apart(int rank, int n, const hfreduceUniqueId *id, void *arg) {
   OK(hfreduceCommSetTimeout(comm, 20));
   hfreduceResult_t r = hfreduceAllReduce(rank == 1 ? host : x, rank == 1 ? host : x, COUNT, hfreduceFloat32, hfreduceSum, comm,
                                          rank == 1 ? NULL : stream);
-  WANT(r == (rank == 1 ? hfreduceMismatch : hfreduceSuccess));
+  /* The others' launches return at once; one that comes late may be told already. */
+  WANT(r == hfreduceMismatch || (rank != 1 && r == hfreduceSuccess));
   WANT(gpu_error_of(comm, 5) == hfreduceMismatch && strstr(hfreduceGetLastError(comm), "over NVLink pairs"));
   WANT(gpu_runs_dry(stream, 5));
   OK(hfreduceCommDestroy(comm));
