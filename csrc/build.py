@@ -108,17 +108,25 @@ def compile_objects(
     return objects
 
 
+def link(target: Path, objects: list[Path], command: list[str], flags: list[str]) -> Path:
+    """Link the target if an object is newer than it. Whoever runs or loads it meanwhile finds the old one or the new one, whole."""
+    if target.exists() and all(o.stat().st_mtime < target.stat().st_mtime for o in objects):
+        return target
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    done = subprocess.run([*command, "-o", str(new), *map(str, objects), *flags], capture_output=True, text=True)
+    if done.returncode:
+        new.unlink(missing_ok=True)
+        raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
+    new.replace(target)
+    return target
+
+
 def link_shared(target: Path, objects: list[Path], flags: list[str], *, sanitize: str, cc: str | None) -> Path:
     """Link a shared library, named as its file, if an object is newer than it."""
-    if not target.exists() or any(o.stat().st_mtime >= target.stat().st_mtime for o in objects):
-        link = shlex.split(cc or compiler()) + LDFLAGS + SANITIZERS[sanitize]
-        if sanitize:  # the runtime is not linked into shared objects: the program brings it
-            link = [f for f in link if f != "-Wl,-z,defs"]
-        command = link + [f"-Wl,-soname,{target.name}", "-o", str(target)] + [str(o) for o in objects] + flags + LIBS
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
-    return target
+    command = shlex.split(cc or compiler()) + LDFLAGS + SANITIZERS[sanitize] + [f"-Wl,-soname,{target.name}"]
+    if sanitize:  # the runtime is not linked into shared objects: the program brings it
+        command.remove("-Wl,-z,defs")
+    return link(target, objects, command, flags + LIBS)
 
 
 def build_library(out: Path, *, sanitize: str = "", werror: bool = False, cc: str | None = None) -> Path:
@@ -144,12 +152,7 @@ def build_program(out: Path, source: Path, *, sanitize: str = "", werror: bool =
     files = [source] + [helper for helper in beside if helper.exists()]
     includes = ["-I", str(source.parent), "-I", str(HERE / "include")]
     mine = compile_objects(out / "obj", files, sanitize=sanitize, werror=werror, cc=cc, extra=includes)
-    target = out / source.stem
-    link = shlex.split(cc or compiler()) + SANITIZERS[sanitize] + ["-o", str(target)]
-    done = subprocess.run(link + [str(o) for o in mine + objects] + LIBS, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
-    return target
+    return link(out / source.stem, mine + objects, shlex.split(cc or compiler()) + SANITIZERS[sanitize], LIBS)
 
 
 def main() -> None:

@@ -50,12 +50,8 @@ def program(name: str, variant: str = "plain") -> Path:
     with building(variant) as out:
         source = PROGRAMS / f"{name}.c"
         objects = build.compile_objects(out / "obj", [source], sanitize=sanitize, werror=True, extra=HEADERS)
-        target: Path = out / f"nccl_{name}"
-        command = [*compiler(), *build.SANITIZERS[sanitize], "-o", str(target)]
-        command += [*map(str, objects), str(ours), f"-Wl,-rpath,{out}", *build.LIBS]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"linking {target} failed\n{done.stdout}{done.stderr}")
+        command = [*compiler(), *build.SANITIZERS[sanitize]]
+        target: Path = build.link(out / f"nccl_{name}", [*objects, ours], command, [f"-Wl,-rpath,{out}", *build.LIBS])
     return target
 
 
