@@ -37,6 +37,9 @@ def every_type(rank: int, n: int, unique_id: bytes, dtypes: list[str], counts: t
     """Run every collective through NCCL's interface, with work in the stream before and behind; the results that are wrong."""
     cuda = Cuda()
     comm, stream, wrong = nccl.NcclCommunicator(n, unique_id, rank), cuda.stream(), []
+    arrays: list[
+        Device
+    ] = []  # freed at the end: a driver waits in cuMemFree for all streams, also for one that waits for this rank
     for dtype in dtypes:
         for count in counts:
             base = [(np.arange(count) + r) % 3 for r in range(n)]
@@ -68,9 +71,10 @@ def every_type(rank: int, n: int, unique_id: bytes, dtypes: list[str], counts: t
             comm.allReduce(mine.address, wide.address, count, kind, nccl.NCCL_MAX, stream)
             nccl.groupEnd()
             wrong += differ(f"send and recv in a group {label}", out, encode(base[rank - 1], dtype))
-            for array in (mine, out, wide):
-                array.free()
+            arrays += mine, out, wide
     comm.destroy()
+    for array in arrays:
+        array.free()
     return wrong
 
 
