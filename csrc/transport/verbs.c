@@ -11,9 +11,8 @@
 #include <string.h>
 
 #define DRAIN_NS 1000000000ll
-#define PORT_GRACE_NS                                                                                       \
-  10000000000ll /* a switch that restarts a port takes seconds; what is under way is sent again for about 9 \
-                 */
+/* A switch that restarts a port takes seconds; the device sends again what is under way for about nine. */
+#define PORT_GRACE_NS 10000000000ll
 #define POLL_BATCH 16
 
 /* The immediate: which message this is and how many of the other direction are released, 15 bits of each. The latter counts over
