@@ -408,6 +408,26 @@ def test_memory_formats_and_complex() -> None:
     run_ranks(_layouts, 2)
 
 
+def _lazy_signs(comm: hfreduce.Communicator) -> None:
+    real = torch.nn.Parameter(torch.zeros(200, 200))
+    complex_ = torch.nn.Parameter(torch.zeros(200, 200, dtype=torch.complex64))
+    reducer = GradientReducer([real, complex_], comm=comm)
+    real.grad = torch.full_like(real, comm.rank + 1.0)
+    complex_.grad = torch.full_like(complex_, complex(1, comm.rank))
+    if comm.rank == 0:
+        real.grad, complex_.grad = torch._neg_view(real.grad).detach(), complex_.grad.conj().detach()  # as autograd leaves them
+        assert real.grad.is_neg() and complex_.grad.is_conj()
+    reducer.synchronize()
+    n = comm.nranks
+    assert (real.grad == (sum(range(2, n + 1)) - 1) / n).all()
+    assert (complex_.grad == complex(1, sum(range(1, n)) / n)).all()
+
+
+def test_one_rank_has_signs_that_torch_has_not_applied() -> None:
+    """The memory of a negative or conjugate view holds other numbers than the tensor."""
+    run_ranks(_lazy_signs, 2)
+
+
 def _wrong(comm: hfreduce.Communicator) -> None:
     good = torch.nn.Parameter(torch.zeros(3))
     for params, options, words in [
