@@ -19,7 +19,7 @@ void (*_Atomic hfr_before_rest)(void);
 #define FIRST_LOOK_NS 20000ll
 #define LOOK_NS 1000000ll
 #define LATER_BY 32     /* a sleep ends too late by no more than this part of the time waited */
-#define SLACK_NS 1000ul /* by which the system may lengthen the progress thread's sleeps; its preset is 50 us */
+#define SLACK_NS 1000ul /* by which the system may lengthen sleeps that wait for a device; its preset is 50 us */
 /* With nothing to drive the progress thread naps an eighth as long as it has had nothing, from the first of these to the last,
  * and then sleeps until it is woken. To wake it takes as long as several launches: so those that follow each other need not. */
 #define FIRST_REST_NS 100000ll
@@ -270,6 +270,7 @@ struct sleeper {
   int nheld, looks;       /* looks: some of them wait for a device */
   int64_t nap_ns;         /* of the last sleep in a row that waited for a device */
   int64_t stirred_ns;     /* when a device, or what waits for one, last moved */
+  int tight;              /* the system may lengthen a sleep by SLACK_NS only */
   int had_work;
   int64_t rest_ns; /* of the next sleep with nothing to drive */
   struct hfr_waitset set;
@@ -308,6 +309,13 @@ static int64_t rest_ns(struct sleeper *s, int n) {
   else if (!n)
     return -1;
   return ns;
+}
+
+/* Only a wait for a device is worth it: where the callers drive, a progress thread that wakes earlier takes their core. */
+static void set_slack(struct sleeper *s, int tight) {
+  if (s->tight == tight) return;
+  prctl(PR_SET_TIMERSLACK, tight ? SLACK_NS : 0ul); /* 0: the preset */
+  s->tight = tight;
 }
 
 static void sleep_on_bells(struct sleeper *s, struct hfr_engine **engine, int n, int64_t ns) {
@@ -350,6 +358,7 @@ static void sleep_in_poll(struct sleeper *s, struct hfr_engine **engine, int n) 
   s->looks = 0; /* after the pass, which may have taken in what waits for a device */
   for (int i = 0; i < n; i++) s->looks |= hfr_engine_looks(engine[i]);
   if (s->looks) s->nap_ns = hfr_longer_nap(s->nap_ns);
+  set_slack(s, s->looks != 0);
   if (!moved) sleep_on_bells(s, engine, n, !s->nheld ? ns : s->looks ? s->nap_ns : hfr_nap_ns);
   atomic_store_explicit(&pool.rest, HFR_THREAD_AWAKE, memory_order_seq_cst);
   uint64_t drain;
@@ -379,11 +388,9 @@ static int snapshot(struct hfr_engine **engine) {
 /* Is a device at work, so that its words will move before a sleep would be over? moved: a pass has just moved something. */
 static int is_stirring(struct sleeper *s, struct hfr_engine **engine, int n, int moved) {
   int looks = 0, stirs = 0;
-  for (int i = 0; i < n; i++) {
-    looks |= hfr_engine_looks(engine[i]);
-    stirs |= hfr_engine_stirs(engine[i]);
-  }
+  for (int i = 0; i < n; i++) looks |= hfr_engine_looks(engine[i]);
   if (!looks) return 0;
+  for (int i = 0; i < n; i++) stirs |= hfr_engine_stirs(engine[i]);
   int64_t now = hfr_now_ns();
   if (stirs || moved) s->stirred_ns = now, s->nap_ns = 0;
   return now - s->stirred_ns < HFR_STIR_NS;
@@ -395,7 +402,6 @@ static void *progress_main(void *arg) {
   int idle = 0, moved = 0;
   (void)arg;
   prctl(PR_SET_NAME, "hfr-progress");
-  prctl(PR_SET_TIMERSLACK, SLACK_NS);
   sigset_t all;
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, NULL);
