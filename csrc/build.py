@@ -109,7 +109,7 @@ def compile_objects(
 
 
 def link(target: Path, objects: list[Path], command: list[str], flags: list[str]) -> Path:
-    """Link the target if an object is newer than it. Whoever runs or loads it meanwhile finds the old one or the new one, whole."""
+    """Link the target if an object is newer than it. A process that runs or loads it meanwhile finds the old one or the new one, whole."""
     if target.exists() and all(o.stat().st_mtime < target.stat().st_mtime for o in objects):
         return target
     new = target.with_name(f".{target.name}.{os.getpid()}")

@@ -289,7 +289,7 @@ class Handle:
 
     def _free_unless_held(self) -> None:
         if self.pointer == NULL and not self._holds and self._finalizer is not None:
-            self._finalizer()  # only once, whoever comes first
+            self._finalizer()  # the first thread that comes runs it, once
 
 
 def call_or_abort(handles: Sequence[Handle], function: Callable[..., int], *arguments: Any) -> int:

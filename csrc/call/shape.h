@@ -1,7 +1,7 @@
 /*
  * Shapes of calls: the one table of which buffers a rank has in a call, how many rows of `count` elements each of them holds, and
- * who sends and receives what. A new collective is a row here, a planner (coll/) and its public call; whoever checks, copies or
- * sends buffers asks this table.
+ * which ranks send and receive them. A new collective is a row here, a planner (coll/) and its public call. All code that checks,
+ * copies or sends a call's buffers asks this table.
  */
 #ifndef HFR_CALL_SHAPE_H_
 #define HFR_CALL_SHAPE_H_

@@ -1,8 +1,9 @@
 /*
  * The gate of driver calls that may hang. A driver may keep calls that make or give back memory, streams and events waiting until
- * no stream waits for a word. Where that word depends on the thread that is kept waiting, by the call that it would make next or
- * because ranks are threads of one process, nothing goes on. So what a communicator needs is made early (hfr_staging_provide),
- * and what it gives back is put aside until no window of the process is open. While the gate is closed no launch begins.
+ * no stream waits for a word. The word may depend on the very thread that the driver keeps waiting: the thread would make the
+ * next call that its peer needs, or other ranks of its process share its device. Then nothing goes on. So a communicator makes
+ * all that it needs early (hfr_staging_provide), and puts aside what it gives back until no window of the process is open. While
+ * the gate is closed no launch begins.
  */
 #include "staging.h"
 

@@ -1,6 +1,6 @@
 /*
- * Pinned memory. Blocks that nobody uses any more stay pinned and are given again: a driver may let the calls that pin and unpin
- * wait until no stream waits for a word, so only somebody who knows that none does has them unpinned (hfr_pinned_trim).
+ * Pinned memory. The pool keeps freed blocks pinned and gives them out again: a driver may keep the calls that pin and unpin
+ * waiting until no stream waits for a word. A caller that knows that none does has the pool unpin them (hfr_pinned_trim).
  */
 #include "cuda.h"
 

@@ -135,10 +135,10 @@ enum hfr_queue { HFR_TO_HOST, HFR_TO_DEVICE };
 hfreduceResult_t hfr_copier_create(int device, void *context, int marks, struct hfr_copier **copier);
 /* Wait until the queues have run dry: 1; after limit_ns: 0, with a warning, and the copier is left to the process. */
 int hfr_copier_drain(struct hfr_copier *copier, int64_t limit_ns);
-/* One whose queues have not run dry: what the device may still use stays with the process. */
+/* Free a copier whose queues have not run dry: the process keeps all that the device may still use. */
 void hfr_copier_forget(struct hfr_copier *copier);
-/* Give all back once the queues have run dry, as hfr_copier_drain, and give what that gives. Like it, and all that makes or gives
-   back pinned memory, it may be kept waiting by a driver while any stream waits for a word. */
+/* Drain the queues as hfr_copier_drain does, and return as it does; if they ran dry, destroy all streams and events of the
+   copier. A driver may keep this call waiting while any stream waits for a word, as it may all calls that pin or unpin memory. */
 int hfr_copier_destroy(struct hfr_copier *copier, int64_t limit_ns);
 int hfr_copier_device(const struct hfr_copier *copier);
 void *hfr_copier_context(const struct hfr_copier *copier);
@@ -153,14 +153,14 @@ int hfr_copier_sees_writes(const struct hfr_copier *copier);
 /* capturing: what follows goes into the graph that the user's stream captures. */
 hfreduceResult_t hfr_copier_enter(struct hfr_copier *copier, int capturing);
 void hfr_copier_leave(struct hfr_copier *copier);
-/* Zeroed pages near the device. Within enter and leave; free also outside, in any thread. What is freed is kept pinned, and is
-   given again first: neither calls the driver then. */
+/* Zeroed pages near the device. The caller allocates within enter and leave; it may free in any thread. Freed pages stay pinned,
+   and the next caller gets them first: neither call reaches the driver then. */
 hfreduceResult_t hfr_pinned_alloc(struct hfr_copier *copier, size_t bytes, struct hfr_pinned *memory);
 /* Pin whole pages of a shared mapping, which must stay mapped until they are freed: that unpins them. Pages that nobody has
    touched yet come to lie near the device. Within enter and leave. */
 hfreduceResult_t hfr_pinned_share(struct hfr_copier *copier, void *pages, size_t bytes, struct hfr_pinned *memory);
 void hfr_pinned_free(struct hfr_pinned *memory);
-/* Unpin what is kept until no more than `keep` bytes are; how many are kept. */
+/* Unpin freed pages until no more than `keep` bytes of them are pinned; tell how many bytes are. */
 void hfr_pinned_trim(size_t keep);
 size_t hfr_pinned_kept(void);
 
